@@ -1,0 +1,360 @@
+"""Assembles one call of the unified loss: every term's share of the loss and of aux.
+
+All entries are sums over the call's tokens divided by the step's denominators, so those
+of micro-batches add up.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ava_jax.batch_terms import Router, auxiliary_terms, updated_balance
+from ava_jax.config import UnifiedLossConfig, weight_at
+from ava_jax.fused import FusedOperands, fused_sums
+from ava_jax.inputs import LossInputs, Normalizers, array, has_fused_door
+from ava_jax.losses.repetition import (
+    early_eos_targets,
+    repeated_ngram_pairs,
+    squared_runs,
+)
+from ava_jax.losses.router import RouterLoad
+from ava_jax.mtp_terms import (
+    NOTHING_SHARED,
+    AdaptiveParts,
+    adaptive_parts,
+    head_denominators,
+    parallel_head_means,
+    sequential_group,
+    usable_heads,
+    without_masked,
+)
+from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.state import GradientBalanceState, LossState
+from ava_jax.token_terms import (
+    ExtraTerm,
+    SharedInputs,
+    TokenInputs,
+    TokenObjective,
+    charges_for,
+    token_inputs,
+)
+from ava_jax.tokens import Tokens
+
+Aux = dict[str, Array]
+Scalar = Float[Array, ""]
+
+RESERVED_NAMES: tuple[str, ...] = (
+    "primary",
+    "z_loss",
+    "token_diversity",
+    "unlikelihood",
+    "ngram",
+    "immediate",
+    "eos",
+    "nll",
+    "accuracy",
+    "entropy",
+    "heads",
+    "total_loss",
+    "main_loss",
+    "temperature",
+    "perplexity",
+)
+
+
+@flax.struct.dataclass
+class StepStats:
+    """What micro-batches add up: their shares of `aux`, and what moves the state.
+
+    Attributes:
+      aux: the additive entries of `aux`.
+      weight: `Σ w`; 0 means that the step changes nothing.
+      load: the router's load, if balancing trains.
+      extra: unweighted means of the extra terms.
+    """
+
+    aux: Aux
+    weight: Scalar
+    load: RouterLoad | None
+    extra: dict[str, Scalar]
+
+
+class Call(NamedTuple):
+    """One call of the loss, read and checked."""
+
+    config: UnifiedLossConfig
+    extra_terms: tuple[ExtraTerm, ...]
+    state: LossState
+    inputs: LossInputs
+    tokens: Tokens
+    normalizers: Normalizers
+    train: bool
+
+    def weight(self, field: str) -> Scalar:
+        """The weight field's value at this step."""
+        return self.config.weight(field, self.state.step)
+
+
+def adaptive_prefix(config: UnifiedLossConfig) -> str | None:
+    """How the adaptive loss's entries of aux begin; None if it is off."""
+    if config.primary_loss_type == "adaptive_mtp":
+        return "main"
+    if config.use_mtp and config.mtp_type == "adaptive":
+        return "adaptive_mtp"
+    return None
+
+
+def assemble(call: Call) -> tuple[Scalar, StepStats]:
+    """Computes the call's share of the loss, and its stats."""
+    config, normalizers = call.config, call.normalizers
+    weights = _token_weights(call)
+    loss, sums = _token_sums(call, weights)
+    heads = sums.pop("heads", None)
+    means = {k: safe_divide(v, normalizers.tokens) for k, v in sums.items()}
+    weighted = {k: weights[k] * means[k] for k in weights}
+    constants = _target_penalties(call)
+    aux = _token_aux(call, means, weighted | constants)
+    loss += sum(constants.values(), start=jnp.zeros_like(loss))
+    if config.use_mtp and config.mtp_type != "adaptive":
+        loss += _add_mtp(call, heads, aux)
+    prefix = adaptive_prefix(config)
+    if prefix is not None:
+        loss += _add_adaptive(call, prefix, weighted["primary"], aux)
+    load, batch = _batch_terms(call)
+    aux |= batch
+    loss += sum(batch.values(), start=jnp.zeros_like(loss))
+    aux["total_loss"] = loss
+    extra = {term.name: means[term.name] for term in call.extra_terms}
+    weight = jnp.sum(call.tokens.weights)
+    return loss, StepStats(aux=aux, weight=weight, load=load, extra=extra)
+
+
+def _token_weights(call: Call) -> dict[str, Scalar]:
+    """The weight of each token term that is on, by the name of its sum."""
+    config = call.config
+    fields = {
+        "z_loss": "z_loss_weight" if config.is_on("z_loss_weight") else None,
+        "token_diversity": "ngram_penalty_weight" if config.use_ngram_penalty else None,
+        "unlikelihood": (
+            "unlikelihood_weight" if config.is_on("unlikelihood_weight") else None
+        ),
+    }
+    if config.penalty_source == "predictions":
+        fields |= _repetition_fields(config)
+    weights = {k: call.weight(field) for k, field in fields.items() if field}
+    for term in call.extra_terms:
+        weights[term.name] = weight_at(term.weight, call.state.step)
+    return {"primary": as_float(1.0)} | weights
+
+
+def _repetition_fields(config: UnifiedLossConfig) -> dict[str, str]:
+    fields = {}
+    if config.use_ngram_penalty:
+        fields["ngram"] = "ngram_penalty_weight"
+    if config.use_immediate_repetition_penalty:
+        fields["immediate"] = "immediate_repetition_weight"
+    if config.eos_token_id is not None and config.is_on("eos_penalty_weight"):
+        fields["eos"] = "eos_penalty_weight"
+    return fields
+
+
+def _token_sums(
+    call: Call, weights: dict[str, Scalar]
+) -> tuple[Scalar, dict[str, Array]]:
+    """Runs the vocabulary pass: the weighted mean terms' total, and all the sums."""
+    config, inputs, tokens = call.config, call.inputs, call.tokens
+    charges = charges_for(config, tokens)
+    block = token_inputs(tokens, charges, dict(inputs.get("extra_inputs") or {}))
+    deepseek = config.primary_loss_type == "deepseek"
+    keeps_history = config.is_on("unlikelihood_weight")
+    shared = SharedInputs(
+        temperature=call.state.temperature if deepseek else None,
+        history=tokens if keeps_history else None,
+        extra=call.state.extra,
+    )
+    coefficients = {
+        k: safe_divide(weight, call.normalizers.tokens) for k, weight in weights.items()
+    }
+    if has_fused_door(inputs):
+        return _fused_token_sums(call, block, shared, coefficients)
+    sums = _logits_sums(call, block, shared)
+    total = sum(
+        (c * sums[k] for k, c in coefficients.items()),
+        start=jnp.zeros_like(block.weights[0, 0]),
+    )
+    if config.use_mtp and config.mtp_type == "sequential":
+        of_heads, more = _sequential_sums(call)
+        return total + of_heads, sums | more
+    return total, sums
+
+
+def _logits_sums(
+    call: Call, block: TokenInputs, shared: SharedInputs
+) -> dict[str, Array]:
+    """The logits door; the adaptive loss may have main logits of its own."""
+    config, inputs = call.config, call.inputs
+    logits, primary = inputs.get("logits"), inputs.get("primary_logits")
+    if config.primary_loss_type != "adaptive_mtp" or primary is None or logits is None:
+        source = array(inputs, "primary_logits" if logits is None else "logits")
+        whole = TokenObjective(config, True, True, call.extra_terms)
+        return whole(source, block, shared)
+    main = TokenObjective(config, main=True, others=False)
+    others = TokenObjective(config, False, True, call.extra_terms)
+    return main(primary, block, shared) | others(logits, block, shared)
+
+
+def _fused_token_sums(
+    call: Call,
+    block: TokenInputs,
+    shared: SharedInputs,
+    coefficients: dict[str, Scalar],
+) -> tuple[Scalar, dict[str, Array]]:
+    """The fused door; depths that share the matrix go through the same pass."""
+    config, inputs = call.config, call.inputs
+    hidden = without_masked(array(inputs, "hidden_states"), block.weights)
+    objectives = (TokenObjective(config, True, True, call.extra_terms),)
+    groups = ((hidden[None],), (_with_group(block),))
+    if config.use_mtp and config.mtp_type == "sequential":
+        group = sequential_group(config, inputs, call.tokens)
+        if group is not None:
+            objectives += (group[0],)
+            groups = (groups[0] + group[1:2], groups[1] + group[2:])
+            coefficients = coefficients | _head_coefficients(call)
+    operands = FusedOperands(
+        *groups, shared, array(inputs, "lm_head"), inputs.get("lm_head_bias")
+    )
+    return fused_sums(objectives, operands, coefficients, config.chunk_size)
+
+
+def _sequential_sums(call: Call) -> tuple[Scalar, dict[str, Array]]:
+    """The depths' own pass, where the main logits are given."""
+    inputs = call.inputs
+    group = sequential_group(call.config, inputs, call.tokens)
+    if group is None:
+        return as_float(0.0), {}
+    objective, hidden, heads = group
+    operands = FusedOperands(
+        (hidden,),
+        (heads,),
+        NOTHING_SHARED,
+        array(inputs, "lm_head"),
+        inputs.get("lm_head_bias"),
+    )
+    coefficients = _head_coefficients(call)
+    return fused_sums((objective,), operands, coefficients, call.config.chunk_size)
+
+
+def _head_coefficients(call: Call) -> dict[str, Float[Array, "K"]]:
+    count = usable_heads(call.config.num_future_tokens, call.tokens)
+    denominators = head_denominators(call.normalizers, count)
+    return {"heads": safe_divide(call.weight("mtp_weight") / count, denominators)}
+
+
+def _target_penalties(call: Call) -> dict[str, Scalar]:
+    """The penalties computed from the target ids alone, weighted; no gradient."""
+    config, tokens, normalizers = call.config, call.tokens, call.normalizers
+    if config.penalty_source != "targets":
+        return {}
+    fields = _repetition_fields(config)
+    values = {}
+    if "ngram" in fields:
+        pairs = repeated_ngram_pairs(tokens, config.ngram_size)
+        values["ngram"] = safe_divide(pairs, normalizers.windows)
+    if "immediate" in fields:
+        values["immediate"] = safe_divide(squared_runs(tokens), normalizers.rows)
+    if config.eos_token_id is not None and "eos" in fields:
+        early = early_eos_targets(
+            tokens, config.eos_token_id, config.min_sequence_length
+        )
+        values["eos"] = weighted_mean(early, tokens.weights, normalizers.tokens)
+    return {k: call.weight(fields[k]) * v for k, v in values.items()}
+
+
+def _token_aux(call: Call, means: dict[str, Array], weighted: dict[str, Array]) -> Aux:
+    """The entries of aux that come from token terms."""
+    tokens = call.tokens
+    in_main = ("primary", "z_loss", "eos")
+    aux = {
+        "main_loss": sum(weighted[k] for k in in_main[1:] if k in weighted)
+        + weighted["primary"],
+        "nll": means["nll"],
+        "accuracy": means["accuracy"],
+        "entropy": means["entropy"],
+        "num_tokens": jnp.sum(tokens.active, dtype=jnp.int32),
+        "num_invalid_targets": jnp.sum(tokens.invalid, dtype=jnp.int32),
+    }
+    renamed = {
+        "immediate": "immediate_repetition_penalty",
+        "eos": "eos_penalty",
+        "ngram": "ngram_repetition",
+    }
+    aux |= {renamed.get(k, k): v for k, v in weighted.items() if k != "primary"}
+    if call.config.use_ngram_penalty:
+        aux["ngram_penalty"] = aux["ngram_repetition"] + aux["token_diversity"]
+    if call.config.use_focal_loss:
+        aux["focal_loss"] = means["primary"]
+    return aux
+
+
+def _add_mtp(call: Call, heads: Float[Array, "K"] | None, aux: Aux) -> Scalar:
+    """Reports the heads; returns what the loss still lacks of them."""
+    weight = call.weight("mtp_weight")
+    if call.config.mtp_type == "deepseek":
+        means = parallel_head_means(
+            call.config, call.inputs, call.tokens, call.normalizers
+        )
+    elif heads is None:
+        means = jnp.zeros((0,), weight.dtype)
+    else:
+        means = safe_divide(heads, head_denominators(call.normalizers, heads.shape[0]))
+    loss = weight * jnp.sum(means) / max(means.shape[0], 1)
+    aux["mtp_head_losses"], aux["mtp_loss"] = means, loss
+    return loss if call.config.mtp_type == "deepseek" else jnp.zeros_like(loss)
+
+
+def _add_adaptive(call: Call, prefix: str, primary: Scalar, aux: Aux) -> Scalar:
+    """Reports the adaptive loss's parts; returns what the loss still lacks of them."""
+    parts: AdaptiveParts = adaptive_parts(
+        call.config,
+        call.weight("mtp_weight"),
+        call.inputs,
+        call.tokens,
+        call.normalizers,
+    )
+    rest = parts.additional + parts.confidence_reg
+    is_main = prefix == "main"
+    aux[f"{prefix}_primary_loss"] = primary if is_main else jnp.zeros_like(primary)
+    aux[f"{prefix}_additional_loss"] = parts.additional
+    aux[f"{prefix}_confidence_reg"] = parts.confidence_reg
+    aux[f"{prefix}_avg_confidence"] = parts.confidence
+    aux[f"{prefix}_effective_mtp_weight"] = parts.effective_weight
+    if is_main:
+        aux["main_loss"] += rest
+    else:
+        aux["adaptive_mtp_loss"] = rest
+    return rest
+
+
+def _batch_terms(call: Call) -> tuple[RouterLoad | None, Aux]:
+    """Terms that couple the batch, by this call's share of the step's tokens."""
+    config, tokens = call.config, call.tokens
+    share = safe_divide(jnp.sum(tokens.weights), call.normalizers.tokens)
+    terms = auxiliary_terms(config, call.state.step, call.inputs, tokens)
+    load = None
+    balance = call.state.moe_balancing
+    if balance is not None and call.train:
+        router = Router(config, call.inputs, tokens)
+        load = router.load()
+        after = updated_balance(config, balance, load)
+        if isinstance(after, GradientBalanceState):
+            terms["moe_balancing_term"] = router.gradient_balance(
+                after, call.weight("gradient_balance_weight")
+            )
+    return load, {k: share * v for k, v in terms.items()}
+
+
+def _with_group(block: TokenInputs) -> TokenInputs:
+    return jax.tree.map(lambda x: x[None], block)

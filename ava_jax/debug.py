@@ -1,0 +1,103 @@
+"""A loss call that raises on bad values instead of excluding or propagating them."""
+
+from collections.abc import Callable
+from typing import Unpack
+
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, Bool, Float
+
+from ava_jax.assemble import Aux
+from ava_jax.batch_terms import by_layer
+from ava_jax.inputs import LossInputs, Normalizers, array, check_inputs, tokens_of
+from ava_jax.state import LossState
+from ava_jax.tokens import Tokens
+from ava_jax.unified import UnifiedLoss
+
+LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
+
+
+def checked(loss_fn: UnifiedLoss) -> LossCall:
+    """Wraps a loss so that a bad value raises, with its position and the value.
+
+    It checks targets at counted positions against the vocabulary, logits (or hidden
+    states and `lm_head`) at counted positions and attention weights for NaN and
+    infinities, and expert indices against the number of experts. A logit of −inf is a
+    masked vocabulary entry and legal, unless it is the target's.
+
+    Outside jit it raises at once. Inside jit, transform the step with
+    `jax.experimental.checkify.checkify` and call `throw()` on the error it returns.
+
+    Args:
+      loss_fn: from `unified_loss`.
+
+    Returns:
+      A function called like the loss.
+
+    Raises:
+      jax.errors.JaxRuntimeError: at run time, on a bad value.
+
+    Example:
+      >>> import jax.numpy as jnp, ava_jax
+      >>> loss_fn = ava_jax.create_unified_loss({"vocab_size": 8})
+      >>> try:
+      ...     ava_jax.checked(loss_fn)(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+      ...                              targets=jnp.array([[1, 2, 9, 4]]))
+      ... except ValueError as error:
+      ...     print(str(error).splitlines()[0])
+      target 9 at [0, 2] is outside the vocabulary of 8 ids
+    """
+
+    def call(
+        state: LossState,
+        *,
+        train: bool = True,
+        normalizers: Normalizers | None = None,
+        **inputs: Unpack[LossInputs],
+    ) -> tuple[Float[Array, ""], Aux, LossState]:
+        check_inputs(loss_fn.config, inputs)
+        _check_values(loss_fn, inputs)
+        return loss_fn(state, train=train, normalizers=normalizers, **inputs)
+
+    return call
+
+
+def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
+    config = loss_fn.config
+    tokens = tokens_of(config, inputs)
+    outside = f"is outside the vocabulary of {config.vocab_size} ids"
+    _check("target", ~tokens.invalid, array(inputs, "targets"), outside)
+    if (mask := inputs.get("attention_mask")) is not None:
+        wide = jnp.asarray(mask).astype(float)
+        _check("attention_mask", jnp.isfinite(wide), wide, "is not finite")
+    for name in ("logits", "primary_logits"):
+        if (logits := inputs.get(name)) is not None:
+            _check_logits(name, logits[..., : config.vocab_size], tokens)
+    if (hidden := inputs.get("hidden_states")) is not None:
+        fine = jnp.isfinite(hidden) | ~tokens.active[..., None]
+        _check("hidden_states", fine, hidden, "is not finite")
+    if (head := inputs.get("lm_head")) is not None:
+        _check("lm_head", jnp.isfinite(head), head, "is not finite")
+    if (chosen := inputs.get("expert_indices")) is not None and config.num_experts:
+        rows = by_layer(config, "expert_indices", chosen, tokens)
+        fine = (rows >= 0) & (rows < config.num_experts)
+        fine |= ~tokens.active.reshape(-1)[:, None]
+        outside = f"is not one of the {config.num_experts} experts"
+        _check("expert index", fine, rows, outside)
+
+
+def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> None:
+    ids = jnp.arange(logits.shape[-1])
+    masked = (logits == -jnp.inf) & (ids != tokens.targets[..., None])
+    fine = jnp.isfinite(logits) | masked | ~tokens.active[..., None]
+    _check(name, fine, logits, "is not finite")
+
+
+def _check(name: str, fine: Bool[Array, "..."], values: Array, problem: str) -> None:
+    first = jnp.argmin(fine.reshape(-1))
+    place = jnp.unravel_index(first, fine.shape)
+    slots = ", ".join(f"{{i{axis}}}" for axis in range(fine.ndim))
+    message = f"{name} {{value}} at [{slots}] {problem}"
+    shown = {f"i{axis}": index for axis, index in enumerate(place)}
+    shown["value"] = values.reshape(-1)[first]
+    checkify.check(jnp.all(fine), message, debug=False, **shown)

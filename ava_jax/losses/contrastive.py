@@ -1,0 +1,377 @@
+"""Contrastive losses: rows that belong together come closer, the rest move apart.
+
+Similarities and distances are exact to the arithmetic dtype on every backend. A row
+whose `mask` is 0 takes part in nothing and may hold NaN. A zero vector has no
+direction: it is at cosine 0 from everything and gets no gradient through it.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Integer, Shaped
+
+from ava_jax.reduce import as_float, safe_divide, weighted_mean
+
+
+def unit_vectors(
+    x: Float[Array, "*N D"], *, min_norm: float = 1e-12
+) -> Float[Array, "*N D"]:
+    """Divides each vector by its norm, or by `min_norm` if that is larger."""
+    norm = optax.safe_norm(x, 0.0, axis=-1, keepdims=True)
+    clamped = jnp.maximum(norm, min_norm)
+    return safe_divide(x, jnp.where(norm == 0, norm, clamped))
+
+
+def _rows(
+    embeddings: Float[Array, "N D"], mask: Shaped[Array, "N"] | None
+) -> tuple[Float[Array, "N D"], Bool[Array, "N"]]:
+    """Returns the embeddings with masked rows zeroed, and which rows count."""
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings must be [N, D], got shape {embeddings.shape}")
+    rows = embeddings.shape[0]
+    if mask is None:
+        return as_float(embeddings), jnp.ones((rows,), bool)
+    if mask.shape != (rows,):
+        raise ValueError(f"mask must have shape ({rows},), got {mask.shape}")
+    counted = mask.astype(bool)
+    return jnp.where(counted[:, None], as_float(embeddings), 0), counted
+
+
+def _same_label(
+    labels: Integer[Array, "N"], counted: Bool[Array, "N"]
+) -> Bool[Array, "N N"]:
+    if labels.shape != counted.shape:
+        raise ValueError(
+            f"labels must have one entry a row, {counted.shape}, got {labels.shape}"
+        )
+    return labels[:, None] == labels[None, :]
+
+
+def _pairs_of(counted: Bool[Array, "*B N"]) -> Bool[Array, "*B N N"]:
+    """Marks ordered pairs of different counted rows."""
+    different = ~jnp.eye(counted.shape[-1], dtype=bool)
+    return counted[..., :, None] & counted[..., None, :] & different
+
+
+def _valid_pairs(
+    name: str, pairs: Integer[Array, "P 2"], counted: Bool[Array, "N"]
+) -> Bool[Array, "P"]:
+    """Marks the pairs of two different rows that exist and count."""
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"{name} must be [P, 2] row numbers, got shape {pairs.shape}")
+    inside = (pairs >= 0) & (pairs < counted.shape[0])
+    alive = inside & counted[jnp.where(inside, pairs, 0)]
+    return jnp.all(alive, axis=-1) & (pairs[:, 0] != pairs[:, 1])
+
+
+def _check_exclusive(
+    labels: Array | None, positive_pairs: Array | None, negative_pairs: Array | None
+) -> None:
+    paired = positive_pairs is not None or negative_pairs is not None
+    if labels is not None and paired:
+        raise ValueError(
+            "got labels together with positive_pairs or negative_pairs; pass labels or "
+            "pairs, not both"
+        )
+
+
+def _distances(x: Float[Array, "N D"]) -> Float[Array, "N N"]:
+    """Returns Euclidean distances, from differences so that near rows stay exact."""
+
+    # A few rows at a time, and again in the backward pass: never [N, N, D].
+    @jax.checkpoint
+    def from_one(row: Float[Array, "D"]) -> Float[Array, "N"]:
+        return optax.safe_norm(row - x, 0.0, axis=-1)
+
+    return jax.lax.map(from_one, x, batch_size=8)
+
+
+def _named_distances(
+    name: str,
+    pairs: Integer[Array, "P 2"] | None,
+    x: Float[Array, "N D"],
+    counted: Bool[Array, "N"],
+    normalize: bool,
+) -> tuple[Float[Array, "P"], Bool[Array, "P"]]:
+    """Returns the distance of each named pair, and which of them are valid."""
+    if pairs is None:
+        return jnp.zeros((0,), x.dtype), jnp.zeros((0,), bool)
+    valid = _valid_pairs(name, pairs, counted)
+    # Rows are picked first, so that a row in no pair may hold NaN.
+    ends = x[jnp.where(valid[:, None], pairs, 0)]
+    ends = jnp.where(valid[:, None, None], ends, 0)
+    ends = unit_vectors(ends) if normalize else ends
+    return optax.safe_norm(ends[:, 0] - ends[:, 1], 0.0, axis=-1), valid
+
+
+def contrastive_margin_loss(
+    embeddings: Float[Array, "N D"],
+    *,
+    labels: Integer[Array, "N"] | None = None,
+    positive_pairs: Integer[Array, "P 2"] | None = None,
+    negative_pairs: Integer[Array, "Q 2"] | None = None,
+    margin: float = 0.5,
+    normalize: bool = True,
+    mask: Shaped[Array, "N"] | None = None,
+) -> Float[Array, ""]:
+    """Pulls positive pairs together and pushes negative ones a margin apart.
+
+    `(mean d₊² + mean max(0, margin − d₋)²) / 2`, with `d` the Euclidean distance. An
+    empty side is 0.
+
+    Args:
+      embeddings: `[N, D]`.
+      labels: `[N]`; the pairs are all `i < j`, positive where the labels agree.
+      positive_pairs: `[P, 2]` row numbers, instead of labels; a pair that names a row
+        outside `[0, N)`, a masked row or one row twice is left out, so −1 pads.
+      negative_pairs: `[Q, 2]`, likewise.
+      margin: the distance beyond which a negative pair costs nothing.
+      normalize: whether to divide each embedding by its norm.
+      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: neither labels nor pairs, or both, or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+      >>> labels = jnp.array([0, 0, 1])
+      >>> loss = losses.contrastive_margin_loss(x, labels=labels, margin=1.0)
+      >>> round(float(loss), 4)
+      1.0366
+
+    References:
+      Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, 2006.
+    """
+    if labels is None and positive_pairs is None and negative_pairs is None:
+        raise ValueError(
+            "contrastive_margin_loss needs labels, or positive_pairs and negative_pairs"
+        )
+    _check_exclusive(labels, positive_pairs, negative_pairs)
+    x, counted = _rows(embeddings, mask)
+    if labels is not None:
+        same = _same_label(labels, counted)
+        x = unit_vectors(x) if normalize else x
+        together = apart = _distances(x)
+        pairs = jnp.triu(_pairs_of(counted))
+        pulled, pushed = pairs & same, pairs & ~same
+    else:
+        together, pulled = _named_distances(
+            "positive_pairs", positive_pairs, x, counted, normalize
+        )
+        apart, pushed = _named_distances(
+            "negative_pairs", negative_pairs, x, counted, normalize
+        )
+    gap = jnp.maximum(margin - apart, 0)
+    pull = weighted_mean(together**2, as_float(pulled))
+    return (pull + weighted_mean(gap**2, as_float(pushed))) / 2
+
+
+def contrastive_triplet_loss(
+    embeddings: Float[Array, "N D"],
+    *,
+    labels: Integer[Array, "N"],
+    margin: float = 0.5,
+    normalize: bool = True,
+    mask: Shaped[Array, "N"] | None = None,
+) -> Float[Array, ""]:
+    """Asks a row's farthest positive to be a margin nearer than its nearest negative.
+
+    `max(0, margin + max d₊ − min d₋)`, with `d` the Euclidean distance; the mean over
+    the anchors that have both a positive and a negative, 0 if none has.
+
+    Args:
+      embeddings: `[N, D]`.
+      labels: `[N]`; rows of one label are positives of each other.
+      margin: how much nearer the positive has to be.
+      normalize: whether to divide each embedding by its norm.
+      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+      >>> loss = losses.contrastive_triplet_loss(x, labels=jnp.array([0, 0, 1]))
+      >>> round(float(loss), 4)
+      1.1508
+
+    References:
+      Hermans et al., In Defense of the Triplet Loss (batch hard), 2017.
+    """
+    x, counted = _rows(embeddings, mask)
+    same = _same_label(labels, counted)
+    x = unit_vectors(x) if normalize else x
+    distance, pairs = _distances(x), _pairs_of(counted)
+    positive, negative = pairs & same, pairs & ~same
+    farthest = jnp.max(distance, axis=-1, where=positive, initial=0)
+    nearest = jnp.min(distance, axis=-1, where=negative, initial=jnp.inf)
+    cost = jnp.maximum(margin + farthest - nearest, 0)
+    anchors = jnp.any(positive, axis=-1) & jnp.any(negative, axis=-1)
+    return weighted_mean(cost, as_float(anchors))
+
+
+def _pair_matrix(
+    name: str, pairs: Integer[Array, "P 2"], counted: Bool[Array, "N"]
+) -> Bool[Array, "N N"]:
+    """Marks the named pairs in both directions."""
+    rows = counted.shape[0]
+    ends = jnp.where(_valid_pairs(name, pairs, counted)[:, None], pairs, rows)
+    marked = jnp.zeros((rows, rows), bool)
+    marked = marked.at[ends[:, 0], ends[:, 1]].set(True, mode="drop")
+    return marked | marked.T
+
+
+def _halves(counted: Bool[Array, "N"]) -> Bool[Array, "N N"]:
+    rows = counted.shape[0]
+    if rows % 2:
+        raise ValueError(
+            "without labels or pairs, row i of the first half belongs to row i of the "
+            f"second half, which needs an even number of rows, got {rows}; pass labels"
+        )
+    half = jnp.arange(rows, dtype=jnp.int32) % max(rows // 2, 1)
+    return half[:, None] == half[None, :]
+
+
+def _candidates(
+    counted: Bool[Array, "N"],
+    labels: Integer[Array, "N"] | None,
+    positive_pairs: Integer[Array, "P 2"] | None,
+    negative_pairs: Integer[Array, "Q 2"] | None,
+) -> tuple[Bool[Array, "N N"], Bool[Array, "N N"]]:
+    """Returns each anchor's positives, and all that it chooses from."""
+    _check_exclusive(labels, positive_pairs, negative_pairs)
+    pairs = _pairs_of(counted)
+    if labels is not None:
+        return pairs & _same_label(labels, counted), pairs
+    if positive_pairs is not None:
+        positive = _pair_matrix("positive_pairs", positive_pairs, counted)
+        if negative_pairs is None:
+            return positive, pairs
+        negative = _pair_matrix("negative_pairs", negative_pairs, counted)
+        return positive, positive | negative
+    if negative_pairs is not None:
+        raise ValueError("negative_pairs needs positive_pairs to go with them")
+    return pairs & _halves(counted), pairs
+
+
+def contrastive_infonce_loss(
+    embeddings: Float[Array, "N D"],
+    *,
+    labels: Integer[Array, "N"] | None = None,
+    positive_pairs: Integer[Array, "P 2"] | None = None,
+    negative_pairs: Integer[Array, "Q 2"] | None = None,
+    temperature: Float[Array, ""] | float = 0.07,
+    normalize: bool = True,
+    mask: Shaped[Array, "N"] | None = None,
+) -> Float[Array, ""]:
+    """Asks each row to pick its positives out of all other rows.
+
+    `−mean_{p ∈ P(i)} log( exp(s_ip / τ) / Σ_{a ≠ i} exp(s_ia / τ) )` per anchor `i`,
+    with `s` the dot product; the mean over the anchors that have a positive, 0 if none
+    has. A row is never its own negative.
+
+    Args:
+      embeddings: `[N, D]`.
+      labels: `[N]`; every other row of the anchor's label is a positive.
+      positive_pairs: `[P, 2]` row numbers, instead of labels; each counts once and in
+        both directions. A pair that names a row outside `[0, N)`, a masked row or one
+        row twice is left out, so −1 pads.
+      negative_pairs: `[Q, 2]`, likewise; if given, an anchor is compared with its own
+        positives and negatives only, otherwise with all other rows.
+      temperature: τ, above 0.
+      normalize: whether to divide each embedding by its norm.
+      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+
+    With neither labels nor pairs, row `i` of the first half and row `i` of the second
+    half are positives of each other (NT-Xent, both directions).
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: labels and pairs together, negative pairs alone, an odd number of rows
+        with neither, a bad temperature, or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6], [0.6, 0.8]])
+      >>> round(float(losses.contrastive_infonce_loss(x, temperature=1.0)), 4)
+      0.9575
+
+    References:
+      Khosla et al., Supervised Contrastive Learning (the "out" form), 2020.
+      Chen et al., SimCLR (NT-Xent), 2020.
+    """
+    if isinstance(temperature, int | float) and temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    x, counted = _rows(embeddings, mask)
+    x = unit_vectors(x) if normalize else x
+    positive, others = _candidates(counted, labels, positive_pairs, negative_pairs)
+    score = jnp.matmul(x, x.T, precision="highest") / as_float(temperature)
+    anchors = jnp.any(positive, axis=-1)
+    # A row compared with nothing would give log 0; its weight is 0 below.
+    compared = others | ~anchors[:, None]
+    log_total = jax.nn.logsumexp(score, axis=-1, where=compared)
+    picked = jnp.sum(jnp.where(positive, score, 0), axis=-1)
+    picked = safe_divide(picked, jnp.sum(as_float(positive), axis=-1))
+    return weighted_mean(log_total - picked, as_float(anchors))
+
+
+def simctg_loss(
+    hidden_states: Float[Array, "B S D"],
+    *,
+    margin: float = 0.5,
+    mask: Shaped[Array, "B S"] | None = None,
+    segment_ids: Integer[Array, "B S"] | None = None,
+) -> Float[Array, ""]:
+    """Keeps the hidden states of a row's tokens apart from each other.
+
+    `max(0, margin − 1 + cos(h_i, h_j))`, the mean over all ordered pairs `i ≠ j` of
+    counted tokens of one row, 0 if there is none. Holds one `[B, S, S]` array.
+
+    Args:
+      hidden_states: `[B, S, D]`.
+      margin: ρ; pairs with a cosine under `1 − ρ` cost nothing.
+      mask: `[B, S]`, bool or numbers; a position of 0 takes part in nothing.
+      segment_ids: `[B, S]`; pairs do not cross a segment, and 0 is padding.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> h = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
+      >>> round(float(losses.simctg_loss(h)), 4)
+      0.1333
+
+    References:
+      Su et al., A Contrastive Framework for Neural Text Generation, 2022.
+    """
+    counted = jnp.ones(hidden_states.shape[:-1], bool)
+    for name, array in (("mask", mask), ("segment_ids", segment_ids)):
+        if array is None:
+            continue
+        if array.shape != counted.shape:
+            raise ValueError(f"{name} must be {counted.shape}, got {array.shape}")
+        counted &= array.astype(bool)
+    pairs = _pairs_of(counted)
+    if segment_ids is not None:
+        pairs &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    h = unit_vectors(jnp.where(counted[..., None], as_float(hidden_states), 0))
+    cosine = jnp.einsum("bid,bjd->bij", h, h, precision="highest")
+    return weighted_mean(jnp.maximum(margin - 1 + cosine, 0), as_float(pairs))

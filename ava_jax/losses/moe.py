@@ -1,0 +1,332 @@
+"""Mixture of experts: balance carried from step to step, and the experts' diversity.
+
+Every function takes one layer; map over a leading layer axis with `jax.vmap`.
+`token_weights` decides which tokens count: a weight of 0 counts nowhere and may hold
+NaN, any other weight counts as 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from ava_jax.losses.contrastive import unit_vectors
+from ava_jax.losses.router import RouterLoad, counted_tokens, keep_counted
+from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.state import BiasBalanceState, GradientBalanceState
+
+
+def update_gradient_balance(
+    state: GradientBalanceState, load: RouterLoad, *, momentum: float = 0.9
+) -> GradientBalanceState:
+    """Moves the running load towards a step's load.
+
+    `new = momentum · old + (1 − momentum) · step`, from zeros, of the counts, the mean
+    probabilities and the number of tokens. A step without tokens changes nothing.
+
+    Args:
+      state: the running load, `[E]` each and a scalar.
+      load: the load of the whole optimizer step.
+      momentum: in `[0, 1)`.
+
+    Returns:
+      The new state, of the same dtypes.
+
+    Raises:
+      ValueError: `momentum` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses, state
+      >>> start = state.GradientBalanceState(jnp.zeros(2), jnp.zeros(2), jnp.zeros(()))
+      >>> load = losses.router_load(jnp.zeros((3, 2)), jnp.array([[0], [0], [1]]))
+      >>> new = losses.update_gradient_balance(start, load)
+      >>> [round(float(c), 4) for c in new.counts], round(float(new.tokens), 4)
+      ([0.2, 0.1], 0.3)
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    step = GradientBalanceState(
+        counts=load.counts,
+        scores=safe_divide(load.scores, load.tokens),
+        tokens=load.tokens,
+    )
+
+    def move(old: Float[Array, "*E"], new: Float[Array, "*E"]) -> Float[Array, "*E"]:
+        new = jax.lax.stop_gradient(new).astype(old.dtype)
+        moved = momentum * old + (1 - momentum) * new
+        return jnp.where(load.tokens > 0, moved, old)
+
+    return jax.tree.map(move, state, step)
+
+
+def gradient_balance_loss(
+    gate_logits: Float[Array, "N E"],
+    balance: GradientBalanceState,
+    *,
+    weight: Float[Array, ""] | float,
+    token_weights: Shaped[Array, "N"] | None = None,
+) -> Float[Array, ""]:
+    """Pulls gate logits against the running imbalance of their expert.
+
+    `weight · mean((g − stop_gradient(g + a))²)` over the counted tokens' entries, with
+    `a = −weight · (counts − tokens / E) / tokens`. Logits of −inf get no gradient.
+
+    Args:
+      gate_logits: `[N, E]`, `g`.
+      balance: the running load, this step's included (`update_gradient_balance`).
+      weight: scales both the pull and the loss.
+      token_weights: `[N]`; 0 leaves a token out.
+
+    Returns:
+      A scalar, the weight applied.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses, state
+      >>> balance = state.GradientBalanceState(
+      ...     jnp.array([3.0, 1.0]), jnp.array([0.5, 0.5]), jnp.array(4.0))
+      >>> loss = losses.gradient_balance_loss(jnp.zeros((4, 2)), balance, weight=0.1)
+      >>> round(float(loss), 8)
+      6.25e-05
+    """
+    tokens, experts = gate_logits.shape
+    if balance.counts.shape != (experts,):
+        raise ValueError(
+            f"gate_logits have {experts} experts, the balance state has "
+            f"{balance.counts.shape[0]}; set num_experts to {experts}"
+        )
+    counted = counted_tokens(token_weights, (tokens,))
+    gate = keep_counted(gate_logits, counted)
+    gate = jnp.where(gate == -jnp.inf, 0, gate)
+    excess = as_float(balance.counts) - as_float(balance.tokens) / experts
+    pull = -as_float(weight) * safe_divide(excess, balance.tokens)
+    # g − (g + a) would round a away beside a large g.
+    error = (gate - jax.lax.stop_gradient(gate)) - jax.lax.stop_gradient(pull)
+    per_token = jnp.mean(jnp.square(error), axis=-1)
+    return as_float(weight) * weighted_mean(per_token, as_float(counted))
+
+
+def expert_balance_ratio(balance: GradientBalanceState) -> Float[Array, "E"]:
+    """Load of each expert relative to an even share: `counts / (tokens / E + 1e-6)`.
+
+    Args:
+      balance: the running load.
+
+    Returns:
+      `[E]`; 1 is an even share with one expert a token, k with k experts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses, state
+      >>> balance = state.GradientBalanceState(
+      ...     jnp.array([3.0, 1.0]), jnp.array([0.5, 0.5]), jnp.array(4.0))
+      >>> [round(float(r), 4) for r in losses.expert_balance_ratio(balance)]
+      [1.5, 0.5]
+    """
+    share = as_float(balance.tokens) / balance.counts.shape[0]
+    return as_float(balance.counts) / (share + 1e-6)
+
+
+def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
+    """Spread of the experts' load: unbiased standard deviation / (mean + 1e-6).
+
+    Args:
+      ratio: `[E]`, loads or balance ratios.
+
+    Returns:
+      A scalar; 0 when all are equal, and for one expert.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> round(float(losses.coefficient_of_variation(jnp.array([1.5, 0.5]))), 4)
+      0.7071
+    """
+    ratio = as_float(ratio)
+    mean = jnp.mean(ratio)
+    degrees = max(ratio.shape[0] - 1, 1)
+    # The norm, not the square root of a variance, has a gradient at 0.
+    deviation = optax.safe_norm(ratio - mean, 0.0) / degrees**0.5
+    return deviation / (mean + 1e-6)
+
+
+def max_violation(counts: Float[Array, "E"]) -> Float[Array, ""]:
+    """How far the busiest expert is over an even share: `max / mean − 1`.
+
+    Args:
+      counts: `[E]`, assignments per expert.
+
+    Returns:
+      A scalar; 0 when even, and when there is no load.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> round(float(losses.max_violation(jnp.array([3.0, 1.0]))), 4)
+      0.5
+
+    References:
+      Wang et al., Auxiliary-Loss-Free Load Balancing, 2024.
+    """
+    counts = as_float(counts)
+    mean = jnp.mean(counts)
+    return safe_divide(jnp.max(counts) - mean, mean)
+
+
+def update_bias(
+    state: BiasBalanceState,
+    counts: Float[Array, "E"],
+    *,
+    rate: Float[Array, ""] | float = 1e-3,
+) -> BiasBalanceState:
+    """Raises the routing bias of idle experts and lowers that of busy ones.
+
+    `bias += rate · sign(mean(counts) − counts)`, then the bias's mean is taken off. No
+    gradient. A step without load changes nothing.
+
+    Args:
+      state: the bias, `[E]`.
+      counts: `[E]`, assignments of the whole optimizer step, over all devices.
+      rate: the step, in units of the router's scores.
+
+    Returns:
+      The new state, of the same dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses, state
+      >>> new = losses.update_bias(
+      ...     state.BiasBalanceState(jnp.zeros(2)), jnp.array([3.0, 1.0]), rate=0.5)
+      >>> new.bias.tolist()
+      [-0.5, 0.5]
+
+    References:
+      Wang et al., Auxiliary-Loss-Free Load Balancing, 2024.
+      DeepSeek-V3 Technical Report, 2024.
+    """
+    load = jax.lax.stop_gradient(as_float(counts))
+    step = as_float(rate) * jnp.sign(jnp.mean(load) - load)
+    bias = state.bias + step.astype(state.bias.dtype)
+    bias = jnp.where(jnp.sum(load) > 0, bias - jnp.mean(bias), state.bias)
+    return BiasBalanceState(bias=bias)
+
+
+def route(
+    scores: Float[Array, "*N E"],
+    bias: Float[Array, "E"],
+    k: int,
+    *,
+    normalize: bool = True,
+) -> tuple[Float[Array, "*N k"], Int[Array, "*N k"]]:
+    """Chooses k experts by biased scores and weighs them by the unbiased ones.
+
+    `indices = top_k(scores + bias)`, `weights = scores[indices]`, divided by their sum
+    if `normalize` (0 where the sum is 0). The bias gets no gradient.
+
+    Args:
+      scores: `[..., E]`, sigmoid or softmax of the gate logits: at least 0.
+      bias: `[E]`, from `BiasBalanceState`.
+      k: experts per token.
+      normalize: whether a token's weights sum to 1.
+
+    Returns:
+      `weights [..., k]` in the dtype of `scores`, and `indices [..., k]`, int32, the
+      largest biased score first.
+
+    Raises:
+      ValueError: `k` is not in `[1, E]`, or the bias has another length than E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> weights, indices = losses.route(
+      ...     jnp.array([0.6, 0.3, 0.1]), jnp.array([0.0, 0.0, 0.3]), 2)
+      >>> indices.tolist(), [round(float(w), 4) for w in weights]
+      ([0, 2], [0.8571, 0.1429])
+
+    References:
+      DeepSeek-V3 Technical Report, 2024.
+    """
+    experts = scores.shape[-1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"k must be in [1, {experts}], got {k}")
+    if bias.shape != (experts,):
+        raise ValueError(f"bias must have shape ({experts},), got {bias.shape}")
+    exact = as_float(scores)
+    biased = jax.lax.stop_gradient(exact + as_float(bias))
+    _, indices = jax.lax.top_k(biased, k)
+    chosen = indices[..., None] == jnp.arange(experts, dtype=indices.dtype)
+    weights = jnp.sum(jnp.where(chosen, exact[..., None, :], 0), axis=-1)
+    if normalize:
+        weights = safe_divide(weights, jnp.sum(weights, axis=-1, keepdims=True))
+    return weights.astype(scores.dtype), indices
+
+
+def _l2_similarity(
+    x: Float[Array, "E *N D"], counted: Bool[Array, "*N"]
+) -> Float[Array, "E E"]:
+    weights = as_float(counted)
+
+    # One expert at a time, and again in the backward pass: never [E, E, N, D].
+    @jax.checkpoint
+    def distances(one: Float[Array, "*N D"]) -> Float[Array, "E"]:
+        apart = optax.safe_norm(one - x, 0.0, axis=-1)
+        return jax.vmap(lambda row: weighted_mean(row, weights))(apart)
+
+    empty = jnp.sum(weights) == 0
+    return jnp.where(empty, 0, 1 / (1 + jax.lax.map(distances, x)))
+
+
+def expert_diversity_loss(
+    expert_outputs: Float[Array, "E *N D"],
+    *,
+    similarity: str = "cosine",
+    token_weights: Shaped[Array, "*N"] | None = None,
+) -> Float[Array, ""]:
+    """Similarity of the experts' outputs for the same token, over all expert pairs.
+
+    The mean over pairs of `"cosine"`: the token mean of the cosine, norms clamped at
+    1e-8; `"l2"`: `1 / (1 + token mean of the distance)`; `"dot"`: the token mean of the
+    dot product. A zero vector (an expert that a token skipped) is at cosine 0 and gets
+    no gradient through it.
+
+    Args:
+      expert_outputs: `[E, N, D]`, or with more token axes.
+      similarity: `"cosine"`, `"l2"` or `"dot"`.
+      token_weights: `[N]`; 0 leaves a token out.
+
+    Returns:
+      A scalar, unweighted; 0 without tokens and for one expert.
+
+    Raises:
+      ValueError: an unknown `similarity`, or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> outputs = jnp.array([[[1.0, 0.0]], [[1.0, 1.0]]])
+      >>> [round(float(losses.expert_diversity_loss(outputs, similarity=kind)), 4)
+      ...  for kind in ("cosine", "l2", "dot")]
+      [0.7071, 0.5, 1.0]
+    """
+    if similarity not in ("cosine", "l2", "dot"):
+        raise ValueError(
+            f'similarity must be "cosine", "l2" or "dot", got {similarity!r}'
+        )
+    experts, *tokens, _ = expert_outputs.shape
+    counted = counted_tokens(token_weights, tuple(tokens))
+    x = keep_counted(expert_outputs, counted)
+    if similarity == "cosine":
+        x = unit_vectors(x, min_norm=1e-8)
+    if similarity == "l2":
+        pairs = _l2_similarity(x, counted)
+    else:
+        flat = x.reshape(experts, -1)
+        total = jnp.matmul(flat, flat.T, precision="highest")
+        pairs = safe_divide(total, jnp.sum(as_float(counted)))
+    upper = jnp.triu(jnp.ones((experts, experts), bool), k=1)
+    return weighted_mean(pairs, as_float(upper))

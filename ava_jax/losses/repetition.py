@@ -1,0 +1,329 @@
+"""Repetition: charges of the unified loss, and losses of their own.
+
+A charge names ids and how much of their unlikelihood a token pays; the vocabulary pass
+picks those ids' logits, so a charge costs no array over the vocabulary.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from ava_jax.config import Weight, weight_at
+from ava_jax.losses.likelihood import read_logits
+from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.tokens import (
+    Tokens,
+    earlier_continuations,
+    longest_runs,
+    plain_tokens,
+    read_tokens,
+    repeated_token,
+    sort_ngrams,
+)
+from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
+
+
+def sequence_unlikelihood(
+    logits: Float[Array, "B S V"],
+    token_ids: Int[Array, "B S"],
+    mask: Shaped[Array, "B S"] | None = None,
+    *,
+    ngram_size: int = 4,
+) -> Float[Array, ""]:
+    """Charges every generated token that completes an n-gram already seen in its row.
+
+    `mean_w(r_t · −log(1 − p_t(y_t)))`, r_t = 1 where `y_{t−n+1} … y_t` occurred before.
+
+    Args:
+      logits: what generated the continuations, [B, S, V]; row t gave token t.
+      token_ids: the continuations [B, S].
+      mask: weight per token [B, S]; ones if None.
+      ngram_size: n.
+
+    Returns:
+      The mean over w, a scalar; 0 where no token counts.
+
+    Raises:
+      ValueError: shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> ids = jnp.array([[1, 2, 1, 2]])
+      >>> loss = losses.sequence_unlikelihood(
+      ...     jnp.zeros((1, 4, 4)), ids, ngram_size=2)
+      >>> round(float(loss), 4)
+      0.0719
+
+    References:
+      Welleck et al., Neural Text Generation with Unlikelihood Training, 2020.
+    """
+    _check_logits(logits, token_ids)
+    tokens = read_tokens(token_ids, mask, vocab_size=logits.shape[-1])
+    query = Query(targets=tokens.targets, active=tokens.active)
+    stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
+    windows = sort_ngrams(tokens, ngram_size)
+    repeats = as_float(windows.in_row_order(windows.whole & (windows.rank > 0)))
+    return weighted_mean(-repeats * stats.target_complement, tokens.weights)
+
+
+def _check_logits(logits: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> None:
+    if ids.ndim != 2 or logits.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"token ids must be [B, S] and fit the logits [B, S, V], got {ids.shape} "
+            f"and {logits.shape}"
+        )
+
+
+def repetition_decay_loss(
+    logits: Float[Array, "B S V"],
+    targets: Int[Array, "B S"],
+    mask: Shaped[Array, "B S"] | None = None,
+    *,
+    span_length: int | Int[Array, "B"],
+    decay: float = 0.5,
+) -> Float[Array, ""]:
+    """Teaches that a span repeated on purpose must lose probability with each repeat.
+
+    `mean_w −log(1 − |p_t(y_t) − λ·stop_gradient(p_{t−ℓ}(y_t))|)` over t ≥ ℓ, for rows
+    made by `repeat_spans`. It needs no decoding.
+
+    Args:
+      logits: [B, S, V].
+      targets: rows that repeat one span, [B, S].
+      mask: weight per token [B, S]; ones if None.
+      span_length: ℓ, one for all rows or one per row [B].
+      decay: λ in [0, 1].
+
+    Returns:
+      The mean over w, a scalar; 0 where no token counts.
+
+    Raises:
+      ValueError: `decay` is out of its range, or shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> rows = losses.repeat_spans(jnp.array([[1, 2]]), 6)
+      >>> loss = losses.repetition_decay_loss(
+      ...     jnp.zeros((1, 6, 4)), rows, span_length=2)
+      >>> round(float(loss), 4)
+      0.1335
+
+    References:
+      Xu et al., Learning to Break the Loop (DITTO), 2022.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    _check_logits(logits, targets)
+    length = targets.shape[1]
+    index = jnp.arange(length)[None, :]
+    span = jnp.broadcast_to(jnp.asarray(span_length), targets.shape[:1])[:, None]
+    tokens = read_tokens(targets, mask, vocab_size=logits.shape[-1])
+    upcoming = jnp.minimum(index + span, length - 1)
+    query = Query(
+        targets=tokens.targets,
+        active=tokens.active,
+        candidates={
+            "next": jnp.take_along_axis(tokens.targets, upcoming, 1)[..., None]
+        },
+    )
+    stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
+    source = jnp.maximum(index - span, 0)
+    log_next = stats.candidates["next"][..., 0] - stats.log_sum
+    log_earlier = jax.lax.stop_gradient(jnp.take_along_axis(log_next, source, axis=1))
+    repeats = (index >= span) & jnp.take_along_axis(tokens.active, source, axis=1)
+    value = _decay(stats, log_earlier, decay)
+    return weighted_mean(value, tokens.weights * as_float(repeats))
+
+
+def _decay(stats, log_earlier, decay):
+    """`−log(1 − |p − λp'|)`, exact also where p rounds to 1 and p' to 0."""
+    goal = decay * jnp.exp(log_earlier)
+    probability = jnp.exp(-stats.nll)
+    rising = probability > goal
+    log_goal = jnp.log(as_float(decay)) + log_earlier
+    above = -jnp.logaddexp(stats.target_complement, log_goal)
+    below = -jnp.log1p(jnp.where(rising, 0.0, probability - goal))
+    return jnp.where(rising, above, below)
+
+
+def repeat_spans(spans: Int[Array, "B L"], length: int) -> Int[Array, "B S"]:
+    """Makes the rows of repetition decay: each span repeated to `length` tokens.
+
+    Args:
+      spans: one span per row, [B, L].
+      length: S, the length of the rows.
+
+    Returns:
+      The rows [B, S]; the last repeat is cut.
+
+    Raises:
+      ValueError: `length` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> losses.repeat_spans(jnp.array([[5, 6, 7]]), 5).tolist()
+      [[5, 6, 7, 5, 6]]
+
+    References:
+      Xu et al., Learning to Break the Loop (DITTO), 2022.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    return spans[:, jnp.arange(length) % spans.shape[1]]
+
+
+@flax.struct.dataclass
+class Charges:
+    """Ids that a token is charged for, and how much of `u(c) = −log(1 − p_c)` each.
+
+    Attributes:
+      ids: [B, S, Q].
+      amount: [B, S, Q]; 0 where there is nothing to charge.
+    """
+
+    ids: Int[Array, "B S Q"]
+    amount: Float[Array, "B S Q"]
+
+    def of(self, stats: TokenStats, name: str) -> Float[Array, "B S"]:
+        """Returns `Σ_q amount · u(c_q)` per token."""
+        return jnp.sum(self.amount * stats.unlikelihood(name), -1)
+
+
+def ngram_charges(tokens: Tokens, ngram_size: int, max_matches: int) -> Charges:
+    """What followed the same context earlier, unless it is the target again."""
+    ids, exists = earlier_continuations(tokens, ngram_size, max_matches)
+    wrong = exists & (ids != tokens.targets[..., None])
+    return Charges(ids=ids, amount=as_float(wrong))
+
+
+def immediate_charges(tokens: Tokens) -> Charges:
+    """The previous token, by 2r−1 for a run of r, unless it is the target."""
+    ids, run = repeated_token(tokens)
+    wrong = tokens.active & (run > 0) & (ids != tokens.targets)
+    amount = jnp.where(wrong, 2 * run - 1, 0)
+    return Charges(ids=ids[..., None], amount=as_float(amount)[..., None])
+
+
+def early_eos_charges(
+    tokens: Tokens, eos_token_id: int, min_sequence_length: int
+) -> Charges:
+    """The EOS id at early positions whose target it is not."""
+    early = tokens.active & (tokens.positions < min_sequence_length)
+    amount = as_float(early & (tokens.targets != eos_token_id))
+    ids = jnp.full((*tokens.targets.shape, 1), eos_token_id, jnp.int32)
+    return Charges(ids=ids, amount=amount[..., None])
+
+
+def repeated_ngram_pairs(tokens: Tokens, ngram_size: int) -> Float[Array, ""]:
+    """Returns `Σ_rows Σ_distinct c(c−1)/2` over equal n-grams."""
+    windows = sort_ngrams(tokens, ngram_size)
+    return jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
+
+
+def squared_runs(tokens: Tokens) -> Float[Array, ""]:
+    """Returns `Σ_rows (longest run − 1)²`."""
+    return jnp.sum(as_float(longest_runs(tokens) - 1) ** 2)
+
+
+def early_eos_targets(
+    tokens: Tokens, eos_token_id: int, min_sequence_length: int
+) -> Float[Array, "B S"]:
+    """Marks the targets that are an early EOS."""
+    early = tokens.active & (tokens.positions < min_sequence_length)
+    return as_float(early & (tokens.targets == eos_token_id))
+
+
+def anti_repetition_loss(
+    logits: Float[Array, "B S V"],
+    labels: Int[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None = None,
+    *,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    ngram_size: int = 3,
+    repetition_penalty_weight: Weight = 0.1,
+    eos_penalty_weight: Weight = 0.05,
+    diversity_bonus_weight: Weight = 0.05,
+    step: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The PyTorch pipeline's anti-repetition loss, kept for migration.
+
+    `CE + a·(1 − distinct/total n-grams) + b·EOS misuse − c·distinct/total tokens`. The
+    three scores look at the labels, per row over the first `Σ mask` of them, and have
+    no gradient. EOS misuse is count/length if EOS occurs more than once, 0.5/length if
+    once and not last, else 0. New code should use the unified loss's penalties.
+
+    Args:
+      logits: [B, S, V].
+      labels: ids [B, S]; those outside [0, V), −100 among them, have no cross-entropy.
+      attention_mask: [B, S]; its row sums are the lengths; ones if None.
+      eos_token_id: the end-of-sequence id.
+      pad_token_id: n-grams that contain it are left out.
+      ngram_size: n.
+      repetition_penalty_weight: a, a number or an optax schedule of `step`.
+      eos_penalty_weight: b, likewise.
+      diversity_bonus_weight: c, likewise.
+      step: where the schedules are evaluated.
+
+    Returns:
+      The loss, and `base_loss`, `repetition_penalty`, `eos_penalty`, `diversity_bonus`
+      (unweighted scores, means over the batch) and `total_loss`.
+
+    Raises:
+      ValueError: shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> loss, aux = losses.anti_repetition_loss(
+      ...     jnp.zeros((1, 4, 4)), jnp.array([[1, 2, 1, 2]]), ngram_size=2)
+      >>> {k: round(float(v), 4) for k, v in aux.items()}["repetition_penalty"]
+      0.3333
+    """
+    _check_logits(logits, labels)
+    stats, counted, _ = read_logits(logits, labels)
+    base = weighted_mean(stats.nll, counted)
+    scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
+    repetition, misuse, diversity = (jnp.mean(s) for s in scores)
+    a, b, c = (
+        weight_at(w, jnp.asarray(step))
+        for w in (repetition_penalty_weight, eos_penalty_weight, diversity_bonus_weight)
+    )
+    loss = base + a * repetition + b * misuse - c * diversity
+    return loss, {
+        "base_loss": base,
+        "repetition_penalty": repetition,
+        "eos_penalty": misuse,
+        "diversity_bonus": diversity,
+        "total_loss": loss,
+    }
+
+
+def _row_scores(labels, mask, eos_token_id, pad_token_id, ngram_size):
+    """Repetition, EOS misuse and diversity per row, each [B]."""
+    given = jnp.ones(labels.shape) if mask is None else as_float(mask)
+    length = jnp.sum(given, 1, keepdims=True)
+    index = as_float(jnp.arange(labels.shape[1]))[None, :]
+    inside = index < length
+    nowhere = jnp.zeros_like(inside)
+    pad = nowhere if pad_token_id is None else labels == pad_token_id
+    eos = nowhere if eos_token_id is None else (labels == eos_token_id) & inside
+    repetition = 1 - _distinct_share(labels, inside & ~pad, ngram_size, empty=1.0)
+    diversity = _distinct_share(labels, inside & ~pad & ~eos, 1, empty=0.0)
+    count = jnp.sum(as_float(eos), 1)
+    is_last = jnp.any(eos & (index == length - 1), 1)
+    once = jnp.where((count == 1) & ~is_last, 0.5, 0.0)
+    misuse = safe_divide(jnp.where(count > 1, count, once), length[:, 0])
+    return repetition, misuse, diversity
+
+
+def _distinct_share(ids, active, size, *, empty):
+    """Distinct n-grams over all n-grams that lie wholly in `active`, per row."""
+    windows = sort_ngrams(plain_tokens(ids, active), size)
+    total = jnp.sum(as_float(windows.whole), 1)
+    distinct = jnp.sum(as_float(windows.whole & (windows.rank == 0)), 1)
+    return jnp.where(total == 0, empty, safe_divide(distinct, total))

@@ -1,0 +1,84 @@
+"""Learned weighting: several losses become one, with weights that train."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ava_jax.reduce import as_float
+
+
+def _check_pair(
+    losses: Float[Array, "L"], name: str, parameters: Float[Array, "L"]
+) -> None:
+    if losses.ndim != 1 or losses.shape != parameters.shape:
+        raise ValueError(
+            f"losses and {name} must be vectors of one length, got shapes "
+            f"{losses.shape} and {parameters.shape}; stack the losses with "
+            f"jnp.stack and keep one entry of {name} for each"
+        )
+
+
+def weigh_losses(
+    losses: Float[Array, "L"], log_weights: Float[Array, "L"]
+) -> tuple[Float[Array, ""], Float[Array, "L"]]:
+    """Mean of the losses under softmax-normalised learned weights.
+
+    `weights = exp(log_weights) / Σ exp(log_weights)`, `loss = Σ weights · losses`.
+    Trained on its own, this puts all its weight on the smallest loss;
+    `homoscedastic_weighting` cannot collapse that way.
+
+    Args:
+      losses: `[L]`, the losses to combine.
+      log_weights: `[L]`, the trained logarithms of the weights.
+
+    Returns:
+      The combined loss, a scalar, and the weights `[L]`, which sum to 1.
+
+    Raises:
+      ValueError: the two are not vectors of one length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> loss, weights = losses.weigh_losses(
+      ...     jnp.array([1.0, 3.0]), jnp.log(jnp.array([3.0, 1.0])))
+      >>> round(float(loss), 4), [round(float(w), 4) for w in weights]
+      (1.5, [0.75, 0.25])
+    """
+    _check_pair(losses, "log_weights", log_weights)
+    weights = jax.nn.softmax(as_float(log_weights))
+    return jnp.sum(weights * as_float(losses)), weights
+
+
+def homoscedastic_weighting(
+    losses: Float[Array, "L"], log_variances: Float[Array, "L"]
+) -> Float[Array, ""]:
+    """Sum of the losses, each scaled by a learned uncertainty.
+
+    `Σ exp(−s) · L + s / 2`, with `s = log σ²`. The second part is the price of a large
+    variance, so no weight can run to zero for free: at the optimum `s = log 2L`.
+
+    Args:
+      losses: `[L]`, the losses to combine, positive.
+      log_variances: `[L]`, the trained `s`; start at zeros.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: the two are not vectors of one length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> loss = losses.homoscedastic_weighting(
+      ...     jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+      >>> round(float(loss), 4)
+      2.2358
+
+    References:
+      Kendall et al., Multi-Task Learning Using Uncertainty, 2018.
+    """
+    _check_pair(losses, "log_variances", log_variances)
+    s = as_float(log_variances)
+    return jnp.sum(jnp.exp(-s) * as_float(losses) + s / 2)

@@ -1,0 +1,177 @@
+"""Multi-token prediction inside the unified loss: three kinds of heads."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ava_jax.config import UnifiedLossConfig
+from ava_jax.fused import FusedOperands, fused_sums
+from ava_jax.inputs import (
+    LossInputs,
+    Normalizers,
+    array,
+    mean_over_scores,
+    mtp_parameters,
+)
+from ava_jax.losses.mtp import (
+    confidence_regularizer,
+    effective_mtp_weight,
+    layer_norm,
+)
+from ava_jax.reduce import as_float, safe_divide
+from ava_jax.token_terms import HeadObjective, SharedInputs, TokenInputs, token_inputs
+from ava_jax.tokens import Tokens, stack_ahead
+
+NOTHING_SHARED = SharedInputs(temperature=None, history=None, extra={})
+
+
+def usable_heads(num_heads: int, tokens: Tokens) -> int:
+    """Heads that look past the end of every row are skipped."""
+    return min(num_heads, tokens.targets.shape[1] - 1)
+
+
+def head_inputs(tokens: Tokens, num_heads: int) -> TokenInputs:
+    """The token inputs of heads 1…K, stacked on a leading axis."""
+    stacked = stack_ahead(tokens, num_heads)
+    index = jnp.arange(num_heads)[:, None, None]
+    head = jnp.broadcast_to(index, stacked.targets.shape)
+    return token_inputs(stacked, {}, {"head": head})
+
+
+def head_denominators(normalizers: Normalizers, num_heads: int) -> Float[Array, "K"]:
+    """The weight that each head's mean divides by."""
+    if normalizers.heads.shape[0] < num_heads:
+        raise ValueError(
+            f"normalizers are for {normalizers.heads.shape[0]} heads, but {num_heads} "
+            "are given: set num_future_tokens to the number of heads"
+        )
+    return normalizers.heads[:num_heads]
+
+
+def without_masked(
+    hidden: Float[Array, "*n D"], weights: Float[Array, "*n"]
+) -> Float[Array, "*n D"]:
+    """Zeroes the hidden states of tokens that do not count, whatever they hold."""
+    return jnp.where((weights != 0)[..., None], hidden, jnp.zeros_like(hidden))
+
+
+def parallel_head_means(
+    config: UnifiedLossConfig,
+    inputs: LossInputs,
+    tokens: Tokens,
+    normalizers: Normalizers,
+) -> Float[Array, "K"]:
+    """Means of K heads with matrices of their own; no head's logits exist whole."""
+    count = usable_heads(config.num_future_tokens, tokens)
+    if count < 1:
+        return jnp.zeros((0,), normalizers.tokens.dtype)
+    heads = head_inputs(tokens, count)
+    params = mtp_parameters(inputs)
+    hidden = without_masked(
+        array(inputs, "hidden_states"), jnp.max(as_float(heads.weights != 0), 0)
+    )
+    normed = layer_norm(hidden, params["norm"]["scale"], params["norm"]["bias"])
+    objective = HeadObjective(config, 1, smoothing=0.0)
+
+    def mean(head):
+        kernel, bias, of_head, denominator = head
+        block = jax.tree.map(lambda x: x[None], of_head)
+        block = dataclasses.replace(
+            block, extra={"head": jnp.zeros_like(block.targets)}
+        )
+        operands = FusedOperands(
+            hidden=(without_masked(normed, of_head.weights)[None],),
+            inputs=(block,),
+            shared=NOTHING_SHARED,
+            kernel=kernel,
+            bias=bias,
+        )
+        coefficient = {"heads": safe_divide(jnp.ones((1,)), denominator)}
+        return fused_sums((objective,), operands, coefficient, config.chunk_size)[0]
+
+    kernels = params["heads"]["kernel"][:count], params["heads"]["bias"][:count]
+    denominators = head_denominators(normalizers, count)
+    return jax.lax.map(mean, (*kernels, heads, denominators))
+
+
+def sequential_group(
+    config: UnifiedLossConfig, inputs: LossInputs, tokens: Tokens
+) -> tuple[HeadObjective, Array, TokenInputs] | None:
+    """The fused pass's group of the depths that share the main head's matrix."""
+    count = usable_heads(config.num_future_tokens, tokens)
+    if count < 1:
+        return None
+    heads = head_inputs(tokens, count)
+    hidden = without_masked(array(inputs, "mtp_hidden_states")[:count], heads.weights)
+    return HeadObjective(config, count, smoothing=0.0), hidden, heads
+
+
+@flax.struct.dataclass
+class AdaptiveParts:
+    """The parts of the adaptive loss besides its primary cross-entropy.
+
+    Attributes:
+      additional: the heads' mean loss times the effective weight.
+      confidence_reg: the weighted regulariser.
+      confidence: the mean confidence; 0 without scores.
+      effective_weight: the heads' weight.
+    """
+
+    additional: Float[Array, ""]
+    confidence_reg: Float[Array, ""]
+    confidence: Float[Array, ""]
+    effective_weight: Float[Array, ""]
+
+
+def adaptive_parts(
+    config: UnifiedLossConfig,
+    weight: Float[Array, ""],
+    inputs: LossInputs,
+    tokens: Tokens,
+    normalizers: Normalizers,
+) -> AdaptiveParts:
+    """The adaptive heads' loss, scaled by the gate's confidence, and its regulariser.
+
+    Over micro-batches the confidence that scales the heads is each one's own.
+    """
+    zero = jnp.zeros((), normalizers.tokens.dtype)
+    scores = inputs.get("confidence_scores")
+    confidence = regularizer = zero
+    scale = None
+    if scores is not None:
+        confidence = mean_over_scores(as_float(scores), tokens, normalizers)
+        regularizer = config.confidence_reg_strength * mean_over_scores(
+            confidence_regularizer(scores), tokens, normalizers
+        )
+        if config.use_confidence_weighting:
+            scale = mean_over_scores(as_float(scores), tokens)
+    heads = inputs.get("additional_logits")
+    if heads is None:
+        return AdaptiveParts(zero, regularizer, confidence, zero)
+    active = inputs.get("mtp_active", True)
+    effective = effective_mtp_weight(
+        weight, scale, active=active, stop_gradient=config.stop_confidence_gradient
+    )
+    mean = _given_heads_mean(config, heads, tokens, normalizers)
+    additional = jnp.where(active, mean * effective, zero)
+    share = safe_divide(jnp.sum(tokens.weights), normalizers.tokens)
+    return AdaptiveParts(additional, regularizer, confidence, effective * share)
+
+
+def _given_heads_mean(config, heads, tokens, normalizers):
+    count = usable_heads(len(heads), tokens)
+    if count < 1:
+        return jnp.zeros((), normalizers.tokens.dtype)
+    stacked = head_inputs(tokens, count)
+    objective = HeadObjective(config, count, config.label_smoothing)
+    if isinstance(heads, list | tuple):
+        sums = jnp.zeros((count,), normalizers.tokens.dtype)
+        for j, logits in enumerate(heads[:count]):
+            mine = jax.tree.map(lambda x, j=j: x[j], stacked)
+            sums += objective(logits, mine, NOTHING_SHARED)["heads"]
+    else:
+        sums = objective(heads[:count], stacked, NOTHING_SHARED)["heads"]
+    return jnp.mean(safe_divide(sums, head_denominators(normalizers, count)))

@@ -1,0 +1,49 @@
+"""Weighted sums, safe quotients and the arithmetic dtype.
+
+Sums and weights travel through the package, not means: a mean is taken once, at the
+end, with a denominator that the caller may supply. That is what makes micro-batches,
+shards and padding exact.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, Shaped
+
+
+def float_dtype() -> jnp.dtype:
+    """Returns the dtype of all statistics: float32, or float64 under x64."""
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(float))
+
+
+def as_float(x: Shaped[Array, "..."] | float) -> Float[Array, "..."]:
+    """Converts any array or number to the arithmetic dtype, strongly typed."""
+    return jnp.asarray(x).astype(float_dtype())
+
+
+def safe_divide(
+    numerator: Num[Array, "*#n"], denominator: Num[Array, "*#n"]
+) -> Float[Array, "*n"]:
+    """Divides, and returns 0 with a zero gradient where the denominator is 0."""
+    numerator, denominator = as_float(numerator), as_float(denominator)
+    empty = denominator == 0
+    quotient = numerator / jnp.where(empty, jnp.ones_like(denominator), denominator)
+    return jnp.where(empty, jnp.zeros_like(quotient), quotient)
+
+
+def weighted_sum(
+    values: Float[Array, "*n"], weights: Float[Array, "*n"]
+) -> Float[Array, ""]:
+    """Sums `weights · values`; a weight of 0 excludes its value whatever it holds."""
+    counted = weights != 0
+    kept = jnp.where(counted, values, jnp.zeros_like(values))
+    return jnp.sum(weights * kept)
+
+
+def weighted_mean(
+    values: Float[Array, "*n"],
+    weights: Float[Array, "*n"],
+    denominator: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Returns `Σ w·v / denominator`, the denominator being `Σ w` unless given."""
+    total = jnp.sum(weights) if denominator is None else denominator
+    return safe_divide(weighted_sum(values, weights), total)

@@ -1,0 +1,257 @@
+"""Token terms: functions of TokenStats, summed with the tokens' weights.
+
+The same objective serves both doors: over whole rows after the logits door, and block
+by block inside the fused one.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ava_jax.config import UnifiedLossConfig, Weight
+from ava_jax.losses import likelihood
+from ava_jax.losses.repetition import (
+    Charges,
+    early_eos_charges,
+    immediate_charges,
+    ngram_charges,
+)
+from ava_jax.reduce import as_float, weighted_sum
+from ava_jax.tokens import Tokens
+from ava_jax.vocab import Query, SeenQuery, TokenStats, Vocabulary, token_statistics
+
+
+@flax.struct.dataclass
+class TokenInputs:
+    """What the token terms know of each token besides its logits, [B, S, ...].
+
+    Attributes:
+      targets: ids; 0 where the token does not count.
+      weights: per-token weights; 0 where the token does not count.
+      positions: position within the segment.
+      segments: segment ids.
+      row_positions: position within the row.
+      charges: what each penalty charges, by name.
+      extra: the caller's `extra_inputs`.
+    """
+
+    targets: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    row_positions: Int[Array, "B S"]
+    charges: dict[str, Charges]
+    extra: dict[str, Array]
+
+
+@flax.struct.dataclass
+class SharedInputs:
+    """What every block sees whole.
+
+    Attributes:
+      temperature: T of the main loss; None is 1.
+      history: the rows, for penalties that look at all earlier tokens.
+      extra: the states of the extra terms, by name.
+    """
+
+    temperature: Float[Array, ""] | None
+    history: Tokens | None
+    extra: dict[str, Any]
+
+
+@runtime_checkable
+class ExtraTerm(Protocol):
+    """A token term of the user's own, served by both doors.
+
+    It must be hashable (a frozen dataclass, say). `weight · mean_w(apply(...))` is part
+    of the loss and reported in `aux` under `name`.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, ava_jax
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class ConfidencePenalty:
+      ...     name: str = "confidence_penalty"
+      ...     weight: float = 0.1
+      ...     def init(self):
+      ...         return ()
+      ...     def apply(self, state, stats, inputs):
+      ...         return -stats.entropy
+      ...     def update(self, state, mean):
+      ...         return state
+      >>> config = ava_jax.UnifiedLossConfig(vocab_size=8)
+      >>> loss_fn = ava_jax.unified_loss(config, extra_terms=(ConfidencePenalty(),))
+      >>> _, aux, _ = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+      ...                     targets=jnp.array([[1, 2, 3, 4]]))
+      >>> round(float(aux["confidence_penalty"]), 4)
+      -0.2079
+    """
+
+    @property
+    def name(self) -> str:
+        """The key in `aux` and in `state.extra`."""
+        ...
+
+    @property
+    def weight(self) -> Weight:
+        """The weight, a number or a schedule of the step."""
+        ...
+
+    def init(self) -> Any:
+        """Returns the term's state, a pytree of arrays; `()` for none."""
+        ...
+
+    def apply(
+        self, state: Any, stats: TokenStats, inputs: TokenInputs
+    ) -> Float[Array, "B S"]:
+        """Returns the value per token; tokens of weight 0 are left out."""
+        ...
+
+    def update(self, state: Any, mean: Float[Array, ""]) -> Any:
+        """Returns the state after a training step whose unweighted mean is given."""
+        ...
+
+
+def charges_for(config: UnifiedLossConfig, tokens: Tokens) -> dict[str, Charges]:
+    """Finds, once per step, what the penalties on predictions charge."""
+    if config.penalty_source != "predictions":
+        return {}
+    charges = {}
+    if config.use_ngram_penalty:
+        charges["ngram"] = ngram_charges(
+            tokens, config.ngram_size, config.ngram_max_matches
+        )
+    if config.use_immediate_repetition_penalty:
+        charges["immediate"] = immediate_charges(tokens)
+    if config.eos_token_id is not None and config.is_on("eos_penalty_weight"):
+        charges["eos"] = early_eos_charges(
+            tokens, config.eos_token_id, config.min_sequence_length
+        )
+    return charges
+
+
+def token_inputs(
+    tokens: Tokens, charges: dict[str, Charges], extra: dict[str, Array]
+) -> TokenInputs:
+    """Collects the per-token inputs of the objectives."""
+    shape = tokens.targets.shape
+    return TokenInputs(
+        targets=tokens.targets,
+        weights=tokens.weights,
+        positions=tokens.positions,
+        segments=tokens.segments,
+        row_positions=jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1),
+        charges=charges,
+        extra=extra,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenObjective:
+    """The token terms of one source of logits, as sums over a block.
+
+    Attributes:
+      config: the loss configuration.
+      main: whether the main loss is taken from this source.
+      others: whether penalties, metrics and extra terms are.
+      extra_terms: the user's terms.
+    """
+
+    config: UnifiedLossConfig
+    main: bool
+    others: bool
+    extra_terms: tuple[ExtraTerm, ...] = ()
+
+    def __call__(
+        self, logits: Float[Array, "B C V"], inputs: TokenInputs, shared: SharedInputs
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns `Σ w·value` over the block, by term."""
+        stats = self._statistics(logits, inputs, shared)
+        values = {}
+        if self.main:
+            values |= self._main(stats, inputs)
+        if self.others:
+            values |= self._penalties(stats, inputs)
+            values |= {
+                "nll": stats.nll,
+                "accuracy": as_float(stats.is_top),
+                "entropy": stats.entropy,
+            }
+            for term in self.extra_terms:
+                state = shared.extra[term.name]
+                values[term.name] = term.apply(state, stats, inputs)
+        return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
+
+    def _statistics(self, logits, inputs, shared) -> TokenStats:
+        config = self.config
+        seen = None
+        if self.others and config.is_on("unlikelihood_weight"):
+            seen = SeenQuery(
+                history=shared.history,
+                segments=inputs.segments,
+                positions=inputs.row_positions,
+            )
+        query = Query(
+            targets=inputs.targets,
+            active=inputs.weights != 0,
+            candidates={k: c.ids for k, c in inputs.charges.items()},
+            seen=seen,
+        )
+        vocabulary = Vocabulary(config.vocab_size, config.logit_soft_cap)
+        return token_statistics(logits, query, vocabulary, shared.temperature)
+
+    def _main(self, stats, inputs):
+        config = self.config
+        if config.use_focal_loss:
+            primary = likelihood.focal_cross_entropy(
+                stats, inputs.targets, config.focal_alpha, config.focal_gamma
+            )
+        else:
+            primary = likelihood.smoothed_cross_entropy(stats, config.label_smoothing)
+        values = {"primary": primary}
+        if config.is_on("z_loss_weight"):
+            values["z_loss"] = likelihood.log_z_squared(stats)
+        return values
+
+    def _penalties(self, stats, inputs):
+        values = {k: c.of(stats, k) for k, c in inputs.charges.items()}
+        if self.config.use_ngram_penalty:
+            values["token_diversity"] = likelihood.token_diversity(
+                stats, self.config.vocab_size
+            )
+        if stats.seen is not None:
+            values["unlikelihood"] = stats.seen
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadObjective:
+    """The cross-entropies of multi-token-prediction heads, summed per head.
+
+    Attributes:
+      config: the loss configuration.
+      num_heads: K; the block's `extra["head"]` says which head a token belongs to.
+      smoothing: ε of the label smoothing.
+    """
+
+    config: UnifiedLossConfig
+    num_heads: int
+    smoothing: float
+
+    def __call__(
+        self, logits: Float[Array, "*n V"], inputs: TokenInputs, shared: SharedInputs
+    ) -> dict[str, Float[Array, "K"]]:
+        """Returns `Σ w·ce` over the block, [K]."""
+        query = Query(targets=inputs.targets, active=inputs.weights != 0)
+        vocabulary = Vocabulary(self.config.vocab_size, self.config.logit_soft_cap)
+        stats = token_statistics(logits, query, vocabulary)
+        values = likelihood.smoothed_cross_entropy(stats, self.smoothing)
+        mine = inputs.extra["head"][..., None] == jnp.arange(self.num_heads)
+        weights = jnp.where(mine, inputs.weights[..., None], 0.0)
+        spread = jnp.broadcast_to(values[..., None], weights.shape)
+        kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))
+        axes = tuple(range(weights.ndim - 1))
+        return {"heads": jnp.sum(weights * kept, axes)}

@@ -1,0 +1,302 @@
+"""Integers only: which tokens count, their shifts, windows, matches and runs.
+
+Nothing here touches a vocabulary axis or has a gradient. All arrays are [B, S] unless a
+docstring says otherwise, and nothing crosses a segment.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from ava_jax.reduce import as_float
+
+RUN_CAP = 10
+
+
+@flax.struct.dataclass
+class Tokens:
+    """The targets of a batch and what counts of them.
+
+    Attributes:
+      targets: ids; 0 where the token does not count.
+      raw: ids as given.
+      weights: per-token weights; 0 where the token does not count.
+      active: weights != 0.
+      invalid: would count, but the id is outside the vocabulary.
+      segments: segment ids; all 1 unless given.
+      positions: position within the segment, from 0.
+    """
+
+    targets: Int[Array, "B S"]
+    raw: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+    active: Bool[Array, "B S"]
+    invalid: Bool[Array, "B S"]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+
+
+def read_tokens(
+    targets: Int[Array, "B S"],
+    attention_mask: Shaped[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    *,
+    vocab_size: int,
+    ignore_index: int = -100,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> Tokens:
+    """Weighs every target and finds the segments.
+
+    The weight is `attention_mask · [y ≠ ignore_index] · [0 ≤ y < V]`, times
+    `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` weigh 0; if that is
+    the EOS id too, the first one of the row's trailing run keeps its weight.
+    """
+    if attention_mask is not None:
+        given = as_float(attention_mask)
+    else:
+        given = as_float(~_padding(targets, pad_token_id, eos_token_id))
+    if segment_ids is None:
+        segments = jnp.ones(targets.shape, jnp.int32)
+    else:
+        segments = segment_ids.astype(jnp.int32)
+        given = jnp.where(segments == 0, jnp.zeros_like(given), given)
+    inside = (targets >= 0) & (targets < vocab_size)
+    wanted = (given != 0) & (targets != ignore_index)
+    active = wanted & inside
+    return Tokens(
+        targets=jnp.where(active, targets, 0).astype(jnp.int32),
+        raw=targets,
+        weights=jnp.where(active, given, jnp.zeros_like(given)),
+        active=active,
+        invalid=wanted & ~inside,
+        segments=segments,
+        positions=_positions(segments),
+    )
+
+
+def _padding(
+    targets: Int[Array, "B S"], pad_token_id: int | None, eos_token_id: int | None
+) -> Bool[Array, "B S"]:
+    if pad_token_id is None:
+        return jnp.zeros(targets.shape, bool)
+    pads = targets == pad_token_id
+    if pad_token_id != eos_token_id:
+        return pads
+    trailing = lax.cummin(pads.astype(jnp.int32), axis=1, reverse=True) == 1
+    return trailing & previous(trailing, False)
+
+
+def previous(x: Shaped[Array, "B S"], fill: int | bool) -> Shaped[Array, "B S"]:
+    """Shifts one to the right along the sequence; position 0 gets `fill`."""
+    first = jnp.full((x.shape[0], 1), fill, x.dtype)
+    return jnp.concatenate([first, x[:, :-1]], axis=1)
+
+
+def _positions(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    index = _index(segments.shape)
+    starts = segments != previous(segments, -1)
+    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _index(shape: tuple[int, ...]) -> Int[Array, "B S"]:
+    return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def ahead(tokens: Tokens, distance: int) -> Tokens:
+    """Returns the tokens that a head looking `distance` further ahead predicts.
+
+    Position t holds target t+j with its weight, if t+j lies in the row and in the
+    segment of t; otherwise it does not count.
+    """
+    width = tokens.targets.shape[1]
+
+    def shift(x: Shaped[Array, "B S"]) -> Shaped[Array, "B S"]:
+        return jnp.pad(x[:, distance:], ((0, 0), (0, min(distance, width))))
+
+    same = shift(tokens.segments) == tokens.segments
+    active = shift(tokens.active) & same
+    weights = shift(tokens.weights)
+    return dataclasses.replace(
+        tokens,
+        targets=jnp.where(active, shift(tokens.targets), 0),
+        raw=shift(tokens.raw),
+        weights=jnp.where(active, weights, jnp.zeros_like(weights)),
+        active=active,
+        invalid=shift(tokens.invalid) & same,
+    )
+
+
+def stack_ahead(tokens: Tokens, num_heads: int) -> Tokens:
+    """Stacks `ahead` for heads 1…K on a leading axis."""
+    heads = [ahead(tokens, j) for j in range(1, num_heads + 1)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *heads)
+
+
+def whole_windows(tokens: Tokens, size: int) -> Bool[Array, "B S"]:
+    """Says where a window of `size` counted targets of one segment ends."""
+    index = _index(tokens.active.shape)
+    last_gap = lax.cummax(jnp.where(tokens.active, -1, index), axis=1)
+    first = jnp.maximum(last_gap + 1, index - tokens.positions)
+    return tokens.active & (index - first + 1 >= size)
+
+
+@flax.struct.dataclass
+class SortedWindows:
+    """A row's windows, equal ones side by side and in order of position.
+
+    Attributes:
+      order: position of the window at each sorted place.
+      first: sorted place of the first window equal to this one.
+      whole: whether the window at this place counts.
+    """
+
+    order: Int[Array, "B S"]
+    first: Int[Array, "B S"]
+    whole: Bool[Array, "B S"]
+
+    @property
+    def rank(self) -> Int[Array, "B S"]:
+        """How many equal windows come earlier in the row."""
+        return _index(self.first.shape) - self.first
+
+    def in_row_order(self, values: Shaped[Array, "B S"]) -> Shaped[Array, "B S"]:
+        """Brings values at sorted places back to the windows' positions."""
+        return jnp.take_along_axis(values, jnp.argsort(self.order, axis=1), axis=1)
+
+
+def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
+    """Sorts the windows of `size` targets of each row, by their last position."""
+    return _sort_windows(whole_windows(tokens, size), _ending_at(tokens, size, 0))
+
+
+def _sort_windows(
+    whole: Bool[Array, "B S"], keys: tuple[Int[Array, "B S"], ...]
+) -> SortedWindows:
+    """Groups equal windows by one lexicographic sort: exact, O(S log S) per row."""
+    index = _index(whole.shape)
+    operands = (~whole, *keys, index)
+    gone, *sorted_keys, order = lax.sort(operands, dimension=1, num_keys=len(operands))
+    starts = index == 0
+    for key in (gone, *sorted_keys):
+        starts |= key != previous(key, False if key.dtype == bool else -1)
+    first = lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return SortedWindows(order=order, first=first, whole=~gone)
+
+
+def _ending_at(tokens: Tokens, size: int, back: int) -> tuple[Int[Array, "B S"], ...]:
+    """The `size` targets that end `back` positions before each one."""
+    padded = jnp.pad(tokens.targets, ((0, 0), (size + back, 0)))
+    width = tokens.targets.shape[1]
+    return tuple(padded[:, k + 1 : k + 1 + width] for k in range(size))
+
+
+def earlier_continuations(
+    tokens: Tokens, ngram_size: int, max_matches: int
+) -> tuple[Int[Array, "B S M"], Bool[Array, "B S M"]]:
+    """Finds what followed the latest earlier occurrences of each token's context.
+
+    The context of t is the n−1 targets before it. Of the earlier positions of the same
+    row and segment with an equal context, the latest `max_matches` are taken.
+
+    Returns:
+      The targets at those positions, latest first, and whether each one exists.
+    """
+    context = ngram_size - 1
+    whole = whole_windows(tokens, ngram_size)
+    keys = (tokens.segments, *_ending_at(tokens, context, 1))
+    windows = _sort_windows(whole, keys)
+    follows = jnp.take_along_axis(tokens.targets, windows.order, axis=1)
+    ids, exists = [], []
+    for back in range(1, max_matches + 1):
+        found = windows.whole & (windows.rank >= back)
+        earlier = jnp.pad(follows, ((0, 0), (back, 0)))[:, : follows.shape[1]]
+        ids.append(windows.in_row_order(jnp.where(found, earlier, 0)))
+        exists.append(windows.in_row_order(found))
+    return jnp.stack(ids, -1), jnp.stack(exists, -1)
+
+
+def run_lengths(tokens: Tokens, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Returns the length of the run of equal `ids` that each position belongs to.
+
+    Positions that do not count neither extend nor break a run; every other one is
+    compared with the one directly before it.
+    """
+    counted = jnp.cumsum(tokens.active.astype(jnp.int32), axis=1)
+    same_segment = tokens.segments == previous(tokens.segments, -1)
+    equal = (ids == previous(ids, -1)) & same_segment
+    breaks = tokens.active & ~equal
+    return counted - lax.cummax(jnp.where(breaks, counted, 0), axis=1) + 1
+
+
+def plain_tokens(ids: Int[Array, "B S"], active: Bool[Array, "B S"]) -> Tokens:
+    """Wraps ids of any range, one segment per row, for counting windows."""
+    return Tokens(
+        targets=ids.astype(jnp.int32),
+        raw=ids,
+        weights=as_float(active),
+        active=active,
+        invalid=jnp.zeros_like(active),
+        segments=jnp.ones(ids.shape, jnp.int32),
+        positions=_index(ids.shape),
+    )
+
+
+def longest_runs(tokens: Tokens) -> Int[Array, "B"]:
+    """Returns each row's longest run of equal targets; 1 where nothing counts."""
+    runs = jnp.where(tokens.active, run_lengths(tokens, tokens.raw), 1)
+    return jnp.max(runs, axis=1)
+
+
+def repeated_token(
+    tokens: Tokens,
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """Returns the token that would extend a run at each position, and the run's length.
+
+    The length is capped at 10, and 0 where no run could be extended: the token before
+    does not count or lies in another segment.
+    """
+    unmatched = jnp.where(tokens.active, tokens.targets, -1)
+    runs = previous(run_lengths(tokens, unmatched), 0)
+    before = previous(tokens.active, False)
+    exists = before & (tokens.segments == previous(tokens.segments, -1))
+    length = jnp.where(exists, jnp.minimum(runs, RUN_CAP), 0)
+    return previous(tokens.targets, 0), length
+
+
+def seen_before(
+    tokens: Tokens,
+    segments: Int[Array, "B C"],
+    positions: Int[Array, "B C"],
+    width: int,
+) -> Bool[Array, "B C V"]:
+    """Says which ids a chunk's tokens have seen earlier in their own segment.
+
+    For each run of one segment within the chunk, a [B, V] table holds the first row
+    position of every id in that segment; the number of such runs bounds the work.
+
+    Args:
+      tokens: the whole rows.
+      segments: segment ids of the chunk.
+      positions: row positions of the chunk, from 0.
+      width: the size of the vocabulary axis.
+    """
+    batch, length = tokens.targets.shape
+    rank = jnp.cumsum(segments != previous(segments, -1), axis=1)
+    row = jnp.arange(batch)[:, None]
+    index = _index(tokens.targets.shape)
+
+    def mark(k, seen):
+        here = rank == k
+        segment = jnp.max(jnp.where(here, segments, -1), axis=1, keepdims=True)
+        known = tokens.active & (tokens.segments == segment)
+        first = jnp.full((batch, width), length, jnp.int32)
+        first = first.at[row, tokens.targets].min(jnp.where(known, index, length))
+        return seen | (here[..., None] & (first[:, None, :] < positions[..., None]))
+
+    nothing = jnp.zeros((*segments.shape, width), bool)
+    return lax.fori_loop(1, jnp.max(rank) + 1, mark, nothing)
