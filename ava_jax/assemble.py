@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ava_jax.batch_terms import Router, auxiliary_terms, updated_balance
-from ava_jax.config import UnifiedLossConfig, weight_at
+from ava_jax.config import UnifiedLossConfig
 from ava_jax.fused import FusedOperands, fused_sums
 from ava_jax.inputs import LossInputs, Normalizers, array, has_fused_door
 from ava_jax.losses.repetition import (
@@ -39,6 +39,7 @@ from ava_jax.token_terms import (
     TokenInputs,
     TokenObjective,
     charges_for,
+    extra_weight,
     token_inputs,
 )
 from ava_jax.tokens import Tokens
@@ -146,7 +147,7 @@ def _token_weights(call: Call) -> dict[str, Scalar]:
         fields |= _repetition_fields(config)
     weights = {k: call.weight(field) for k, field in fields.items() if field}
     for term in call.extra_terms:
-        weights[term.name] = weight_at(term.weight, call.state.step)
+        weights[term.name] = extra_weight(term, call.state.step)
     return {"primary": as_float(1.0)} | weights
 
 

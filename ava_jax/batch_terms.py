@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from ava_jax.config import UnifiedLossConfig
 from ava_jax.inputs import LossInputs, array
@@ -42,7 +42,7 @@ def init_balance(config: UnifiedLossConfig) -> BalanceState | None:
 
 def by_layer(
     config: UnifiedLossConfig, name: str, x: Array, tokens: Tokens
-) -> Float[Array, "L N K"]:
+) -> Shaped[Array, "L N K"]:
     """Brings router inputs of any accepted shape to [L, N, ·]."""
     batch, length = tokens.targets.shape
     shapes = (
@@ -200,7 +200,10 @@ def _contrastive(config, inputs, tokens):
     margin = config.contrastive_margin
     if config.contrastive_type == "simctg":
         return contrastive.simctg_loss(
-            array(inputs, "hidden_states"), margin=margin, mask=tokens.active
+            array(inputs, "hidden_states"),
+            margin=margin,
+            mask=tokens.active,
+            segment_ids=tokens.segments,
         )
     embeddings, labels = array(inputs, "embeddings"), inputs.get("labels")
     if config.contrastive_type == "infonce":

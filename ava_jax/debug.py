@@ -9,9 +9,16 @@ from jaxtyping import Array, Bool, Float
 
 from ava_jax.assemble import Aux
 from ava_jax.batch_terms import by_layer
-from ava_jax.inputs import LossInputs, Normalizers, array, check_inputs, tokens_of
+from ava_jax.inputs import (
+    LossInputs,
+    Normalizers,
+    array,
+    check_inputs,
+    heads_of,
+    tokens_of,
+)
 from ava_jax.state import LossState
-from ava_jax.tokens import Tokens
+from ava_jax.tokens import Tokens, ahead, stack_ahead
 from ava_jax.unified import UnifiedLoss
 
 LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
@@ -20,9 +27,9 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 def checked(loss_fn: UnifiedLoss) -> LossCall:
     """Wraps a loss so that a bad value raises, with its position and the value.
 
-    It checks targets at counted positions against the vocabulary, logits (or hidden
-    states and `lm_head`) at counted positions and attention weights for NaN and
-    infinities, and expert indices against the number of experts. A logit of −inf is a
+    At counted positions it checks targets against the vocabulary, expert indices
+    against the number of experts, and logits (or hidden states and `lm_head`), router
+    logits and attention weights for NaN and infinities. A logit of −inf is a
     masked vocabulary entry and legal, unless it is the target's.
 
     Outside jit it raises at once. Inside jit, transform the step with
@@ -35,7 +42,7 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
       A function called like the loss.
 
     Raises:
-      jax.errors.JaxRuntimeError: at run time, on a bad value.
+      jax.experimental.checkify.JaxRuntimeError: at run time, on a bad value.
 
     Example:
       >>> import jax.numpy as jnp, ava_jax
@@ -78,6 +85,27 @@ def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
         _check("hidden_states", fine, hidden, "is not finite")
     if (head := inputs.get("lm_head")) is not None:
         _check("lm_head", jnp.isfinite(head), head, "is not finite")
+    _check_heads(loss_fn, inputs, tokens)
+    _check_router(loss_fn, inputs, tokens)
+
+
+def _check_heads(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> None:
+    vocab_size = loss_fn.config.vocab_size
+    for j, logits in enumerate(heads_of(inputs.get("additional_logits"))):
+        name, own = f"additional_logits[{j}]", ahead(tokens, j + 1)
+        _check_logits(name, logits[..., :vocab_size], own)
+    if (depths := inputs.get("mtp_hidden_states")) is not None:
+        counted = stack_ahead(tokens, depths.shape[0]).active
+        fine = jnp.isfinite(depths) | ~counted[..., None]
+        _check("mtp_hidden_states", fine, depths, "is not finite")
+
+
+def _check_router(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> None:
+    config = loss_fn.config
+    if (gates := inputs.get("gate_logits")) is not None:
+        rows = by_layer(config, "gate_logits", gates, tokens)
+        fine = jnp.isfinite(rows) | ~tokens.active.reshape(-1)[:, None]
+        _check("gate_logits", fine, rows, "is not finite")
     if (chosen := inputs.get("expert_indices")) is not None and config.num_experts:
         rows = by_layer(config, "expert_indices", chosen, tokens)
         fine = (rows >= 0) & (rows < config.num_experts)
@@ -87,7 +115,7 @@ def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
 
 
 def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> None:
-    ids = jnp.arange(logits.shape[-1])
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     masked = (logits == -jnp.inf) & (ids != tokens.targets[..., None])
     fine = jnp.isfinite(logits) | masked | ~tokens.active[..., None]
     _check(name, fine, logits, "is not finite")

@@ -135,7 +135,7 @@ class _Group(NamedTuple):
     hidden: Float[Array, "n B C D"]
     inputs: Any
 
-    def sums(self, kernel, bias, shared) -> Sums:
+    def sums(self, kernel, bias, shared) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes the sums of a block, without computing them."""
         block = jax.tree.map(lambda x: x[0], (self.hidden, self.inputs))
         return jax.eval_shape(

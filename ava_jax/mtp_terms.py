@@ -36,7 +36,7 @@ def usable_heads(num_heads: int, tokens: Tokens) -> int:
 def head_inputs(tokens: Tokens, num_heads: int) -> TokenInputs:
     """The token inputs of heads 1…K, stacked on a leading axis."""
     stacked = stack_ahead(tokens, num_heads)
-    index = jnp.arange(num_heads)[:, None, None]
+    index = jnp.arange(num_heads, dtype=jnp.int32)[:, None, None]
     head = jnp.broadcast_to(index, stacked.targets.shape)
     return token_inputs(stacked, {}, {"head": head})
 

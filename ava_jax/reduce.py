@@ -15,7 +15,7 @@ def float_dtype() -> jnp.dtype:
     return jnp.dtype(jax.dtypes.canonicalize_dtype(float))
 
 
-def as_float(x: Shaped[Array, "..."] | float) -> Float[Array, "..."]:
+def as_float(x: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
     """Converts any array or number to the arithmetic dtype, strongly typed."""
     return jnp.asarray(x).astype(float_dtype())
 

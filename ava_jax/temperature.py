@@ -50,7 +50,7 @@ def updated_temperature(
 
 def _spread(losses: Float[Array, "R"], size: Array) -> tuple[Array, Array]:
     """The coefficient of variation and the mean of the filled entries."""
-    filled = jnp.arange(losses.shape[0]) < size
+    filled = jnp.arange(losses.shape[0], dtype=size.dtype) < size
     count = as_float(size)
     mean = jnp.sum(jnp.where(filled, losses, 0.0)) / count
     squares = jnp.where(filled, (losses - mean) ** 2, 0.0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ava_jax.config import UnifiedLossConfig, Weight
+from ava_jax.config import UnifiedLossConfig, Weight, weight_at
 from ava_jax.losses import likelihood
 from ava_jax.losses.repetition import (
     Charges,
@@ -68,7 +68,9 @@ class ExtraTerm(Protocol):
     """A token term of the user's own, served by both doors.
 
     It must be hashable (a frozen dataclass, say). `weight · mean_w(apply(...))` is part
-    of the loss and reported in `aux` under `name`.
+    of the loss and reported in `aux` under `name`. Two members are optional: `weight`,
+    a number or a schedule of the step (1 without it), and `update(state, mean)`, which
+    returns the state after a training step whose unweighted mean is given.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, ava_jax
@@ -80,24 +82,21 @@ class ExtraTerm(Protocol):
       ...         return ()
       ...     def apply(self, state, stats, inputs):
       ...         return -stats.entropy
-      ...     def update(self, state, mean):
-      ...         return state
       >>> config = ava_jax.UnifiedLossConfig(vocab_size=8)
       >>> loss_fn = ava_jax.unified_loss(config, extra_terms=(ConfidencePenalty(),))
       >>> _, aux, _ = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
       ...                     targets=jnp.array([[1, 2, 3, 4]]))
       >>> round(float(aux["confidence_penalty"]), 4)
       -0.2079
+
+    References:
+      Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output
+      Distributions, 2017 (the example).
     """
 
     @property
     def name(self) -> str:
         """The key in `aux` and in `state.extra`."""
-        ...
-
-    @property
-    def weight(self) -> Weight:
-        """The weight, a number or a schedule of the step."""
         ...
 
     def init(self) -> Any:
@@ -110,9 +109,17 @@ class ExtraTerm(Protocol):
         """Returns the value per token; tokens of weight 0 are left out."""
         ...
 
-    def update(self, state: Any, mean: Float[Array, ""]) -> Any:
-        """Returns the state after a training step whose unweighted mean is given."""
-        ...
+
+def extra_weight(term: ExtraTerm, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the term's weight at the step."""
+    weight: Weight = getattr(term, "weight", 1.0)
+    return weight_at(weight, step)
+
+
+def updated_extra(term: ExtraTerm, state: Any, mean: Float[Array, ""]) -> Any:
+    """Returns the term's state after a training step."""
+    update = getattr(term, "update", None)
+    return state if update is None else update(state, mean)
 
 
 def charges_for(config: UnifiedLossConfig, tokens: Tokens) -> dict[str, Charges]:
@@ -249,7 +256,8 @@ class HeadObjective:
         vocabulary = Vocabulary(self.config.vocab_size, self.config.logit_soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = likelihood.smoothed_cross_entropy(stats, self.smoothing)
-        mine = inputs.extra["head"][..., None] == jnp.arange(self.num_heads)
+        heads = jnp.arange(self.num_heads, dtype=jnp.int32)
+        mine = inputs.extra["head"][..., None] == heads
         weights = jnp.where(mine, inputs.weights[..., None], 0.0)
         spread = jnp.broadcast_to(values[..., None], weights.shape)
         kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))

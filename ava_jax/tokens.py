@@ -164,9 +164,11 @@ class SortedWindows:
         """How many equal windows come earlier in the row."""
         return _index(self.first.shape) - self.first
 
-    def in_row_order(self, values: Shaped[Array, "B S"]) -> Shaped[Array, "B S"]:
+    def in_row_order(self, values: Shaped[Array, "B S *n"]) -> Shaped[Array, "B S *n"]:
         """Brings values at sorted places back to the windows' positions."""
-        return jnp.take_along_axis(values, jnp.argsort(self.order, axis=1), axis=1)
+        place = jnp.argsort(self.order, axis=1)
+        place = place.reshape(*place.shape, *[1] * (values.ndim - 2))
+        return jnp.take_along_axis(values, place, axis=1)
 
 
 def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
@@ -211,13 +213,12 @@ def earlier_continuations(
     keys = (tokens.segments, *_ending_at(tokens, context, 1))
     windows = _sort_windows(whole, keys)
     follows = jnp.take_along_axis(tokens.targets, windows.order, axis=1)
-    ids, exists = [], []
-    for back in range(1, max_matches + 1):
-        found = windows.whole & (windows.rank >= back)
-        earlier = jnp.pad(follows, ((0, 0), (back, 0)))[:, : follows.shape[1]]
-        ids.append(windows.in_row_order(jnp.where(found, earlier, 0)))
-        exists.append(windows.in_row_order(found))
-    return jnp.stack(ids, -1), jnp.stack(exists, -1)
+    back = jnp.arange(1, max_matches + 1, dtype=jnp.int32)
+    found = windows.whole[..., None] & (windows.rank[..., None] >= back)
+    source = jnp.maximum(_index(whole.shape)[..., None] - back, 0)
+    ids = jnp.take_along_axis(follows[..., None], source, axis=1)
+    ids, found = (windows.in_row_order(x) for x in (ids, found))
+    return jnp.where(found, ids, 0), found
 
 
 def run_lengths(tokens: Tokens, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:

@@ -27,7 +27,7 @@ from ava_jax.inputs import LossInputs, Normalizers, check_inputs, measure, token
 from ava_jax.reduce import float_dtype
 from ava_jax.state import AdaptiveMTPState, LossState
 from ava_jax.temperature import init_history, updated_temperature
-from ava_jax.token_terms import ExtraTerm
+from ava_jax.token_terms import ExtraTerm, updated_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +230,8 @@ class UnifiedLoss:
             balance = updated_balance(self.config, state.moe_balancing, stats.load)
             new = dataclasses.replace(new, moe_balancing=balance)
         extra = {
-            term.name: term.update(state.extra[term.name], stats.extra[term.name])
-            for term in self.extra_terms
+            name: updated_extra(term, state.extra[name], stats.extra[name])
+            for name, term in ((term.name, term) for term in self.extra_terms)
         }
         new = dataclasses.replace(new, extra=extra)
         counted = stats.weight != 0
@@ -308,7 +308,7 @@ def unified_loss(
     terms = tuple(extra_terms)
     seen = set(RESERVED_NAMES)
     for term in terms:
-        for method in ("name", "weight", "init", "apply", "update"):
+        for method in ("name", "init", "apply"):
             if not hasattr(term, method):
                 raise TypeError(f"extra term {term!r} lacks {method!r}, see ExtraTerm")
         if term.name in seen:

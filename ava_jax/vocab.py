@@ -200,11 +200,10 @@ def _relative_logits(vocabulary: Vocabulary, logits, active, shift=None):
 
 
 def _pick(z, ids, wanted):
-    """Takes z at the wanted ids: [..., V] and [...] or [..., Q] of ids."""
-    if wanted.ndim == z.ndim - 1:
-        return jnp.sum(jnp.where(ids == wanted[..., None], z, jnp.zeros_like(z)), -1)
-    columns = [_pick(z, ids, wanted[..., q]) for q in range(wanted.shape[-1])]
-    return jnp.stack(columns, -1)
+    """Takes z [..., V] at the wanted ids, [...] or [..., Q]."""
+    if wanted.ndim == z.ndim:
+        z, ids = z[..., None, :], ids[..., None, :]
+    return jnp.sum(jnp.where(ids == wanted[..., None], z, jnp.zeros_like(z)), -1)
 
 
 def _forward(vocabulary, tempered, logits, query, temperature):

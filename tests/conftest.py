@@ -8,10 +8,28 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-from jaxtyping import install_import_hook
-
-from tests import typechecking
+import jaxtyping
+import pytest
+import typechecking
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling costs far more than running at these sizes.
+jax.config.update("jax_disable_most_optimizations", True)
 
-install_import_hook("ava_jax", f"{typechecking.__name__}.check")
+jaxtyping.install_import_hook("ava_jax", f"{typechecking.__name__}.check")
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as users do, for tests that look at the compiled program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def unannotated():
+    """Calls the package as users do, without the annotations' checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -37,7 +37,7 @@ def _check(
     original: Float[Array, "*B C"],
     augmented: Float[Array, "*B C"],
     kind: str,
-    temperature: Float[Array, ""] | float,
+    temperature: Float[Array, ""] | float | int,
     weights: Shaped[Array, "*B"] | None,
 ) -> None:
     if kind not in ("mse", "kl", "ce"):
@@ -61,7 +61,7 @@ def consistency_loss(
     outputs_augmented: Float[Array, "*B C"],
     *,
     kind: str = "mse",
-    temperature: Float[Array, ""] | float = 1.0,
+    temperature: Float[Array, ""] | float | int = 1.0,
     weights: Shaped[Array, "*B"] | None = None,
 ) -> Float[Array, "*B"]:
     """Disagreement between two predictions for the same input, per row.

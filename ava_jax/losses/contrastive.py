@@ -8,6 +8,7 @@ direction: it is at cosine 0 from everything and gets no gradient through it.
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
@@ -22,19 +23,27 @@ def unit_vectors(
     return safe_divide(x, jnp.where(norm == 0, norm, clamped))
 
 
+def _whole(x: Shaped[Array, "N *D"]) -> Shaped[Array, "N *D"]:
+    """Gathers an explicitly sharded array, for every row meets every other."""
+    spec = jax.typeof(x).sharding.spec
+    if all(axis is None for axis in spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*(None for _ in spec)))
+
+
 def _rows(
     embeddings: Float[Array, "N D"], mask: Shaped[Array, "N"] | None
 ) -> tuple[Float[Array, "N D"], Bool[Array, "N"]]:
     """Returns the embeddings with masked rows zeroed, and which rows count."""
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must be [N, D], got shape {embeddings.shape}")
-    rows = embeddings.shape[0]
+    x, rows = as_float(_whole(embeddings)), embeddings.shape[0]
     if mask is None:
-        return as_float(embeddings), jnp.ones((rows,), bool)
+        return x, jnp.ones((rows,), bool)
     if mask.shape != (rows,):
         raise ValueError(f"mask must have shape ({rows},), got {mask.shape}")
-    counted = mask.astype(bool)
-    return jnp.where(counted[:, None], as_float(embeddings), 0), counted
+    counted = _whole(mask).astype(bool)
+    return jnp.where(counted[:, None], x, 0), counted
 
 
 def _same_label(
@@ -44,6 +53,7 @@ def _same_label(
         raise ValueError(
             f"labels must have one entry a row, {counted.shape}, got {labels.shape}"
         )
+    labels = _whole(labels)
     return labels[:, None] == labels[None, :]
 
 
@@ -96,6 +106,7 @@ def _named_distances(
     """Returns the distance of each named pair, and which of them are valid."""
     if pairs is None:
         return jnp.zeros((0,), x.dtype), jnp.zeros((0,), bool)
+    pairs = _whole(pairs)
     valid = _valid_pairs(name, pairs, counted)
     # Rows are picked first, so that a row in no pair may hold NaN.
     ends = x[jnp.where(valid[:, None], pairs, 0)]
@@ -110,7 +121,7 @@ def contrastive_margin_loss(
     labels: Integer[Array, "N"] | None = None,
     positive_pairs: Integer[Array, "P 2"] | None = None,
     negative_pairs: Integer[Array, "Q 2"] | None = None,
-    margin: float = 0.5,
+    margin: float | int = 0.5,
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
@@ -157,7 +168,7 @@ def contrastive_margin_loss(
         same = _same_label(labels, counted)
         x = unit_vectors(x) if normalize else x
         together = apart = _distances(x)
-        pairs = jnp.triu(_pairs_of(counted))
+        pairs = _pairs_of(counted)
         pulled, pushed = pairs & same, pairs & ~same
     else:
         together, pulled = _named_distances(
@@ -175,7 +186,7 @@ def contrastive_triplet_loss(
     embeddings: Float[Array, "N D"],
     *,
     labels: Integer[Array, "N"],
-    margin: float = 0.5,
+    margin: float | int = 0.5,
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
@@ -224,7 +235,7 @@ def _pair_matrix(
     name: str, pairs: Integer[Array, "P 2"], counted: Bool[Array, "N"]
 ) -> Bool[Array, "N N"]:
     """Marks the named pairs in both directions."""
-    rows = counted.shape[0]
+    pairs, rows = _whole(pairs), counted.shape[0]
     ends = jnp.where(_valid_pairs(name, pairs, counted)[:, None], pairs, rows)
     marked = jnp.zeros((rows, rows), bool)
     marked = marked.at[ends[:, 0], ends[:, 1]].set(True, mode="drop")
@@ -270,7 +281,7 @@ def contrastive_infonce_loss(
     labels: Integer[Array, "N"] | None = None,
     positive_pairs: Integer[Array, "P 2"] | None = None,
     negative_pairs: Integer[Array, "Q 2"] | None = None,
-    temperature: Float[Array, ""] | float = 0.07,
+    temperature: Float[Array, ""] | float | int = 0.07,
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
@@ -320,7 +331,7 @@ def contrastive_infonce_loss(
     positive, others = _candidates(counted, labels, positive_pairs, negative_pairs)
     score = jnp.matmul(x, x.T, precision="highest") / as_float(temperature)
     anchors = jnp.any(positive, axis=-1)
-    # A row compared with nothing would give log 0; its weight is 0 below.
+    # A row compared with nothing would divide 0 by 0; its weight is 0 below.
     compared = others | ~anchors[:, None]
     log_total = jax.nn.logsumexp(score, axis=-1, where=compared)
     picked = jnp.sum(jnp.where(positive, score, 0), axis=-1)
@@ -331,7 +342,7 @@ def contrastive_infonce_loss(
 def simctg_loss(
     hidden_states: Float[Array, "B S D"],
     *,
-    margin: float = 0.5,
+    margin: float | int = 0.5,
     mask: Shaped[Array, "B S"] | None = None,
     segment_ids: Integer[Array, "B S"] | None = None,
 ) -> Float[Array, ""]:
@@ -362,7 +373,7 @@ def simctg_loss(
     References:
       Su et al., A Contrastive Framework for Neural Text Generation, 2022.
     """
-    counted = jnp.ones(hidden_states.shape[:-1], bool)
+    counted = jnp.ones_like(hidden_states[..., 0], dtype=bool)
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
         if array is None:
             continue

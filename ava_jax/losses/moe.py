@@ -17,7 +17,7 @@ from ava_jax.state import BiasBalanceState, GradientBalanceState
 
 
 def update_gradient_balance(
-    state: GradientBalanceState, load: RouterLoad, *, momentum: float = 0.9
+    state: GradientBalanceState, load: RouterLoad, *, momentum: float | int = 0.9
 ) -> GradientBalanceState:
     """Moves the running load towards a step's load.
 
@@ -64,7 +64,7 @@ def gradient_balance_loss(
     gate_logits: Float[Array, "N E"],
     balance: GradientBalanceState,
     *,
-    weight: Float[Array, ""] | float,
+    weight: Float[Array, ""] | float | int,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
     """Pulls gate logits against the running imbalance of their expert.
@@ -93,13 +93,13 @@ def gradient_balance_loss(
       >>> round(float(loss), 8)
       6.25e-05
     """
-    tokens, experts = gate_logits.shape
+    experts = gate_logits.shape[-1]
     if balance.counts.shape != (experts,):
         raise ValueError(
             f"gate_logits have {experts} experts, the balance state has "
             f"{balance.counts.shape[0]}; set num_experts to {experts}"
         )
-    counted = counted_tokens(token_weights, (tokens,))
+    counted = counted_tokens(token_weights, gate_logits)
     gate = keep_counted(gate_logits, counted)
     gate = jnp.where(gate == -jnp.inf, 0, gate)
     excess = as_float(balance.counts) - as_float(balance.tokens) / experts
@@ -181,7 +181,7 @@ def update_bias(
     state: BiasBalanceState,
     counts: Float[Array, "E"],
     *,
-    rate: Float[Array, ""] | float = 1e-3,
+    rate: Float[Array, ""] | float | int = 1e-3,
 ) -> BiasBalanceState:
     """Raises the routing bias of idle experts and lowers that of busy ones.
 
@@ -317,16 +317,15 @@ def expert_diversity_loss(
         raise ValueError(
             f'similarity must be "cosine", "l2" or "dot", got {similarity!r}'
         )
-    experts, *tokens, _ = expert_outputs.shape
-    counted = counted_tokens(token_weights, tuple(tokens))
-    x = keep_counted(expert_outputs, counted)
+    counted = counted_tokens(token_weights, expert_outputs[0])
+    x = jnp.where(counted[..., None], as_float(expert_outputs), 0)
     if similarity == "cosine":
         x = unit_vectors(x, min_norm=1e-8)
     if similarity == "l2":
         pairs = _l2_similarity(x, counted)
     else:
-        flat = x.reshape(experts, -1)
-        total = jnp.matmul(flat, flat.T, precision="highest")
+        each = jnp.einsum("e...d,f...d->...ef", x, x, precision="highest")
+        total = jnp.sum(each, axis=tuple(range(counted.ndim)))
         pairs = safe_divide(total, jnp.sum(as_float(counted)))
-    upper = jnp.triu(jnp.ones((experts, experts), bool), k=1)
+    upper = jnp.triu(jnp.ones_like(pairs, dtype=bool), k=1)
     return weighted_mean(pairs, as_float(upper))

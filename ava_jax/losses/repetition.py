@@ -81,13 +81,13 @@ def repetition_decay_loss(
     targets: Int[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
     *,
-    span_length: int | Int[Array, "B"],
+    span_length: int | Int[Array, ""] | Int[Array, "B"],
     decay: float = 0.5,
 ) -> Float[Array, ""]:
     """Teaches that a span repeated on purpose must lose probability with each repeat.
 
-    `mean_w −log(1 − |p_t(y_t) − λ·stop_gradient(p_{t−ℓ}(y_t))|)` over t ≥ ℓ, for rows
-    made by `repeat_spans`. It needs no decoding.
+    `mean_w [t ≥ ℓ]·−log(1 − |p_t(y_t) − λ·stop_gradient(p_{t−ℓ}(y_t))|)`, for rows made
+    by `repeat_spans`. A token counts if the one ℓ before it does. It needs no decoding.
 
     Args:
       logits: [B, S, V].
@@ -109,7 +109,7 @@ def repetition_decay_loss(
       >>> loss = losses.repetition_decay_loss(
       ...     jnp.zeros((1, 6, 4)), rows, span_length=2)
       >>> round(float(loss), 4)
-      0.1335
+      0.089
 
     References:
       Xu et al., Learning to Break the Loop (DITTO), 2022.
@@ -135,7 +135,8 @@ def repetition_decay_loss(
     log_earlier = jax.lax.stop_gradient(jnp.take_along_axis(log_next, source, axis=1))
     repeats = (index >= span) & jnp.take_along_axis(tokens.active, source, axis=1)
     value = _decay(stats, log_earlier, decay)
-    return weighted_mean(value, tokens.weights * as_float(repeats))
+    value = jnp.where(repeats, value, jnp.zeros_like(value))
+    return weighted_mean(value, tokens.weights)
 
 
 def _decay(stats, log_earlier, decay):
@@ -244,7 +245,7 @@ def anti_repetition_loss(
     *,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
-    ngram_size: int = 3,
+    ngram_size: int = 4,
     repetition_penalty_weight: Weight = 0.1,
     eos_penalty_weight: Weight = 0.05,
     diversity_bonus_weight: Weight = 0.05,

@@ -30,13 +30,17 @@ class RouterLoad:
 
 
 def counted_tokens(
-    token_weights: Shaped[Array, "*N"] | None, tokens: tuple[int, ...]
+    token_weights: Shaped[Array, "*N"] | None, features: Float[Array, "*N E"]
 ) -> Bool[Array, "*N"]:
+    """Marks the tokens that count, of those that have the given features."""
+    # Made like the features, so that explicitly sharded tokens stay so.
+    everything = jnp.ones_like(features[..., 0], dtype=bool)
     if token_weights is None:
-        return jnp.ones(tokens, bool)
-    if token_weights.shape != tokens:
+        return everything
+    if token_weights.shape != everything.shape:
         raise ValueError(
-            f"token_weights must have shape {tokens}, got {token_weights.shape}"
+            f"token_weights must have shape {everything.shape}, got "
+            f"{token_weights.shape}"
         )
     return token_weights.astype(bool)
 
@@ -93,9 +97,8 @@ def router_load(
       >>> load.counts.tolist(), load.scores.tolist(), float(load.tokens)
       ([2.0, 1.0], [1.5, 1.5], 3.0)
     """
-    tokens, experts = gate_logits.shape
-    counted = counted_tokens(token_weights, (tokens,))
-    chosen = _assignments(expert_indices, counted, experts)
+    counted = counted_tokens(token_weights, gate_logits)
+    chosen = _assignments(expert_indices, counted, gate_logits.shape[-1])
     probabilities = keep_counted(
         jax.nn.softmax(keep_counted(gate_logits, counted)), counted
     )
@@ -213,8 +216,8 @@ def sequence_balance_loss(
     References:
       DeepSeek-V3 Technical Report, 2024.
     """
-    *tokens, experts = scores.shape
-    counted = counted_tokens(token_weights, tuple(tokens))
+    experts = scores.shape[-1]
+    counted = counted_tokens(token_weights, scores)
     chosen = _assignments(expert_indices, counted, experts)
     kept = keep_counted(scores, counted)
     affinity = safe_divide(kept, jnp.sum(kept, axis=-1, keepdims=True))
@@ -251,7 +254,7 @@ def router_z_loss(
     References:
       Zoph et al., ST-MoE, 2022.
     """
-    counted = counted_tokens(token_weights, gate_logits.shape[:-1])
+    counted = counted_tokens(token_weights, gate_logits)
     log_z = jax.nn.logsumexp(keep_counted(gate_logits, counted), axis=-1)
     return weighted_mean(jnp.square(log_z), as_float(counted))
 

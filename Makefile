@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv; only python3 (3.11 or newer) and make
+# have to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean
+
+help:
+	@echo "make demo      train a small language model on this Python's own source"
+	@echo "make test      the test suite, without the slow tests"
+	@echo "make test-all  the test suite, slow tests included"
+	@echo "make lint      formatting, lint and types"
+	@echo "make clean     remove .venv and the caches; runs/ stays"
+
+demo: $(VENV)/.train
+	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow" --doctest-modules ava_jax tests $(ARGS)
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --doctest-modules ava_jax tests $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: ava_jax needs Python 3.11 or newer, and $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1): run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian:" \
+	    "apt install python3-venv)" >&2; exit 1; }
+
+# The stamps remember that an extra is installed, so a second call goes straight to work.
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
+	@touch $@ $(VENV)/.train

@@ -1,0 +1,18 @@
+"""Flax modules that predict more than one token ahead.
+
+`MTPHeads` are parallel heads on one hidden state, `ConfidenceGate` says how far to
+trust them, `AdaptiveMTPHeads` runs the heads only when the gate does, and
+`SequentialMTP` chains one transformer block per depth, as DeepSeek-V3 does. All are
+Linen modules; `flax.nnx.bridge.ToNNX` turns any of them into an NNX module.
+
+Common attributes: `dtype` is the dtype of the computation (`None`: that of
+`hidden_states`), `param_dtype` that of the parameters. Norms, pooling and confidences
+are computed in float32 (float64 under x64) whatever they are. Dropout acts only with
+`deterministic=False`, and then needs a `"dropout"` key in `rngs`.
+"""
+
+from ava_jax.heads.gated import AdaptiveMTPHeads as AdaptiveMTPHeads
+from ava_jax.heads.gated import AdaptiveMTPOutput as AdaptiveMTPOutput
+from ava_jax.heads.gated import ConfidenceGate as ConfidenceGate
+from ava_jax.heads.parallel import MTPHeads as MTPHeads
+from ava_jax.heads.sequential import SequentialMTP as SequentialMTP

@@ -1,0 +1,151 @@
+"""Sequential multi-token prediction: one transformer block per depth."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from ava_jax.heads.common import (
+    RMSNorm,
+    compute_dtype,
+    require,
+    require_shape,
+    zero_uncounted,
+)
+
+
+class SequentialMTP(nn.Module):
+    """Predicts K tokens one after the other, each depth building on the one before.
+
+    For depth j = 1…K, from `h⁰ = hidden_states` and the input tokens' embeddings e:
+    `hʲ_t = Block_j(M_j [RMSNorm(hʲ⁻¹_t); RMSNorm(e_{t+j})])`, M_j being D×2D, no bias.
+    The embedding is zero where t+j lies past the row or in another segment. With a
+    causal block, hʲ_t sees the input tokens up to t+j and none after.
+
+    Parameters, per depth j (from 1): `norm_hidden_j {scale}`, `norm_embedding_j
+    {scale}`, `project_j {kernel [2D,D]}`, `block_j`, and `norm_final_j {scale}` with
+    `use_final_norm`.
+
+    Attributes:
+      num_depths: K.
+      block: makes one transformer block when called as `block(name=...)`: a Linen class
+        or a `functools.partial` of one. The block maps [B, S, D] to [B, S, D].
+      use_final_norm: RMSNorm on what is returned (not on what the next depth reads), as
+        the released DeepSeek-V3 has before its shared head.
+      norm_epsilon: of every RMSNorm.
+      dtype: of the projections; `None` means that of the input.
+      param_dtype: of the norms' and projections' parameters.
+
+    Raises:
+      ValueError: if an attribute has a value that is not allowed.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> import flax.linen as nn
+      >>> from ava_jax.heads import SequentialMTP
+      >>> block = functools.partial(nn.Dense, 4)
+      >>> mtp = SequentialMTP(num_depths=2, block=block)
+      >>> h = e = jnp.ones((1, 3, 4))
+      >>> variables = mtp.init(jax.random.key(0), h, e)
+      >>> mtp.apply(variables, h, e).shape
+      (2, 1, 3, 4)
+
+    References:
+      DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, equations 21–23.
+    """
+
+    num_depths: int
+    block: Callable[..., nn.Module]
+    use_final_norm: bool = False
+    norm_epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        depths, block, epsilon = self.num_depths, self.block, self.norm_epsilon
+        require(depths >= 1, "num_depths", depths, "at least 1")
+        require(epsilon > 0, "norm_epsilon", epsilon, "above 0")
+        require(
+            callable(block) and not isinstance(block, nn.Module),
+            "block",
+            block,
+            "a Linen class or a functools.partial of one, not a module already built",
+        )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden_states: Float[Array, "B S D"],
+        token_embeddings: Float[Array, "B S D"],
+        *block_args: object,
+        segment_ids: Int[Array, "B S"] | None = None,
+        **block_kwargs: object,
+    ) -> Float[Array, "K B S D"]:
+        """Returns every depth's hidden states, for the shared head.
+
+        Args:
+          hidden_states: [B, S, D], the main model's, before or after its final norm.
+          token_embeddings: [B, S, D], of the tokens that the main model read.
+          *block_args: passed to every block after its input, as are `**block_kwargs`:
+            attention masks, positions, `deterministic`.
+          segment_ids: [B, S] of packed rows, 0 for padding, which is read as zeros.
+            It is not passed on: give the block its attention mask by `block_args`.
+          **block_kwargs: see `block_args`.
+
+        Returns:
+          `mtp_hidden_states` [K, B, S, D] of the unified loss: entry j−1 at position t
+          predicts `targets[t+j]`, the input token at t+j+1.
+
+        Raises:
+          ValueError: if shapes do not match or a block does not keep the shape.
+        """
+        require_shape("token_embeddings", token_embeddings, hidden_states.shape)
+        dtype = compute_dtype(self.dtype, hidden_states)
+        x = hidden_states
+        if segment_ids is not None:
+            require_shape("segment_ids", segment_ids, x.shape[:2])
+            x = zero_uncounted(x, segment_ids != 0)
+        outputs = []
+        for depth in range(1, self.num_depths + 1):
+            ahead = _shift_left(token_embeddings, depth, segment_ids)
+            pair = (
+                self._norm(f"norm_hidden_{depth}", x),
+                self._norm(f"norm_embedding_{depth}", ahead),
+            )
+            project = nn.Dense(
+                x.shape[-1],
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=self.param_dtype,
+                name=f"project_{depth}",
+            )
+            projected = project(jnp.concatenate(pair, axis=-1).astype(dtype))
+            block = self.block(name=f"block_{depth}")
+            x = block(projected, *block_args, **block_kwargs)
+            require_shape("the output of block", x, projected.shape)
+            outputs.append(
+                self._norm(f"norm_final_{depth}", x).astype(dtype)
+                if self.use_final_norm
+                else x
+            )
+        return jnp.stack(outputs)
+
+    def _norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return RMSNorm(self.norm_epsilon, self.param_dtype, name=name)(x)
+
+
+def _shift_left(
+    x: Shaped[Array, "B S D"], offset: int, segment_ids: Int[Array, "B S"] | None
+) -> Shaped[Array, "B S D"]:
+    """Returns x[t + offset] at t, and zeros where that is past the row or segment."""
+    length = x.shape[1]
+    offset = min(offset, length)
+    shifted = jnp.pad(x[:, offset:], ((0, 0), (0, offset), (0, 0)))
+    if segment_ids is None:
+        return shifted
+    later = jnp.pad(segment_ids[:, offset:], ((0, 0), (0, offset)))
+    inside = (segment_ids != 0) & (later == segment_ids)
+    return zero_uncounted(shifted, inside)

@@ -1,0 +1,181 @@
+"""Blocks of the transformer: rotary attention inside segments, SwiGLU, experts."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe import Experts, Routing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The size of the transformer."""
+
+    layers: int = 3
+    """Number of transformer blocks."""
+    width: int = 128
+    """Size of a hidden state (D); a multiple of twice the number of heads."""
+    heads: int = 4
+    """Number of attention heads."""
+    experts: int = 0
+    """Experts per mixture layer (E); 0 makes every layer dense."""
+    experts_per_token: int = 2
+    """Experts that a token visits."""
+    dense_layers: int = 1
+    """How many of the first layers stay dense when there are experts."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"model.{name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                "model.width must be a multiple of 2 * model.heads, so that rotary "
+                f"positions fit: got width={self.width}, heads={self.heads}"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                "model.experts_per_token must lie between 1 and model.experts: got "
+                f"{self.experts_per_token} of {self.experts}"
+            )
+        if self.experts and not 0 <= self.dense_layers < self.layers:
+            raise ValueError(
+                f"model.dense_layers must lie between 0 and model.layers - 1 = "
+                f"{self.layers - 1}, got {self.dense_layers}"
+            )
+
+    @property
+    def inner(self) -> int:
+        """Inner width of SwiGLU: 8/3 of the width, rounded up to a multiple of 32."""
+        return -(-8 * self.width // (3 * 32)) * 32
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
+
+
+# A block that adds nothing at first learns faster than one that adds noise.
+ZEROS = nn.initializers.zeros_init()
+
+
+class Batch(NamedTuple):
+    """Packed rows; segment 0 is padding, positions start again in every segment."""
+
+    inputs: Int[Array, "*M B S"]
+    targets: Int[Array, "*M B S"]
+    segment_ids: Int[Array, "*M B S"]
+    positions: Int[Array, "*M B S"]
+
+
+def rotate(
+    x: Float[Array, "B S H W"], positions: Int[Array, "B S"]
+) -> Float[Array, "B S H W"]:
+    """Rotary position embedding (Su et al. 2021), computed in float32."""
+    half = x.shape[-1] // 2
+    frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate(
+        [left * cos - right * sin, left * sin + right * cos], axis=-1
+    )
+    return turned.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention that stays inside a segment."""
+
+    heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
+        width = x.shape[-1]
+
+        def project(name: str) -> Float[Array, "B S H W"]:
+            out = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(x)
+            return out.reshape(*out.shape[:-1], self.heads, width // self.heads)
+
+        query = rotate(project("query"), batch.positions)
+        key = rotate(project("key"), batch.positions)
+        segments = batch.segment_ids
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(
+            query, key, project("value"), mask=same, is_causal=True
+        )
+        out = nn.Dense(
+            width, use_bias=False, dtype=self.dtype, kernel_init=ZEROS, name="merge"
+        )
+        return out(mixed.reshape(x.shape))
+
+
+class SwiGLU(nn.Module):
+    """silu(x·gate) · (x·up), projected back down (Shazeer 2020)."""
+
+    inner: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        gate = nn.Dense(self.inner, use_bias=False, dtype=self.dtype, name="gate")(x)
+        up = nn.Dense(self.inner, use_bias=False, dtype=self.dtype, name="up")(x)
+        down = nn.Dense(
+            x.shape[-1],
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=ZEROS,
+            name="down",
+        )
+        return down(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU; each behind an RMSNorm, each residual."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
+        config, dtype = self.config, self.dtype
+        normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
+        x = x + Attention(config.heads, dtype, name="attention")(normed, batch)
+        normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
+        return x + SwiGLU(config.inner, dtype, name="mixer")(normed)
+
+
+class ExpertBlock(nn.Module):
+    """Attention, then experts. `run_all` runs every expert on every token as well."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+    run_all: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], batch: Batch, bias: Float[Array, "E"] | None
+    ) -> tuple[Float[Array, "B S D"], Routing]:
+        config, dtype = self.config, self.dtype
+        normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
+        x = x + Attention(config.heads, dtype, name="attention")(normed, batch)
+        normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
+        experts = Experts(
+            config.experts,
+            config.experts_per_token,
+            config.inner,
+            dtype,
+            self.run_all,
+            name="experts",
+        )
+        mixed, routing = experts(normed, bias)
+        return x + mixed, routing

@@ -1,0 +1,228 @@
+"""The language model: tokens in, keyword arguments of the unified loss out.
+
+The model makes no logits of its own next-token head: the loss takes `hidden_states`
+and `lm_head`, and multiplies them chunk by chunk. Which heads look further ahead
+follows from the loss config.
+"""
+
+import functools
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.typing import VariableDict
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+import ava_jax
+from ava_jax import heads
+from layers import Batch, Block, ExpertBlock, ModelConfig
+from moe import Routing
+
+# Which axis of a parameter lies along the mesh's "tensor" axis, by the end of its path.
+# The optimizer's moments end in the same names. Everything else is replicated.
+TENSOR_AXES: dict[str, P] = {
+    "embed/embedding": P("tensor", None),
+    "lm_head": P(None, "tensor"),
+    "query/kernel": P(None, "tensor"),
+    "key/kernel": P(None, "tensor"),
+    "value/kernel": P(None, "tensor"),
+    "merge/kernel": P("tensor", None),
+    "gate/kernel": P(None, "tensor"),
+    "up/kernel": P(None, "tensor"),
+    "down/kernel": P("tensor", None),
+    "experts/gate": P(None, None, "tensor"),
+    "experts/up": P(None, None, "tensor"),
+    "experts/down": P(None, "tensor", None),
+    "heads/kernel": P(None, None, "tensor"),
+    "heads/bias": P(None, "tensor"),
+}
+
+
+def partition_spec(path: str) -> P:
+    """Returns how the array at `path` (joined by slashes) lies on the mesh."""
+    for ending, spec in TENSOR_AXES.items():
+        if path == ending or path.endswith(f"/{ending}"):
+            return spec
+    return P()
+
+
+def is_adaptive(loss: ava_jax.UnifiedLossConfig) -> bool:
+    """Whether a loss wants a confidence gate and the logits of further heads."""
+    secondary = loss.use_mtp and loss.mtp_type == "adaptive"
+    return secondary or loss.primary_loss_type == "adaptive_mtp"
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer with the further heads that its loss asks for.
+
+    Attributes:
+      config: the size of the transformer.
+      loss: the loss it trains under.
+      columns: V with padding: rows of the embedding, columns of `lm_head`.
+      dtype: arithmetic of the matrix products; parameters stay float32.
+      fused: hand over `hidden_states` and `lm_head` rather than logits.
+    """
+
+    config: ModelConfig
+    loss: ava_jax.UnifiedLossConfig
+    columns: int
+    dtype: DTypeLike
+    fused: bool
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        small = nn.initializers.normal(0.02)
+        self.embed = nn.Embed(
+            self.columns, config.width, dtype=dtype, embedding_init=small
+        )
+        dense = nn.remat(Block) if config.remat else Block
+        sparse = nn.remat(ExpertBlock) if config.remat else ExpertBlock
+        dense_layers = config.layers - config.expert_layers
+        self.blocks = [dense(config, dtype) for _ in range(dense_layers)]
+        self.expert_blocks = [
+            sparse(config, dtype, self.loss.use_diversity_loss)
+            for _ in range(config.expert_layers)
+        ]
+        self.final_norm = nn.RMSNorm(dtype=dtype)
+        self.lm_head = self.param(
+            "lm_head", small, (config.width, self.columns), jnp.float32
+        )
+        self.mtp = self._make_heads()
+
+    def _make_heads(self) -> nn.Module | None:
+        """The heads that look further ahead; their kind follows from the loss."""
+        loss, dtype = self.loss, self.dtype
+        count = loss.num_future_tokens
+        if is_adaptive(loss):
+            return heads.AdaptiveMTPHeads(
+                num_heads=count,
+                vocab_size=self.columns,
+                gate_hidden_dims=(self.config.width, self.config.width // 2),
+                dtype=dtype,
+            )
+        if loss.use_mtp and loss.mtp_type == "sequential":
+            block = functools.partial(Block, self.config, dtype)
+            return heads.SequentialMTP(
+                num_depths=count, block=block, use_final_norm=True, dtype=dtype
+            )
+        if loss.use_mtp:
+            return heads.MTPHeads(num_heads=count, vocab_size=self.columns, dtype=dtype)
+        return None
+
+    def __call__(
+        self, batch: Batch, routing_bias: Float[Array, "L E"] | None = None
+    ) -> ava_jax.LossInputs:
+        """Returns what the loss needs besides targets and masks.
+
+        Args:
+          batch: packed rows.
+          routing_bias: per expert layer, from the loss state of bias balancing.
+
+        Returns:
+          Keyword arguments of the loss.
+        """
+        embeddings = self.embed(batch.inputs)
+        hidden, routing = self._run_blocks(embeddings, batch, routing_bias)
+        head = self.lm_head.astype(self.dtype)
+        inputs: ava_jax.LossInputs = {"hidden_states": hidden}
+        inputs |= self._look_ahead(hidden, embeddings, batch)
+        if not self.fused:
+            inputs["logits"] = hidden @ head
+        if self.fused or "mtp_hidden_states" in inputs:
+            inputs["lm_head"] = head
+        if routing is not None:
+            inputs |= {
+                "gate_logits": routing.gate_logits,
+                "expert_indices": routing.indices,
+            }
+            if routing.outputs is not None:
+                # Layers side by side on the feature axis: one similarity for them all.
+                inputs["expert_outputs"] = jnp.concatenate(routing.outputs, axis=-1)
+        return inputs
+
+    def hidden_states(
+        self, batch: Batch, routing_bias: Float[Array, "L E"] | None = None
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "D V"]]:
+        """Returns hidden states and `lm_head`, without the further heads."""
+        hidden, _ = self._run_blocks(self.embed(batch.inputs), batch, routing_bias)
+        return hidden, self.lm_head.astype(self.dtype)
+
+    def _run_blocks(
+        self,
+        x: Float[Array, "B S D"],
+        batch: Batch,
+        routing_bias: Float[Array, "L E"] | None,
+    ) -> tuple[Float[Array, "B S D"], Routing | None]:
+        for block in self.blocks:
+            x = block(x, batch)
+        routings: list[Routing] = []
+        for layer, block in enumerate(self.expert_blocks):
+            bias = None if routing_bias is None else routing_bias[layer]
+            x, routing = block(x, batch, bias)
+            routings.append(routing)
+        x = self.final_norm(x)
+        if not routings:
+            return x, None
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
+
+    def _look_ahead(
+        self,
+        hidden: Float[Array, "B S D"],
+        embeddings: Float[Array, "B S D"],
+        batch: Batch,
+    ) -> ava_jax.LossInputs:
+        """What the multi-token terms need."""
+        counted = batch.segment_ids > 0
+        if isinstance(self.mtp, heads.AdaptiveMTPHeads):
+            out = self.mtp(hidden, counted)
+            return {
+                "additional_logits": out.additional_logits,
+                "confidence_scores": out.confidence_scores,
+                "mtp_active": out.mtp_active,
+            }
+        if isinstance(self.mtp, heads.SequentialMTP):
+            ahead = self.mtp(hidden, embeddings, batch, segment_ids=batch.segment_ids)
+            return {"mtp_hidden_states": ahead}
+        if isinstance(self.mtp, heads.MTPHeads):
+            # Called for its parameters: the loss does the multiplication itself.
+            if self.is_initializing():
+                self.mtp(hidden)
+            return {"mtp_params": self.mtp.variables["params"]}
+        return {}
+
+
+def loss_inputs(
+    model: LanguageModel,
+    params: optax.Params,
+    batch: Batch,
+    routing_bias: Float[Array, "L E"] | None,
+) -> ava_jax.LossInputs:
+    """Applies the model to a batch; returns all that the loss takes."""
+    out = model.apply(_variables(params), batch, routing_bias)
+    inputs: ava_jax.LossInputs = {
+        "targets": batch.targets,
+        "attention_mask": batch.segment_ids > 0,
+        "segment_ids": batch.segment_ids,
+    }
+    return inputs | cast(ava_jax.LossInputs, out)
+
+
+def hidden_and_head(
+    model: LanguageModel,
+    params: optax.Params,
+    batch: Batch,
+    routing_bias: Float[Array, "L E"] | None,
+) -> tuple[Float[Array, "B S D"], Float[Array, "D V"]]:
+    """Applies the transformer alone, for evaluation and sampling."""
+    out = model.apply(
+        _variables(params), batch, routing_bias, method=LanguageModel.hidden_states
+    )
+    return cast(tuple[Array, Array], out)
+
+
+def _variables(params: optax.Params) -> VariableDict:
+    return cast(VariableDict, {"params": params})

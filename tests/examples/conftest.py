@@ -1,0 +1,71 @@
+"""The trainer's modules live beside their script, so they are imported by folder."""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion() -> Iterator[None]:
+    """Optax's Adam raises a Python float to an int32 power, which strict refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Many runs here compile the same step: once, without much optimization."""
+    folder = tmp_path_factory.getbasetemp().parent / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def make_text(words: int, seed: int = 0) -> str:
+    chosen = random.Random(seed).choices(WORDS, k=words)
+    return " ".join(chosen)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small documents."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(12):
+        (folder / f"{number:02d}.txt").write_text(make_text(200, seed=number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run of a few seconds; --out and --preset are up to the test."""
+    flags = {
+        "data": text_folder,
+        "cache": tmp_path_factory.mktemp("cache"),
+        "steps": 6,
+        "batch-size": 4,
+        "sequence-length": 32,
+        "vocab-size": 300,
+        "warmup-steps": 2,
+        "microbatches": 1,
+        "eval-batches": 1,
+        "sample-tokens": 0,
+        "log-every": 1,
+        "dtype": "float32",
+        "mesh": "data=1",
+        "model.layers": 2,
+        "model.width": 32,
+        "model.heads": 2,
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]

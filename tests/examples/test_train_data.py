@@ -1,0 +1,182 @@
+"""Reading text and packing it: nothing lost, nothing crosses a document."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corpus import Corpus, load_corpus
+from data import PackedRows, TextData, prepare_data
+from errors import TrainingError
+
+EOS = 9
+
+
+def stream(*documents: list[int]) -> np.ndarray:
+    pieces = [EOS]
+    for document in documents:
+        pieces += [*document, EOS]
+    return np.array(pieces, np.int32)
+
+
+def test_a_row_shifts_targets_and_restarts_segments_and_positions() -> None:
+    rows = PackedRows(stream([1, 2, 3], [4, 5]), EOS, 5)
+    assert len(rows) == 2
+    first, second = rows[0], rows[1]
+    assert first.inputs.tolist() == [EOS, 1, 2, 3, EOS]
+    assert first.targets.tolist() == [1, 2, 3, EOS, 4]
+    assert first.segment_ids.tolist() == [1, 1, 1, 1, 2]
+    assert first.positions.tolist() == [0, 1, 2, 3, 0]
+    assert second.inputs.tolist()[:2] == [4, 5]
+    assert second.targets.tolist()[:2] == [5, EOS]
+    assert second.segment_ids.tolist() == [1, 1, 0, 0, 0]
+    assert second.positions.tolist()[:2] == [0, 1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 50])
+def test_every_token_is_a_target_once_from_its_own_document(length: int) -> None:
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8], [1, 1]]
+    whole = stream(*documents)
+    owner = np.repeat(np.arange(4), [len(d) + 1 for d in documents])
+    rows = PackedRows(whole, EOS, length)
+    targets: list[int] = []
+    seen = 0
+    for row in (rows[i] for i in range(len(rows))):
+        counted = row.segment_ids > 0
+        targets += row.targets[counted].tolist()
+        owners = owner[seen : seen + counted.sum()]
+        seen += counted.sum()
+        # Equal segments within a row exactly where the owning document is equal.
+        same = row.segment_ids[counted][:, None] == row.segment_ids[counted]
+        np.testing.assert_array_equal(same, owners[:, None] == owners)
+    assert targets == whole[1:].tolist()
+
+
+def corpus_of(*documents: str) -> Corpus:
+    return Corpus("test", documents, f"{hash(documents):064x}"[-64:], 0)
+
+
+def prepare(corpus: Corpus, cache: Path, length: int = 8) -> TextData:
+    return prepare_data(corpus, cache, 280, length, 0.25)
+
+
+def test_heldout_rows_are_the_end_and_training_never_sees_them(tmp_path: Path) -> None:
+    data = prepare(corpus_of(*["a b c d e f g h"] * 20), tmp_path)
+    total = len(data.train) + len(data.heldout)
+    assert len(data.heldout) == round(total / 4)
+    counted = sum(
+        int((data.train[i].segment_ids > 0).sum()) for i in range(len(data.train))
+    )
+    assert counted == len(data.train) * 8
+    held = sum(
+        int((data.heldout[i].segment_ids > 0).sum()) for i in range(len(data.heldout))
+    )
+    assert counted + held == data.tokens
+
+
+def test_the_last_heldout_batch_is_filled_with_padding(tmp_path: Path) -> None:
+    data = prepare(corpus_of(*["a b c d e f g h"] * 20), tmp_path)
+    batches = list(data.heldout_batches(4, limit=100))
+    assert all(batch.inputs.shape == (4, 8) for batch in batches)
+    rows = sum(int(batch.segment_ids.any(axis=1).sum()) for batch in batches)
+    assert rows == len(data.heldout)
+
+
+def test_the_iterator_goes_on_where_its_state_says(tmp_path: Path) -> None:
+    data = prepare(corpus_of(*["some words of text " * 9] * 20), tmp_path)
+    one, two = data.batches(4, seed=3), data.batches(4, seed=3)
+    for _ in range(5):
+        next(one)
+    two.set_state(json.loads(json.dumps(one.get_state())))
+    np.testing.assert_array_equal(next(one).inputs, next(two).inputs)
+    other = data.batches(4, seed=4)
+    assert not np.array_equal(next(data.batches(4, seed=3)).inputs, next(other).inputs)
+
+
+def test_text_survives_the_tokenizer_and_cannot_spell_the_end(tmp_path: Path) -> None:
+    text = "héllo <|endoftext|> wörld"
+    data = prepare(corpus_of(text, *["padding words here"] * 9), tmp_path)
+    ids = data.tokenizer.encode(text).ids
+    assert data.eos == data.vocab_size - 1
+    assert data.eos not in ids
+    assert data.tokenizer.decode(ids) == text
+
+
+def test_the_cache_gives_the_same_and_survives_damage(tmp_path: Path) -> None:
+    corpus = corpus_of(*["one two three four five"] * 20)
+    fresh = prepare(corpus, tmp_path)
+    (stored,) = tmp_path.rglob("tokens.npz")
+    again = prepare(corpus, tmp_path)
+    stored.write_bytes(b"damaged")
+    repaired = prepare(corpus, tmp_path)
+    for data in (again, repaired):
+        np.testing.assert_array_equal(data.train[1].inputs, fresh.train[1].inputs)
+
+
+def test_too_little_text_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="too few"):
+        prepare(corpus_of("ab"), tmp_path, length=64)
+
+
+def test_a_vocabulary_smaller_than_the_bytes_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="at least 257"):
+        prepare_data(corpus_of("abc"), tmp_path, 200, 8, 0.1)
+
+
+def test_jsonl_gz_and_folders_hold_the_same_documents(tmp_path: Path) -> None:
+    texts = ["first", "second\nline", "third"]
+    lines = "\n".join(json.dumps({"text": text, "n": 1}) for text in texts)
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    plain.write_text(lines + "\n\n")
+    packed.write_bytes(gzip.compress(lines.encode()))
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "1.txt").write_text(texts[0])
+    (folder / "2.md").write_text(texts[1])
+    (folder / "deep" / "3.txt.gz").write_bytes(gzip.compress(texts[2].encode()))
+    (folder / ".hidden").write_text("no")
+    corpora = [load_corpus(path) for path in (plain, packed, folder)]
+    assert sorted(corpora[0].documents) == sorted(texts)
+    assert len({corpus.sha256 for corpus in corpora}) == 1
+
+
+def test_binary_files_of_a_folder_are_counted_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\xff\xfe")
+    corpus = load_corpus(tmp_path)
+    assert corpus.documents == ("text",)
+    assert "1 not UTF-8" in corpus.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.txt", b"", "no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', 'line 2: needs .* "text"'),
+        ("a.jsonl", b"{", "line 1: not JSON"),
+        ("a.txt.gz", b"not gzip", "whole gzip"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "whole gzip"),
+    ],
+)
+def test_bad_files_are_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=message):
+        load_corpus(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no such file.*nowhere"):
+        load_corpus(tmp_path / "nowhere")
+
+
+def test_the_default_is_the_standard_library_without_its_tests() -> None:
+    corpus = load_corpus(None)
+    assert corpus.size > 1_000_000
+    assert any("class JSONDecoder" in document for document in corpus.documents)
+    assert corpus.sha256 == load_corpus(None).sha256

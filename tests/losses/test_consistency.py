@@ -1,0 +1,221 @@
+"""Consistency: reference numbers, a plain oracle, weights, −inf, direction."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import GoldenCase, cases_of, on_device
+from hypothesis import given
+from hypothesis import strategies as st
+from loss_checks import (
+    FEW,
+    VariantsCase,
+    check_explicit_axes,
+    check_gradient,
+    untyped,
+    value_of,
+    values,
+    with_and_without_jit,
+)
+from numpy.typing import NDArray
+
+from ava_jax.losses.consistency import consistency_loss
+
+KINDS = ("mse", "kl", "ce")
+A, B = values(4, 6), values(4, 6, seed=1)
+
+
+def log_softmax(row: NDArray) -> list[float]:
+    top = max(row)
+    log_z = top + math.log(sum(math.exp(x - top) for x in row))
+    return [float(x) - log_z for x in row]
+
+
+def oracle(
+    original: NDArray, augmented: NDArray, kind: str, temperature: float
+) -> list[float]:
+    rows = []
+    for a, b in zip(original.astype(float), augmented.astype(float), strict=True):
+        if kind == "ce":
+            label = max(range(len(a)), key=lambda c: a[c])
+            rows.append(-log_softmax(b)[label])
+            continue
+        pairs = list(
+            zip(log_softmax(a / temperature), log_softmax(b / temperature), strict=True)
+        )
+        if kind == "mse":
+            squares = [(math.exp(p) - math.exp(q)) ** 2 for p, q in pairs]
+            rows.append(sum(squares) / len(squares))
+        else:
+            rows.append(sum(math.exp(q) * (q - p) for p, q in pairs))
+    return rows
+
+
+@pytest.mark.parametrize("case", cases_of("consistency"), ids=lambda c: c.name)
+def test_reference_mask_as_weights(case: GoldenCase) -> None:
+    arrays = on_device(case.arrays[0]["in"])
+    rows = consistency_loss(
+        arrays["outputs_original"],
+        arrays["outputs_augmented"],
+        kind=case.config["consistency_type"],
+        temperature=case.config["temperature"],
+        weights=arrays.get("confidence_mask"),
+    )
+    np.testing.assert_allclose(rows.mean(), case.arrays[0]["out"]["loss"], rtol=2e-5)
+
+
+@FEW
+@given(
+    kind=st.sampled_from(KINDS),
+    shape=st.sampled_from([(1, 1), (3, 2), (4, 40), (2, 300)]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    scale=st.sampled_from([0.1, 1.0, 10.0]),
+    seed=st.integers(0, 1000),
+)
+def test_matches_the_oracle(kind, shape, temperature, scale, seed) -> None:
+    a, b = scale * values(2, *shape, seed=seed)
+    got = value_of(
+        consistency_loss,
+        jnp.asarray(a),
+        jnp.asarray(b),
+        kind=kind,
+        temperature=jnp.float32(temperature),
+    )
+    want = oracle(a, b, kind, temperature)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_is_taken_under_the_augmented_side() -> None:
+    forward = consistency_loss(jnp.asarray(A), jnp.asarray(B), kind="kl")
+    backward = consistency_loss(jnp.asarray(B), jnp.asarray(A), kind="kl")
+    assert float(jnp.max(jnp.abs(forward - backward))) > 0.1
+    np.testing.assert_allclose(forward, oracle(A, B, "kl", 1.0), rtol=1e-4)
+
+
+def test_label_is_compared_at_temperature_one() -> None:
+    hot = consistency_loss(jnp.asarray(A), jnp.asarray(B), kind="ce", temperature=5.0)
+    np.testing.assert_allclose(hot, oracle(A, B, "ce", 1.0), rtol=1e-5)
+    tempered = oracle(A, B / 5, "ce", 1.0)
+    assert float(np.max(np.abs(np.asarray(hot) - tempered))) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind: str) -> None:
+    check_gradient(
+        lambda a, b: consistency_loss(a, b, kind=kind, temperature=1.5).sum(), A, B
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_of_weight_zero_cannot_leak(kind: str, bad: float) -> None:
+    weights = jnp.array([1.0, 0.0, 0.5, 0.0])
+    a, b = jnp.asarray(A), jnp.asarray(B)
+    poisoned = [x.at[jnp.array([1, 3])].set(bad) for x in (a, b)]
+
+    def total(original: jax.Array, augmented: jax.Array) -> jax.Array:
+        return consistency_loss(original, augmented, kind=kind, weights=weights).sum()
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    clean, dirty = run(a, b), run(*poisoned)
+    chex.assert_trees_all_equal(clean, dirty)
+    rows = oracle(A, B, kind, 1.0)
+    np.testing.assert_allclose(clean[0], rows[0] + rows[2] / 2, rtol=1e-5)
+    for gradient in dirty[1]:
+        np.testing.assert_array_equal(gradient[jnp.array([1, 3])], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_be_bool_and_all_zero(kind: str) -> None:
+    nothing = jnp.zeros(4, bool)
+    a = jnp.full((4, 6), jnp.nan)
+    rows = consistency_loss(a, a, kind=kind, weights=nothing)
+    np.testing.assert_array_equal(rows, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_masked_on_both_sides_is_absent(kind: str) -> None:
+    a, b = (jnp.asarray(x).at[:, 2].set(-jnp.inf) for x in (A, B))
+
+    def total(original: jax.Array, augmented: jax.Array) -> jax.Array:
+        return consistency_loss(original, augmented, kind=kind).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(a, b)
+    want = sum(oracle(np.delete(A, 2, 1), np.delete(B, 2, 1), kind, 1.0))
+    # A mean over classes counts the absent one.
+    np.testing.assert_allclose(value, want * (5 / 6 if kind == "mse" else 1), rtol=1e-5)
+    for gradient in gradients:
+        chex.assert_tree_all_finite(gradient)
+        np.testing.assert_array_equal(gradient[:, 2], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saturated_logits_stay_finite(kind: str) -> None:
+    a, b = jnp.array([[1e4, -1e4, 0.0]]), jnp.array([[-1e4, 1e4, 0.0]])
+    value, gradient = jax.value_and_grad(
+        lambda x: consistency_loss(a, x, kind=kind).sum()
+    )(b)
+    chex.assert_tree_all_finite((value, gradient))
+
+
+def test_equal_outputs_agree() -> None:
+    for kind in ("mse", "kl"):
+        rows = consistency_loss(jnp.asarray(A), jnp.asarray(A), kind=kind)
+        np.testing.assert_allclose(rows, 0, atol=1e-7)
+
+
+def test_shapes_and_dtypes() -> None:
+    low = jnp.asarray(A.reshape(2, 2, 6), jnp.bfloat16)
+    for kind in KINDS:
+        chex.assert_shape(consistency_loss(low, low, kind=kind), (2, 2))
+        chex.assert_type(consistency_loss(low, low, kind=kind), jnp.float32)
+        chex.assert_shape(consistency_loss(low[0, 0], low[0, 0], kind=kind), ())
+    gradient = jax.grad(lambda x: consistency_loss(x, low[::-1]).sum())(low)
+    chex.assert_type(gradient, jnp.bfloat16)
+
+
+def test_bad_arguments() -> None:
+    a = jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match='"mse", "kl" or "ce", got \'l1\''):
+        consistency_loss(a, a, kind="l1")
+    with pytest.raises(ValueError, match=r"temperature must be above 0, got 0"):
+        consistency_loss(a, a, temperature=0.0)
+    with untyped():
+        with pytest.raises(ValueError, match="outputs_augmented must have one shape"):
+            consistency_loss(a, jnp.zeros((2, 4)))
+        with pytest.raises(ValueError, match="weights must have one entry a row"):
+            consistency_loss(a, a, weights=jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_axes(kind: str) -> None:
+    check_explicit_axes(
+        lambda a, b, w: jnp.sum(consistency_loss(a, b, kind=kind, weights=w)),
+        jnp.asarray(A),
+        jnp.asarray(B),
+        jnp.array([1.0, 0.0, 0.5, 1.0]),
+    )
+
+
+class Variants(VariantsCase):
+    @with_and_without_jit
+    def test_jit_changes_nothing(self) -> None:
+        for kind in KINDS:
+            rows = self.under(lambda a, b, kind=kind: consistency_loss(a, b, kind=kind))
+            got = rows(jnp.asarray(A), jnp.asarray(B))
+            np.testing.assert_allclose(got, oracle(A, B, kind, 1.0), rtol=1e-4)
+
+
+def test_a_traced_temperature_does_not_recompile() -> None:
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def rows(temperature: jax.Array) -> jax.Array:
+        return consistency_loss(jnp.asarray(A), jnp.asarray(B), temperature=temperature)
+
+    cool, hot = rows(jnp.float32(1.0)), rows(jnp.float32(4.0))
+    assert float(jnp.max(hot / cool)) < 1

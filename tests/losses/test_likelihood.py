@@ -1,0 +1,88 @@
+"""Losses of plain logits: values, gradients, and ids outside the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_terms
+import pytest
+from jax.test_util import check_grads
+
+from ava_jax import losses
+
+N, V = 6, 9
+TARGETS = np.array([0, 3, 8, 3, 1, 5], np.int32)
+LOGITS = np.random.default_rng(0).normal(size=(N, V)).astype(np.float32)
+CALLS = {
+    "focal": lambda z, y: losses.focal_loss(z, y, alpha=0.3, gamma=1.5),
+    "focal_sqrt": lambda z, y: losses.focal_loss(z, y, gamma=0.5),
+    "smoothing": lambda z, y: losses.label_smoothing_loss(z, y, smoothing=0.2),
+}
+ORACLES = {
+    "focal": lambda z, y: oracle_terms.focal(z, y, 0.3, 1.5),
+    "focal_sqrt": lambda z, y: oracle_terms.focal(z, y, 1.0, 0.5),
+    "smoothing": lambda z, y: oracle_terms.smoothed_cross_entropy(z, y, 0.2, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients(name):
+    got = CALLS[name](jnp.asarray(LOGITS), jnp.asarray(TARGETS))
+    wide = LOGITS.astype(np.float64)
+    want = [ORACLES[name](z, int(y)) for z, y in zip(wide, TARGETS, strict=True)]
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    with jax.enable_x64(True):
+        loss = jax.jit(lambda z: jnp.sum(CALLS[name](z, jnp.asarray(TARGETS))))
+        check_grads(loss, (jnp.asarray(wide),), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("bad", [-1, V, -100])
+def test_an_id_outside_the_vocabulary_is_excluded(name, bad):
+    targets = jnp.asarray(TARGETS).at[2].set(bad)
+
+    def loss(z):
+        value = CALLS[name](z, targets)
+        return jnp.sum(value), value
+
+    (_, value), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGITS))
+    assert float(value[2]) == 0
+    assert (np.asarray(grad[2]) == 0).all()
+    assert (np.asarray(value)[[0, 1, 3, 4, 5]] > 0).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gap", [40.0, 1e6])
+def test_focal_is_finite_where_the_target_is_certain(gamma, gap):
+    logits = jnp.zeros((1, V)).at[0, 3].set(gap)
+    value, grad = jax.value_and_grad(
+        lambda z: losses.focal_loss(z, jnp.array([3]), gamma=gamma)[0]
+    )(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+def test_focal_alpha_per_class():
+    alpha = jnp.arange(1.0, V + 1)
+    got = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS), alpha=alpha)
+    plain = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS))
+    np.testing.assert_allclose(got, plain * jnp.asarray(1.0 + TARGETS, jnp.float32), rtol=1e-6)
+
+
+def test_perplexity_of_what_counts():
+    weights = jnp.array([1.0, 2, 0, 1, 0, 1])
+    dirty = jnp.asarray(LOGITS).at[2].set(jnp.nan)
+    got = losses.perplexity(dirty, jnp.asarray(TARGETS).at[4].set(-7), weights)
+    nll = [oracle_terms.nll(z, int(y)) for z, y in zip(LOGITS, TARGETS, strict=True)]
+    want = np.exp(np.dot(nll, weights) / np.sum(weights))
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    nothing = losses.perplexity(dirty, jnp.asarray(TARGETS), jnp.zeros(N))
+    assert float(nothing) == 1
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_bad_arguments():
+    logits, targets = jnp.asarray(LOGITS), jnp.asarray(TARGETS)
+    with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\), got 1"):
+        losses.label_smoothing_loss(logits, targets, smoothing=1.0)
+    with pytest.raises(ValueError, match=r"targets must have the shape \(6,\)"):
+        losses.focal_loss(logits, targets[:3])

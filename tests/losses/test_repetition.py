@@ -1,0 +1,146 @@
+"""Sequence unlikelihood, repetition decay and the anti-repetition loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle_terms
+import pytest
+from jax.test_util import check_grads
+
+from ava_jax import losses
+
+B, S, V = 3, 12, 7
+
+
+def batch(seed=0, vocab=4):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(B, S, V)).astype(np.float32)
+    ids = rng.integers(0, vocab, (B, S)).astype(np.int32)
+    weights = (rng.random((B, S)) < 0.8) * rng.uniform(0.5, 1.5, (B, S))
+    return logits, ids, weights.astype(np.float32)
+
+
+def decay_oracle(logits, ids, weights, span):
+    """The mean; a token whose source does not count has nothing to compare with."""
+    terms = oracle_terms.repetition_decay(logits, ids, weights, span)
+    terms[:, span:] *= weights[:, :-span] != 0
+    return oracle_terms.weighted_mean(terms, weights)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_sequence_unlikelihood_is_the_oracles(n):
+    for seed in range(4):
+        logits, ids, weights = batch(seed)
+        got = losses.sequence_unlikelihood(
+            jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights), ngram_size=n
+        )
+        terms = oracle_terms.sequence_unlikelihood(logits, ids, weights, n)
+        want = oracle_terms.weighted_mean(terms, weights)
+        np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_repetition_decay_is_the_oracles(span):
+    for seed in range(4):
+        logits, ids, weights = batch(seed)
+        got = losses.repetition_decay_loss(
+            jnp.asarray(logits),
+            jnp.asarray(ids),
+            jnp.asarray(weights),
+            span_length=span,
+        )
+        want = decay_oracle(logits, ids, weights, span)
+        np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+def test_spans_may_differ_by_row():
+    logits, ids, _ = batch()
+    spans = jnp.array([1, 4, 2])
+    got = losses.repetition_decay_loss(
+        jnp.asarray(logits), jnp.asarray(ids), span_length=spans
+    )
+    ones = np.ones((1, S))
+    rows = [
+        decay_oracle(logits[b : b + 1], ids[b : b + 1], ones, span)
+        for b, span in enumerate((1, 4, 2))
+    ]
+    np.testing.assert_allclose(got, np.mean(rows), rtol=2e-5)
+
+
+def test_gradients():
+    logits, ids, weights = batch()
+    with jax.enable_x64(True):
+        wide, ids = jnp.asarray(logits, jnp.float64), jnp.asarray(ids)
+
+        def sequence(z):
+            return losses.sequence_unlikelihood(z, ids, jnp.asarray(weights))
+
+        def repeats(z):
+            return losses.sequence_unlikelihood(z, ids, ngram_size=2)
+
+        for loss in (jax.jit(sequence), jax.jit(repeats)):
+            check_grads(loss, (wide,), order=1, modes=["rev"])
+
+
+def test_decay_has_a_gradient_through_the_later_repeat_only():
+    rows = losses.repeat_spans(jnp.array([[1, 2]]), 4)
+    logits = jnp.zeros((1, 4, V))
+    grad = jax.grad(lambda z: losses.repetition_decay_loss(z, rows, span_length=2))(
+        logits
+    )
+    assert (np.asarray(grad[0, :2]) == 0).all()
+    # At equal probabilities p > p/2, so the repeat is pushed down.
+    assert float(grad[0, 2, 1]) > 0
+
+
+@pytest.mark.parametrize("gap", [30.0, 1e4])
+def test_a_certain_repeat_is_finite(gap):
+    ids = jnp.array([[1, 1, 1, 1]])
+    logits = jnp.zeros((1, 4, V)).at[:, 2:, 1].set(gap)
+    for loss in (
+        lambda z: losses.sequence_unlikelihood(z, ids, ngram_size=2),
+        lambda z: losses.repetition_decay_loss(z, ids, span_length=2),
+        lambda z: losses.repetition_decay_loss(z, ids, span_length=2, decay=0.0),
+    ):
+        value, grad = jax.value_and_grad(loss)(logits)
+        assert np.isfinite(value)
+        assert np.isfinite(grad).all()
+
+
+def test_masked_tokens_may_hold_anything():
+    logits, ids, weights = (jnp.asarray(x) for x in batch())
+    weights = weights.at[:, 5].set(0)
+    dirty, other = logits.at[:, 5].set(jnp.nan), ids.at[:, 5].set(-9)
+    for loss in (
+        losses.sequence_unlikelihood,
+        lambda z, y, w: losses.repetition_decay_loss(z, y, w, span_length=2),
+    ):
+        want = jax.value_and_grad(loss)(logits, ids, weights)
+        got = jax.value_and_grad(loss)(dirty, other, weights)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+        assert float(loss(logits, ids, jnp.zeros_like(weights))) == 0
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_bad_arguments():
+    logits, ids, _ = (jnp.asarray(x) for x in batch())
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
+        losses.repetition_decay_loss(logits, ids, span_length=2, decay=2.0)
+    with pytest.raises(ValueError, match=r"token ids must be \[B, S\]"):
+        losses.sequence_unlikelihood(logits, ids[:, :4])
+    with pytest.raises(ValueError, match="length must be at least 1"):
+        losses.repeat_spans(ids, 0)
+
+
+def test_anti_repetition_weights_may_be_schedules():
+    logits, ids, _ = (jnp.asarray(x) for x in batch())
+    schedule = optax.linear_schedule(0.2, 0.0, 10)
+    first, aux = losses.anti_repetition_loss(
+        logits, ids, repetition_penalty_weight=schedule
+    )
+    last, _ = losses.anti_repetition_loss(
+        logits, ids, repetition_penalty_weight=schedule, step=10
+    )
+    np.testing.assert_allclose(first - last, 0.2 * aux["repetition_penalty"], rtol=1e-4)

@@ -1,0 +1,125 @@
+"""SimCTG: a naive loop, masks, segments, degenerate vectors."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loss_checks import (
+    FEW,
+    VariantsCase,
+    check_explicit_axes,
+    check_gradient,
+    untyped,
+    value_and_gradient,
+    value_of,
+    values,
+    with_and_without_jit,
+)
+from numpy.typing import NDArray
+
+from ava_jax.losses.contrastive import simctg_loss
+
+
+def simctg_oracle(h: NDArray, keep: NDArray, segments: NDArray, margin: float) -> float:
+    costs = []
+    for b in range(h.shape[0]):
+        rows = [row.astype(float) for row in h[b]]
+        z = [row / (float(np.linalg.norm(row)) or 1.0) for row in rows]
+        for i in range(h.shape[1]):
+            for j in range(h.shape[1]):
+                together = segments[b, i] == segments[b, j] != 0
+                if i != j and keep[b, i] and keep[b, j] and together:
+                    costs.append(max(0.0, margin - 1 + float(z[i] @ z[j])))
+    return sum(costs) / len(costs) if costs else 0.0
+
+
+@FEW
+@given(
+    shape=st.sampled_from([(1, 1, 3), (2, 9, 1), (3, 5, 4)]),
+    margin=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+    packed=st.booleans(),
+)
+def test_simctg_matches_the_oracle(shape, margin, seed, packed) -> None:
+    random, rows = np.random.default_rng(seed), shape[:2]
+    h, keep = values(*shape, seed=seed), random.random(rows) < 0.7
+    segments = random.integers(0, 3, rows) if packed else np.ones(rows, int)
+    got = value_of(
+        simctg_loss,
+        jnp.asarray(np.where(keep[..., None], h, np.nan)),
+        margin=margin,
+        mask=jnp.asarray(keep),
+        segment_ids=jnp.asarray(segments) if packed else None,
+    )
+    want = simctg_oracle(h, keep, segments, margin)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_simctg_leaves_the_diagonal_out() -> None:
+    h = jnp.eye(4)[None]
+    np.testing.assert_allclose(simctg_loss(h, margin=0.9), 0, atol=1e-7)
+    np.testing.assert_allclose(simctg_loss(h, margin=1.2), 0.2, rtol=1e-5)
+    np.testing.assert_allclose(simctg_loss(jnp.ones((2, 3, 4))), 0.5, rtol=1e-5)
+
+
+def test_simctg_gradient() -> None:
+    check_gradient(lambda h: simctg_loss(h, margin=1.1), values(2, 4, 3))
+
+
+def test_tiny_vectors_are_divided_by_the_smallest_norm() -> None:
+    h = jnp.array([[[1e-13, 0.0], [1.0, 0.0]]])
+    np.testing.assert_allclose(simctg_loss(h, margin=1.0), 0.1, rtol=1e-5)
+
+
+def test_simctg_of_zero_and_equal_rows_is_finite() -> None:
+    h = jnp.array([[[0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [1.0, 2.0]]])
+    value, gradient = value_and_gradient(simctg_loss, h, margin=1.5)
+    chex.assert_tree_all_finite((value, gradient))
+    np.testing.assert_array_equal(gradient[0, :2], 0)
+
+
+def test_masked_positions_change_nothing_in_simctg() -> None:
+    h = jnp.asarray(values(1, 5, 3)).at[0, 3:].set(jnp.nan)
+    mask = jnp.array([[1, 1, 1, 0, 0]])
+    value, gradient = value_and_gradient(simctg_loss, h, margin=1.5, mask=mask)
+    kept = value_and_gradient(simctg_loss, h[:, :3], margin=1.5)
+    chex.assert_trees_all_close((value, gradient[:, :3]), kept, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[:, 3:], 0)
+    segments = jnp.array([[7, 7, 7, 0, 0]])
+    chex.assert_trees_all_equal(simctg_loss(h, margin=1.5, segment_ids=segments), value)
+
+
+def test_nothing_to_compare_is_zero() -> None:
+    np.testing.assert_array_equal(simctg_loss(jnp.ones((3, 1, 2))), 0)
+    h = jnp.full((1, 3, 2), jnp.nan)
+    got = value_and_gradient(simctg_loss, h, mask=jnp.zeros((1, 3), bool))
+    chex.assert_trees_all_equal(got, (jnp.zeros(()), jnp.zeros((1, 3, 2))))
+
+
+def test_low_precision_inputs() -> None:
+    low = jnp.asarray(values(1, 4, 3), jnp.bfloat16)
+    value, gradient = value_and_gradient(simctg_loss, low)
+    chex.assert_type([value, gradient], [jnp.float32, jnp.bfloat16])
+
+
+def test_shapes_that_do_not_fit() -> None:
+    h = jnp.ones((1, 3, 2))
+    with untyped():
+        with pytest.raises(ValueError, match=r"mask must be \(1, 3\), got \(3,\)"):
+            simctg_loss(h, mask=jnp.ones(3))
+        with pytest.raises(ValueError, match=r"segment_ids must be \(1, 3\)"):
+            simctg_loss(h, segment_ids=jnp.ones((1, 2), int))
+
+
+def test_explicit_axes() -> None:
+    check_explicit_axes(simctg_loss, jnp.asarray(values(2, 4, 3)))
+
+
+class Variants(VariantsCase):
+    @with_and_without_jit
+    def test_jit_changes_nothing(self) -> None:
+        h, ones = values(2, 4, 3), np.ones((2, 4))
+        got = self.under(simctg_loss)(jnp.asarray(h))
+        np.testing.assert_allclose(got, simctg_oracle(h, ones, ones, 0.5), rtol=1e-4)

@@ -1,0 +1,121 @@
+"""Micro-batches add up to the whole batch, ragged masks and empty ones included."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scenes import ADAPTIVE, EVERYTHING, B, S, adaptive_floats, floats, integers, jitted
+from test_fused import assert_trees_close
+
+import ava_jax
+
+# Terms that couple the whole batch are averages over micro-batches instead.
+ADDITIVE = {
+    **EVERYTHING,
+    "moe_balancing_type": "bias",
+    "use_auxiliary_loss": False,
+    "use_diversity_loss": False,
+    "use_contrastive_loss": False,
+}
+BY_ROW = ("hidden_states", "gate_logits", "logits", "confidence_scores")
+
+
+def cut(arrays, ints, rows):
+    """The micro-batch of the given rows."""
+    part = {k: v[rows] if k in BY_ROW else v for k, v in arrays.items()}
+    for name in ("additional_logits", "expert_outputs"):
+        if name in part:
+            part[name] = part[name][:, rows]
+    return part, {k: v[rows] for k, v in ints.items()}
+
+
+def through(door, arrays):
+    if door in ("given", "fused"):
+        return arrays
+    rest = {k: v for k, v in arrays.items() if k != "lm_head"}
+    return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}
+
+
+def whole_and_parts(config, arrays, ints, door, count):
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+    normalizers = loss_fn.normalizers(
+        targets=ints["targets"], attention_mask=ints["attention_mask"]
+    )
+
+    @jax.jit
+    def whole(arrays):
+        def loss(arrays):
+            total, aux, after = loss_fn(state, **through(door, arrays), **ints)
+            return total, (aux, after)
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    @jax.jit
+    def part(arrays, rows):
+        def loss(arrays):
+            part, own = cut(arrays, ints, rows)
+            total, _, stats = loss_fn.accumulate(
+                state, **through(door, part), **own, normalizers=normalizers
+            )
+            return total, stats
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    shares = [part(arrays, rows) for rows in jnp.arange(B).reshape(count, -1)]
+    (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+    after = loss_fn.commit(state, stats)
+    return whole(arrays), ((total, (loss_fn.summary(after, stats), after)), grads)
+
+
+@pytest.mark.parametrize("source", ["predictions", "targets"])
+@pytest.mark.parametrize(("door", "count"), [("logits", 4), ("fused", 2), ("fused", 4)])
+def test_micro_batches_add_up(door, count, source):
+    ints = integers()
+    ints["attention_mask"] = ints["attention_mask"].at[2].set(False)  # an empty one
+    config = {**ADDITIVE, "penalty_source": source}
+    want, got = whole_and_parts(config, floats(), ints, door, count)
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_adaptive_heads_add_up():
+    config = {**ADAPTIVE, "use_confidence_weighting": False}
+    want, got = whole_and_parts(config, adaptive_floats(), integers(), "given", 4)
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_one_micro_batch_is_a_plain_call_with_every_term():
+    want, got = whole_and_parts(EVERYTHING, floats(), integers(), "logits", 1)
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_the_mean_of_means_is_far_off():
+    """The usual mistake, on the same ragged batch."""
+    ints = integers()
+    ints["attention_mask"] = jnp.zeros((B, S)).at[0].set(1).at[1:, 0].set(1)
+    arrays = floats()
+    loss_fn = ava_jax.create_unified_loss(ADDITIVE)
+    state = loss_fn.init()
+    step = jitted(loss_fn)
+    exact, _, _ = step(state, {**arrays, **ints})
+    rows = (cut(arrays, ints, np.array([row])) for row in range(B))
+    means = [step(state, {**part, **own})[0] for part, own in rows]
+    assert abs(float(np.mean(means)) - float(exact)) > 0.1
+
+
+def test_normalizers_take_any_leading_axes():
+    ints = integers()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    names = ("targets", "attention_mask")
+    flat = loss_fn.normalizers(**{k: ints[k] for k in names})
+    stacked = loss_fn.normalizers(**{k: ints[k].reshape(2, B // 2, S) for k in names})
+    chex.assert_trees_all_equal(flat, stacked)
+
+
+def test_too_few_normalizers_are_an_error():
+    loss_fn = ava_jax.create_unified_loss(ADAPTIVE, num_future_tokens=1)
+    ints = integers()
+    normalizers = loss_fn.normalizers(targets=ints["targets"])
+    with pytest.raises(ValueError, match="num_future_tokens"):
+        loss_fn(loss_fn.init(), normalizers=normalizers, **adaptive_floats(), **ints)

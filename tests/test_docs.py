@@ -1,0 +1,277 @@
+"""The pages: their snippets run, their tables agree with the code, their links lead on.
+
+Snippets above a page's first `##` heading are its start; each section runs in a fresh
+namespace after the start, so a reader may copy the two together.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from golden_cases import compiler_options
+
+import ava_jax
+from ava_jax import heads, losses
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+HEADING = re.compile(r"(#+) +(.+)")
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+CODE = re.compile(r"`([^`]+)`")
+ALL_FIELDS = {f.name: f.default for f in dataclasses.fields(ava_jax.UnifiedLossConfig)}
+
+# Reading pages -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Snippet:
+    """One fenced block; `line` is the page's line of its first statement."""
+
+    section: str
+    line: int
+    source: str
+
+
+@functools.cache
+def split(page: Path) -> tuple[str, tuple[str, ...], tuple[Snippet, ...]]:
+    """A page's text without fenced blocks, its headings, and its Python blocks."""
+    text, headings, snippets, block = [], [], [], []
+    fence, start, section = None, 0, ""
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if line.startswith("```"):
+            if fence == "python":
+                snippets.append(Snippet(section, start, "\n".join(block)))
+            fence = None if fence is not None else line[3:].strip()
+            start, block = number + 1, []
+        elif fence is not None:
+            block.append(line)
+        else:
+            text.append(line)
+            if match := HEADING.fullmatch(line):
+                headings.append(match[2])
+                section = match[2] if match[1] == "##" else section
+    assert fence is None, f"{page.name}: a fence is not closed"
+    return "\n".join(text), tuple(headings), tuple(snippets)
+
+
+def sections(page: Path) -> dict[str, list[Snippet]]:
+    """The snippets of each section, the page's start first."""
+    snippets = split(page)[2]
+    start = [s for s in snippets if not s.section]
+    names = dict.fromkeys(s.section for s in snippets if s.section)
+    return {n: start + [s for s in snippets if s.section == n] for n in names}
+
+
+def rows_of(page: Path, *columns: str) -> list[list[str]]:
+    """The cells of every table of the page that has exactly these columns."""
+    rows, inside = [], False
+    for line in split(page)[0].splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif cells == list(columns):
+            inside = True
+        elif inside and not set(line) <= set("|-: "):
+            assert len(cells) == len(columns), f"{page.name}: {line}"
+            rows.append(cells)
+    assert rows, f"{page.name} has no table with the columns {columns}"
+    return rows
+
+
+def codes(cell: str) -> list[str]:
+    return CODE.findall(cell)
+
+
+# Snippets ------------------------------------------------------------------------
+
+SECTIONS = [
+    pytest.param(page, name, id=f"{page.stem}: {name}")
+    for page in PAGES
+    for name in sections(page)
+]
+
+
+@pytest.fixture
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder to write to, quick compilation, and the promotion that Adam needs."""
+    monkeypatch.chdir(tmp_path)
+    quick = functools.partial(jax.jit, compiler_options=compiler_options())
+    monkeypatch.setattr(jax, "jit", quick)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize(("page", "name"), SECTIONS)
+def test_snippets_run(page: Path, name: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "snippet"}
+    for snippet in sections(page)[name]:
+        source = "\n" * (snippet.line - 1) + snippet.source
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+def test_every_guide_section_has_a_snippet_or_a_table() -> None:
+    text, headings, _ = split(DOCS / "guide.md")
+    assert len(headings) > 20
+    bare = [
+        heading
+        for heading in headings[1:]
+        if heading not in sections(DOCS / "guide.md")
+        and "|" not in text.split(heading + "\n", 1)[1].split("\n## ", 1)[0]
+    ]
+    assert bare == ["Best practices"]
+
+
+# Tables --------------------------------------------------------------------------
+
+
+def default_of(cell: str) -> object:
+    return dataclasses.MISSING if cell == "required" else ast.literal_eval(cell)
+
+
+def test_guide_lists_every_config_field_with_its_default() -> None:
+    rows = rows_of(DOCS / "guide.md", "field", "default", "meaning")
+    listed = {
+        codes(name)[0]: default_of(default.strip("`")) for name, default, _ in rows
+    }
+    assert len(listed) == len(rows), "a field is listed twice"
+    assert listed == ALL_FIELDS
+    assert all(len(meaning) > 5 for *_, meaning in rows)
+
+
+B, S, D, V, K, E = 2, 8, 4, 11, 2, 3
+COMMON = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_future_tokens": K,
+    "eos_token_id": 0,
+    "z_loss_weight": 1e-4,
+    "unlikelihood_weight": 0.1,
+    "use_focal_loss": True,
+    "num_experts": E,
+    "use_moe_balancing": True,
+    "use_auxiliary_loss": True,
+    "use_diversity_loss": True,
+    "use_contrastive_loss": True,
+}
+EVERYTHING = (
+    {"use_mtp": True},
+    {"use_mtp": True, "mtp_type": "adaptive"},
+    {"primary_loss_type": "adaptive_mtp"},
+)
+
+
+def all_inputs() -> dict[str, Any]:
+    module = heads.MTPHeads(num_heads=K, vocab_size=V)
+    hidden = jnp.zeros((B, S, D))
+    params = jax.eval_shape(module.init, jax.random.key(0), hidden)["params"]
+    return {
+        "targets": jnp.zeros((B, S), int),
+        "logits": jnp.zeros((B, S, V)),
+        "hidden_states": hidden,
+        "mtp_params": jax.tree.map(lambda x: jnp.zeros(x.shape), params),
+        "additional_logits": jnp.zeros((K, B, S, V)),
+        "confidence_scores": jnp.zeros((B, 1)),
+        "gate_logits": jnp.zeros((B, S, E)),
+        "expert_indices": jnp.zeros((B, S, 1), int),
+        "expert_outputs": jnp.zeros((E, B, S, D)),
+        "embeddings": jnp.zeros((B, D)),
+    }
+
+
+@functools.cache
+def all_aux_keys() -> frozenset[str]:
+    """The keys of losses that together have everything on."""
+    keys: set[str] = set()
+    for options in EVERYTHING:
+        loss_fn = ava_jax.create_unified_loss(COMMON, **options)
+        _, aux, _ = jax.eval_shape(
+            lambda inputs, loss_fn=loss_fn: loss_fn(loss_fn.init(), **inputs),
+            all_inputs(),
+        )
+        keys |= set(aux)
+    return frozenset(keys)
+
+
+def test_guide_lists_every_aux_key() -> None:
+    rows = rows_of(DOCS / "guide.md", "key", "present", "meaning")
+    listed = [key for name, *_ in rows for key in codes(name)]
+    assert sorted(listed) == sorted(all_aux_keys())
+
+
+TERM_COLUMNS = ("term", "formula", "config", "aux", "function", "source")
+
+
+def test_terms_name_only_what_exists() -> None:
+    rows = rows_of(DOCS / "terms.md", *TERM_COLUMNS)
+    fields = {name for row in rows for name in codes(row[2])}
+    keys = {name for row in rows for name in codes(row[3])}
+    assert fields - set(ALL_FIELDS) == set()
+    assert keys - all_aux_keys() == set()
+    for row in rows:
+        for link in LINK.finditer(row[4]):
+            assert_defined_in(codes(link["text"])[0], DOCS / link["target"])
+
+
+def assert_defined_in(name: str, path: Path) -> None:
+    """Fails unless `ava_jax.<name>` exists and the file defines it."""
+    owner: Any = ava_jax
+    for attribute in name.split("."):
+        owner = getattr(owner, attribute)
+    source: Any = inspect.unwrap(getattr(owner, "fget", owner))
+    assert Path(inspect.getfile(source)).resolve() == path.resolve(), name
+
+
+def test_terms_find_everything() -> None:
+    page = DOCS / "terms.md"
+    named = set(codes(split(page)[0]))
+    public = {f"losses.{n}" for n in dir(losses) if callable(getattr(losses, n))}
+    public |= {f"heads.{n}" for n in heads.__dict__ if n[0].isupper()}
+    wanted = set(ALL_FIELDS) | all_aux_keys() | public
+    assert wanted - named == set()
+
+
+# Links ---------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    plain = re.sub(r"[^\w\- ]", "", heading.lower())
+    return plain.replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = split(page)[0]
+    for match in LINK.finditer(text):
+        target, _, anchor = match["target"].partition("#")
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {match['target']}"
+        assert file.is_relative_to(ROOT), f"{page.name}: {match['target']}"
+        if anchor:
+            anchors = [slug(heading) for heading in split(file)[1]]
+            assert anchor in anchors, f"{page.name}: {match['target']}"
+
+
+def test_a_snippet_that_fails_is_reported_with_its_page_and_line(
+    tmp_path: Path,
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# T\n\n```python\nx = 1\n```\n\n## A\n\n```python\n\nassert x == 2\n```\n"
+    )
+    with pytest.raises(AssertionError) as caught:
+        test_snippets_run(page, "A")
+    last = caught.traceback[-1]
+    assert (str(last.path), last.lineno + 1) == (str(page), 11)

@@ -1,0 +1,215 @@
+"""The fused door equals the logits door, and its logits never exist whole."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ava_jax
+
+B, S, D, V = 2, 11, 6, 23
+EVERYTHING = {
+    "vocab_size": V - 3,
+    "label_smoothing": 0.1,
+    "eos_token_id": 2,
+    "min_sequence_length": 6,
+    "ngram_size": 2,
+    "z_loss_weight": 1e-2,
+    "unlikelihood_weight": 0.5,
+    "initial_temperature": 1.4,
+    "use_mtp": True,
+    "mtp_type": "sequential",
+    "num_future_tokens": 2,
+    "logit_soft_cap": 5.0,
+}
+
+
+def batch(scale=1.0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = {
+        "hidden_states": scale * jax.random.normal(keys[0], (B, S, D)),
+        "lm_head": jax.random.normal(keys[1], (D, V)),
+        "lm_head_bias": jax.random.normal(keys[2], (V,)),
+        "mtp_hidden_states": jax.random.normal(keys[3], (2, B, S, D)),
+    }
+    arrays = {k: v.astype(dtype) for k, v in arrays.items()}
+    integers = {
+        "targets": jax.random.randint(keys[4], (B, S), 0, 5),
+        "segment_ids": jnp.array([[1] * 6 + [2] * 5, [1] * 9 + [0] * 2]),
+        "attention_mask": jax.random.uniform(keys[5], (B, S)).at[0, 3].set(0.0),
+    }
+    return arrays, integers
+
+
+def run(config, arrays, integers, fused, **options):
+    """Loss, aux, state and gradients through one of the doors."""
+    loss_fn = ava_jax.create_unified_loss(config, **options)
+    state = loss_fn.init()
+
+    def loss(arrays):
+        given = dict(arrays)
+        if not fused:
+            hidden, bias = given.pop("hidden_states"), given.pop("lm_head_bias")
+            product = jnp.einsum(
+                "bsd,dv->bsv",
+                hidden,
+                given["lm_head"],
+                preferred_element_type=jnp.float32,
+            )
+            given["logits"] = product + bias.astype(jnp.float32)
+            given["lm_head_bias"] = bias
+        total, aux, after = loss_fn(state, **given, **integers)
+        return total, (aux, after)
+
+    (total, (aux, after)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        arrays
+    )
+    return {"loss": total, "aux": aux, "state": after, "grads": grads}
+
+
+def assert_trees_close(got, want, tolerance):
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.max(np.abs(a - b), initial=0)
+        size = max(np.max(np.abs(b), initial=0), 1e-3)
+        assert error <= tolerance * size, (jax.tree_util.keystr(path), error, size)
+
+    jax.tree_util.tree_map_with_path(check, got, want)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+@pytest.mark.parametrize("chunk", [None, 1, S // 2 + 1, S - 1, S, S + 5])
+def test_both_doors_agree_with_every_term_on(chunk, scale):
+    arrays, integers = batch(scale)
+    want = run(EVERYTHING, arrays, integers, fused=False)
+    got = run(EVERYTHING, arrays, integers, fused=True, chunk_size=chunk)
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_the_default_chunk_counts_its_padding_nowhere():
+    """A padded tail that counted would add log V per padded token."""
+    arrays, integers = batch(0.01)
+    want = run(EVERYTHING, arrays, integers, fused=False)
+    got = run(EVERYTHING, arrays, integers, fused=True, chunk_size=4)
+    assert_trees_close(got["aux"]["nll"], want["aux"]["nll"], 1e-6)
+
+
+def test_bfloat16_operands_keep_a_float32_loss():
+    arrays, integers = batch(dtype=jnp.bfloat16)
+    want = run(EVERYTHING, arrays, integers, fused=False)
+    got = run(EVERYTHING, arrays, integers, fused=True)
+    assert got["loss"].dtype == jnp.float32
+    assert_trees_close(got["loss"], want["loss"], 2e-6)
+    assert {k: v.dtype for k, v in got["grads"].items()} == dict.fromkeys(
+        arrays, jnp.bfloat16
+    )
+    assert_trees_close(got["grads"], want["grads"], 2e-2)
+
+
+@pytest.mark.parametrize("key", ["nll", "main_loss", "ngram_penalty", "mtp_loss"])
+def test_the_gradient_of_an_aux_entry_is_exact(key):
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def fused(arrays):
+        return loss_fn(state, **arrays, **integers)[1][key]
+
+    def plain(arrays):
+        given = dict(arrays)
+        hidden, bias = given.pop("hidden_states"), given["lm_head_bias"]
+        logits = hidden @ given["lm_head"] + bias
+        return loss_fn(state, logits=logits, **given, **integers)[1][key]
+
+    got, want = jax.jit(jax.grad(fused))(arrays), jax.jit(jax.grad(plain))(arrays)
+    assert any(np.abs(np.asarray(g)).max() > 1e-3 for g in want.values())
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient():
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def loss(arrays, factor):
+        return factor * loss_fn(state, **arrays, **integers)[0]
+
+    once, thrice = (jax.jit(jax.grad(loss))(arrays, f) for f in (1.0, 3.0))
+    assert_trees_close(thrice, jax.tree.map(lambda g: 3 * g, once), 1e-6)
+
+
+def shapes_in(compiled):
+    """All array shapes of a compiled program."""
+    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
+    return [tuple(map(int, dims.split(","))) for dims in found]
+
+
+@pytest.mark.usefixtures("optimized")
+def test_no_array_of_tokens_times_vocabulary_exists():
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING, chunk_size=2)
+    state = loss_fn.init()
+
+    def loss(arrays):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
+    largest = max(np.prod(shape) for shape in shapes_in(compiled) if V in shape)
+    assert largest < B * S * V
+    assert max(2 * B * V, D * V) <= largest
+
+
+@pytest.mark.usefixtures("optimized")
+def test_parallel_heads_never_hold_their_logits():
+    config = {**EVERYTHING, "mtp_type": "deepseek", "hidden_size": D, "chunk_size": 2}
+    arrays, integers = batch()
+    del arrays["mtp_hidden_states"]
+    arrays["mtp_params"] = {
+        "norm": {"scale": jnp.ones(D), "bias": jnp.zeros(D)},
+        "heads": {"kernel": jnp.ones((2, D, V)), "bias": jnp.zeros((2, V))},
+    }
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+
+    def loss(arrays):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
+    largest = max(np.prod(shape) for shape in shapes_in(compiled) if V in shape)
+    assert largest < B * S * V
+
+
+def dot_flops(jaxpr, times=1):
+    """Multiply-adds of all matrix products, loops unrolled."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            inner = np.prod([lhs[i] for i in contract])
+            total += times * 2 * inner * np.prod(eqn.outvars[0].aval.shape)
+        inside = times * eqn.params.get("length", 1)
+        for value in eqn.params.values():
+            for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
+                leaf = getattr(leaf, "jaxpr", leaf)
+                if hasattr(leaf, "eqns"):
+                    total += dot_flops(leaf, inside)
+    return total
+
+
+def test_the_gradient_costs_six_and_the_value_two():
+    config = {**EVERYTHING, "use_mtp": False, "chunk_size": S}
+    arrays, integers = batch()
+    del arrays["mtp_hidden_states"]
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+
+    def loss(arrays):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    unit = B * S * D * V
+    assert dot_flops(jax.make_jaxpr(loss)(arrays).jaxpr) == 2 * unit
+    with_grad = jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr
+    assert dot_flops(with_grad) == 6 * unit

@@ -1,0 +1,133 @@
+"""Weights, shifts, windows, matches and runs, by hand-made rows."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ava_jax.losses.repetition import repeated_ngram_pairs
+from ava_jax.tokens import (
+    ahead,
+    earlier_continuations,
+    longest_runs,
+    plain_tokens,
+    read_tokens,
+    repeated_token,
+    seen_before,
+)
+
+
+def rows(*targets, **options):
+    return read_tokens(jnp.array(targets), vocab_size=10, **options)
+
+
+def test_ids_outside_the_vocabulary_weigh_nothing_and_are_counted():
+    tokens = rows([1, -1, 10, 10**6, -100, 2])
+    np.testing.assert_array_equal(tokens.weights, [[1, 0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(tokens.invalid, [[0, 1, 1, 1, 0, 0]])
+    masked = rows([1, -1], attention_mask=jnp.array([[True, False]]))
+    assert not masked.invalid.any()
+
+
+@pytest.mark.parametrize("kind", [bool, jnp.int32, jnp.float16, jnp.float32])
+def test_the_mask_may_have_any_dtype(kind):
+    tokens = rows([1, 2, 3], attention_mask=jnp.array([[1, 0, 1]]).astype(kind))
+    np.testing.assert_array_equal(tokens.weights, [[1, 0, 1]])
+    assert tokens.weights.dtype == jnp.float32
+
+
+def test_padding_without_a_mask():
+    tokens = rows([3, 1, 0, 0], pad_token_id=0)
+    np.testing.assert_array_equal(tokens.weights, [[1, 1, 0, 0]])
+    same = rows([3, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], pad_token_id=0, eos_token_id=0)
+    np.testing.assert_array_equal(
+        same.weights, [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+    )
+    given = rows([3, 0], pad_token_id=0, attention_mask=jnp.ones((1, 2)))
+    np.testing.assert_array_equal(given.weights, [[1, 1]])
+
+
+def test_segments_and_positions():
+    tokens = rows([1, 2, 3, 4, 5], segment_ids=jnp.array([[7, 7, 9, 9, 0]]))
+    np.testing.assert_array_equal(tokens.weights, [[1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(tokens.positions, [[0, 1, 0, 1, 0]])
+
+
+def test_ahead_stays_in_the_row_and_the_segment():
+    tokens = rows([1, 2, 3, 4], segment_ids=jnp.array([[1, 1, 1, 2]]))
+    np.testing.assert_array_equal(ahead(tokens, 1).targets, [[2, 3, 0, 0]])
+    np.testing.assert_array_equal(ahead(tokens, 1).weights, [[1, 1, 0, 0]])
+    np.testing.assert_array_equal(ahead(tokens, 9).weights, [[0, 0, 0, 0]])
+
+
+def test_pairs_of_equal_windows_are_counted_exactly():
+    assert float(repeated_ngram_pairs(rows([1, 2, 1, 2, 1, 2]), 2)) == 3 + 1
+    split = rows([1, 2, 1, 2], segment_ids=jnp.array([[1, 1, 2, 2]]))
+    assert float(repeated_ngram_pairs(split, 2)) == 1
+    hole = rows([1, 2, 1, 2], attention_mask=jnp.array([[1, 1, 0, 1]]))
+    assert float(repeated_ngram_pairs(hole, 2)) == 0
+    assert float(repeated_ngram_pairs(rows([1, 2]), 4)) == 0
+
+
+def test_no_hash_can_collide():
+    """Ids whose polynomial hashes overflow to the same int32."""
+    ids = jnp.array([[0, 2**16, 2**16, 0, 2**30, 2**30, 1, 2**30]])
+    tokens = plain_tokens(ids, jnp.ones(ids.shape, bool))
+    assert float(repeated_ngram_pairs(tokens, 3)) == 0
+    assert float(repeated_ngram_pairs(tokens, 1)) == 1 + 1 + 3
+
+
+def test_continuations_are_the_latest_first():
+    tokens = rows([1, 2, 1, 3, 1, 4, 1, 5])
+    ids, exists = earlier_continuations(tokens, 2, 2)
+    np.testing.assert_array_equal(ids[0, 7], [4, 3])
+    np.testing.assert_array_equal(ids[0, 3], [2, 0])
+    np.testing.assert_array_equal(exists[0, 3], [True, False])
+    assert not exists[0, :3].any()
+
+
+def test_runs_are_neither_extended_nor_broken_by_masked_positions():
+    np.testing.assert_array_equal(longest_runs(rows([1, 1, 1, 2, 2])), [3])
+    masked = rows([1, 1, 1, 1, 2], attention_mask=jnp.array([[1, 1, 0, 1, 1]]))
+    np.testing.assert_array_equal(longest_runs(masked), [3])
+    split = rows([1, 1, 1, 1], segment_ids=jnp.array([[1, 1, 2, 2]]))
+    np.testing.assert_array_equal(longest_runs(split), [2])
+
+
+def test_repeated_token_does_not_look_at_masked_ones():
+    ids, run = repeated_token(rows([1, 1, 2, 2]))
+    np.testing.assert_array_equal(ids, [[0, 1, 1, 2]])
+    np.testing.assert_array_equal(run, [[0, 1, 2, 1]])
+    mask = jnp.array([[1, 0, 1, 1]])
+    for hidden in (1, 5):
+        _, run = repeated_token(rows([1, hidden, 1, 1], attention_mask=mask))
+        np.testing.assert_array_equal(run, [[0, 1, 0, 1]])
+    _, long = repeated_token(rows([3] * 15))
+    assert int(long.max()) == 10
+
+
+def test_seen_before_by_brute_force():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 6, (3, 17))
+    segments = np.sort(rng.integers(0, 4, (3, 17)), axis=1)
+    mask = rng.random((3, 17)) < 0.8
+    tokens = rows(
+        *targets.tolist(),
+        attention_mask=jnp.asarray(mask),
+        segment_ids=jnp.asarray(segments),
+    )
+    rows_, start, size = slice(None), 4, 9
+    part = (rows_, slice(start, start + size))
+    got = seen_before(
+        tokens,
+        tokens.segments[part],
+        jnp.broadcast_to(jnp.arange(start, start + size, dtype=jnp.int32), (3, size)),
+        10,
+    )
+    for b in range(3):
+        for t in range(start, start + size):
+            want = {
+                int(targets[b, j])
+                for j in range(t)
+                if tokens.active[b, j] and segments[b, j] == segments[b, t]
+            }
+            assert set(np.flatnonzero(got[b, t - start])) == want
