@@ -4,16 +4,16 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from ava_jax.reduce import as_float
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""] | float]
-Weight = float | Schedule
+Weight = float | optax.Schedule
 
 PrimaryLossType = Literal["standard", "deepseek", "adaptive_mtp"]
 MTPType = Literal["deepseek", "adaptive", "sequential"]
@@ -25,7 +25,7 @@ Similarity = Literal["cosine", "l2", "dot"]
 
 def weight_at(weight: Weight, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns a number, or a schedule's value at the step."""
-    return as_float(weight(step) if callable(weight) else weight)
+    return as_float(jnp.asarray(weight(step) if callable(weight) else weight))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

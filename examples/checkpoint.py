@@ -67,14 +67,14 @@ class Checkpoints:
         _wait_for_all("checkpoint sealed")
 
     def restore(self, step: int, state: T) -> tuple[T, DataState]:
-        """Loads a checkpoint into the structure and the shardings of `state`.
+        """Loads a checkpoint into a tree of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
           TrainingError: the checkpoint is damaged or of another model.
         """
         path = self._path(step)
         self._verify(step)
-        target = jax.tree.map(_shape, flax.serialization.to_state_dict(state))
+        target = flax.serialization.to_state_dict(state)
         try:
             loaded = self._writer.restore(path / "state", target)
         except (ValueError, KeyError, OSError) as error:
@@ -115,10 +115,6 @@ class Checkpoints:
 
     def _path(self, step: int, prefix: str = PREFIX) -> Path:
         return self._folder / f"{prefix}{step:08d}"
-
-
-def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@
 It reads from top to bottom: the data, the loss, the model, the step, the loop. The same
 file runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host.
 Exit code 0: done, or stopped by Ctrl-C or SIGTERM with everything saved. 1: an error,
-explained on stderr. 130: Ctrl-C before there was anything to save.
+explained on stderr. 130: Ctrl-C outside of training, or a second one during it.
 """
 
 import functools
@@ -203,13 +203,16 @@ class Run:
     def _begin(self) -> TrainState:
         """The state of the newest checkpoint, or a new one."""
         make = functools.partial(new_state, self.settings, self.model, self.loss_fn)
-        state = jax.jit(
-            make, out_shardings=shardings_of(jax.eval_shape(make), self.mesh)
-        )()
+        shapes = jax.eval_shape(make)
+        placed = shardings_of(shapes, self.mesh)
         latest = self.checkpoints.latest()
-        if latest is not None:
-            state, data_state = self.checkpoints.restore(latest, state)
-            self.batches.set_state(data_state)
+        if latest is None:
+            return jax.jit(make, out_shardings=placed)()
+        target = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding), shapes, placed
+        )
+        state, data_state = self.checkpoints.restore(latest, target)
+        self.batches.set_state(data_state)
         return state
 
     def describe(self) -> None:
@@ -348,7 +351,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped before training began; nothing to save", file=sys.stderr)
+        print("stopped; what was saved before stays", file=sys.stderr)
         return 130
     return 0
 

@@ -186,14 +186,16 @@ def triplet(embeddings: Floats, labels: Ints, margin: float) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def simctg(hidden: Floats, weights: Floats, margin: float = 0.5) -> float:
-    """Mean over counted i ≠ j of one row of max(0, ρ − 1 + cos(h_i, h_j))."""
+def simctg(
+    hidden: Floats, weights: Floats, segments: Ints, margin: float = 0.5
+) -> float:
+    """Mean over counted i ≠ j of one segment of max(0, ρ − 1 + cos(h_i, h_j))."""
     total, pairs = 0.0, 0
     for b in range(hidden.shape[0]):
         kept = [t for t in range(hidden.shape[1]) if weights[b, t] != 0]
         for i in kept:
             for j in kept:
-                if i != j:
+                if i != j and segments[b, i] == segments[b, j]:
                     cosine = similarity(hidden[b, i], hidden[b, j], "cosine")
                     total += max(0.0, margin - 1 + cosine)
                     pairs += 1

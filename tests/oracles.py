@@ -340,7 +340,7 @@ def contrastive(cfg: OracleConfig, tokens: Tokens, inputs: Mapping[str, Any]) ->
     kind, margin = cfg.contrastive_type, cfg.contrastive_margin
     if kind == "simctg":
         hidden = np.asarray(inputs["hidden_states"], np.float64)
-        value = batch.simctg(hidden, tokens.weights, margin)
+        value = batch.simctg(hidden, tokens.weights, tokens.segments, margin)
         return {"contrastive_loss": cfg.contrastive_weight * value}
     embeddings = np.asarray(inputs["embeddings"], np.float64)
     labels = np.asarray(inputs["labels"], np.int64)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import ava_jax
 
@@ -37,7 +36,7 @@ ADAPTIVE: dict[str, Any] = {
 }
 
 
-def integers(key: int = 0) -> dict[str, jax.Array]:
+def integers(key: int = 0) -> dict[str, Any]:
     """Targets with repeats and a mask with holes; no row is empty."""
     one, two, three = jax.random.split(jax.random.key(key), 3)
     mask = (jax.random.uniform(two, (B, S)) < 0.8).at[:, 0].set(True)
@@ -67,7 +66,7 @@ def floats(key: int = 1) -> dict[str, Any]:
     }
 
 
-def adaptive_floats(key: int = 2) -> dict[str, jax.Array]:
+def adaptive_floats(key: int = 2) -> dict[str, Any]:
     """The differentiable inputs of `ADAPTIVE`."""
     one, two, three = jax.random.split(jax.random.key(key), 3)
     return {

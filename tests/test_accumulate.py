@@ -1,5 +1,7 @@
 """Micro-batches add up to the whole batch, ragged masks and empty ones included."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def whole_and_parts(config, arrays, ints, door, count):
 
     @jax.jit
     def whole(arrays):
-        def loss(arrays):
+        def loss(arrays: dict[str, Any]):
             total, aux, after = loss_fn(state, **through(door, arrays), **ints)
             return total, (aux, after)
 
@@ -54,7 +56,7 @@ def whole_and_parts(config, arrays, ints, door, count):
 
     @jax.jit
     def part(arrays, rows):
-        def loss(arrays):
+        def loss(arrays: dict[str, Any]):
             part, own = cut(arrays, ints, rows)
             total, _, stats = loss_fn.accumulate(
                 state, **through(door, part), **own, normalizers=normalizers

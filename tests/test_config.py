@@ -1,6 +1,7 @@
 """A bad config is an error that names the field, the value and what to do."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -79,7 +80,7 @@ def test_config_and_loss_are_hashable_values():
     assert one == two
     assert hash(one) == hash(two)
     with pytest.raises(AttributeError):
-        vars(type(one.config))["__setattr__"](one.config, "vocab_size", 4)
+        object.__getattribute__(one.config, "__setattr__")("vocab_size", 4)
 
 
 def test_every_weight_may_be_a_schedule():
@@ -87,8 +88,9 @@ def test_every_weight_may_be_a_schedule():
         name for name in UnifiedLossConfig.__annotations__ if name.endswith("_weight")
     ]
     assert len(names) == 11
-    schedule = optax.linear_schedule(0.0, 1.0, 4)
-    config = UnifiedLossConfig(vocab_size=8, **dict.fromkeys(names, schedule))
+    schedule: Any = optax.linear_schedule(0.0, 1.0, 4)
+    scheduled: dict[str, Any] = dict.fromkeys(names, schedule)
+    config = UnifiedLossConfig(vocab_size=8, **scheduled)
     for name in names:
         assert config.is_on(name)
         assert float(config.weight(name, jnp.asarray(3))) == 0.75

@@ -1,5 +1,7 @@
 """A bad call is an error that names the argument, what it got and what to do."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -112,8 +114,9 @@ HEAD = jnp.zeros((D, V))
 )
 def test_bad_calls(config, inputs, error, words):
     loss_fn = ava_jax.create_unified_loss({"vocab_size": V, **config})
+    given: dict[str, Any] = {"targets": TARGETS, **inputs}
     with pytest.raises(error) as caught:
-        loss_fn(loss_fn.init(), **{"targets": TARGETS, **inputs})
+        loss_fn(loss_fn.init(), **given)
     for word in words:
         assert word in str(caught.value)
 

@@ -1,6 +1,7 @@
 """A term of the user's own is served by both doors, with its weight and state."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -31,7 +32,7 @@ class Reward:
         return {"mean": 0.9 * state["mean"] + 0.1 * mean}
 
 
-def inputs():
+def inputs() -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 3)
     ints = {k: v for k, v in integers().items() if k != "expert_indices"}
     return {
@@ -81,5 +82,6 @@ def test_a_name_that_is_taken_is_an_error(name):
 
 
 def test_an_object_that_is_no_term_is_an_error():
+    nothing: Any = object()
     with pytest.raises(TypeError, match="ExtraTerm"):
-        ava_jax.unified_loss(ava_jax.UnifiedLossConfig(vocab_size=V), (object(),))
+        ava_jax.unified_loss(ava_jax.UnifiedLossConfig(vocab_size=V), (nothing,))

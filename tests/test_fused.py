@@ -1,6 +1,7 @@
 """The fused door equals the logits door, and its logits never exist whole."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ EVERYTHING = {
 }
 
 
-def batch(scale=1.0, dtype=jnp.float32):
+def batch(scale=1.0, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 6)
     arrays = {
         "hidden_states": scale * jax.random.normal(keys[0], (B, S, D)),
@@ -48,7 +49,7 @@ def run(config, arrays, integers, fused, **options):
     loss_fn = ava_jax.create_unified_loss(config, **options)
     state = loss_fn.init()
 
-    def loss(arrays):
+    def loss(arrays: dict[str, Any]):
         given = dict(arrays)
         if not fused:
             hidden, bias = given.pop("hidden_states"), given.pop("lm_head_bias")
@@ -114,10 +115,10 @@ def test_the_gradient_of_an_aux_entry_is_exact(key):
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     state = loss_fn.init()
 
-    def fused(arrays):
+    def fused(arrays: dict[str, Any]):
         return loss_fn(state, **arrays, **integers)[1][key]
 
-    def plain(arrays):
+    def plain(arrays: dict[str, Any]):
         given = dict(arrays)
         hidden, bias = given.pop("hidden_states"), given["lm_head_bias"]
         logits = hidden @ given["lm_head"] + bias
@@ -133,7 +134,7 @@ def test_a_scaled_loss_has_a_scaled_gradient():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     state = loss_fn.init()
 
-    def loss(arrays, factor):
+    def loss(arrays: dict[str, Any], factor):
         return factor * loss_fn(state, **arrays, **integers)[0]
 
     once, thrice = (jax.jit(jax.grad(loss))(arrays, f) for f in (1.0, 3.0))
@@ -142,7 +143,7 @@ def test_a_scaled_loss_has_a_scaled_gradient():
 
 def shapes_in(compiled):
     """All array shapes of a compiled program."""
-    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
+    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", str(compiled.as_text()))
     return [tuple(map(int, dims.split(","))) for dims in found]
 
 
@@ -152,7 +153,7 @@ def test_no_array_of_tokens_times_vocabulary_exists():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING, chunk_size=2)
     state = loss_fn.init()
 
-    def loss(arrays):
+    def loss(arrays: dict[str, Any]):
         return loss_fn(state, **arrays, **integers)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
@@ -173,7 +174,7 @@ def test_parallel_heads_never_hold_their_logits():
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
 
-    def loss(arrays):
+    def loss(arrays: dict[str, Any]):
         return loss_fn(state, **arrays, **integers)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
@@ -206,7 +207,7 @@ def test_the_gradient_costs_six_and_the_value_two():
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
 
-    def loss(arrays):
+    def loss(arrays: dict[str, Any]):
         return loss_fn(state, **arrays, **integers)[0]
 
     unit = B * S * D * V

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -32,7 +34,7 @@ SOURCES = ("predictions", "targets")
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "door"))
 def value_and_grads(loss_fn, state, arrays, ints, door="logits"):
-    def loss(arrays):
+    def loss(arrays: dict[str, Any]):
         total, aux, after = loss_fn(state, **through(door, arrays), **ints)
         return total, (aux, after)
 
@@ -127,7 +129,7 @@ def test_masked_positions_may_hold_anything(door, bad):
     if door == "logits":
         masked = ~ints["attention_mask"][..., None]
 
-        def loss(arrays, filler):
+        def loss(arrays: dict[str, Any], filler):
             given = through("logits", arrays)
             given["logits"] = jnp.where(masked, filler, given["logits"])
             total, aux, after = loss_fn(state, **given, **ints)
@@ -183,7 +185,7 @@ def test_a_batch_in_which_nothing_counts_changes_nothing(source):
         _, _, state = jitted(loss_fn)(state, {**arrays, **ints})
         ints["attention_mask"] = jnp.zeros((B, S))
 
-        def loss(arrays, state=state, ints=ints, loss_fn=loss_fn):
+        def loss(arrays: dict[str, Any], state=state, ints=ints, loss_fn=loss_fn):
             total, aux, after = loss_fn(state, **arrays, **ints)
             return total, (aux, after)
 
@@ -287,7 +289,7 @@ def test_the_state_may_be_donated_and_aux_outlives_it():
     step = jax.jit(lambda state: loss_fn(state, **arrays, **ints), donate_argnums=0)
     first, state = loss_fn.init(), None
     _, aux, state = step(first)
-    assert first.temperature.is_deleted()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     _, later, state = step(state)
     kept = [float(jnp.sum(x)) for x in jax.tree.leaves((aux, later))]
     assert np.isfinite(kept).all()
@@ -337,17 +339,33 @@ def test_the_temperature_scales_the_main_loss_only():
     assert changed == {"temperature", "main_loss", "total_loss"}
 
 
-class JitTest(chex.TestCase):
-    """The same numbers with and without jit."""
+variants: Any = chex.variants
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_jit_changes_nothing(self):
-        loss_fn = ava_jax.create_unified_loss(ADAPTIVE)
-        got = self.variant(
-            lambda state, arrays, ints: loss_fn(state, **arrays, **ints)
-        )(loss_fn.init(), adaptive_floats(), integers())
-        want = loss_fn(loss_fn.init(), **adaptive_floats(), **integers())
-        chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+class VariantsTest(chex.TestCase):
+    """The same numbers with jit and without."""
+
+    variant: Callable[..., Any]
+
+    @variants(with_jit=True, without_jit=True)
+    def test_the_adaptive_loss_adds_up(self):
+        loss_fn = ava_jax.create_unified_loss(
+            ADAPTIVE, use_ngram_penalty=False, use_immediate_repetition_penalty=False
+        )
+        call = self.variant(lambda s, inputs: loss_fn(s, **inputs))
+        inputs = {**adaptive_floats(), **integers()}
+        loss, aux, state = call(loss_fn.init(), inputs)
+        heads = aux["main_additional_loss"] + aux["main_confidence_reg"]
+        want = aux["main_primary_loss"] + heads + aux["eos_penalty"]
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+        scores = inputs["confidence_scores"][inputs["attention_mask"]]
+        np.testing.assert_allclose(
+            aux["main_effective_mtp_weight"], 0.1 * jnp.mean(scores), rtol=1e-5
+        )
+        after = ava_jax.statistics(state)["adaptive_mtp"]
+        np.testing.assert_allclose(after["avg_primary_loss"], aux["main_primary_loss"])
+        cleared = ava_jax.statistics(ava_jax.reset_statistics(state))["adaptive_mtp"]
+        assert all(float(value) == 0 for value in cleared.values())
 
 
 def test_the_whole_loss_has_the_gradient_of_its_value():
@@ -360,7 +378,7 @@ def test_the_whole_loss_has_the_gradient_of_its_value():
         ints, state = integers(), loss_fn.init()
         for door in DOORS:
 
-            def loss(arrays, door=door):
+            def loss(arrays: dict[str, Any], door=door):
                 return loss_fn(state, **through(door, arrays), **ints)[0]
 
             value = jax.jit(loss)

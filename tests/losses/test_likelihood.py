@@ -65,7 +65,9 @@ def test_focal_alpha_per_class():
     alpha = jnp.arange(1.0, V + 1)
     got = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS), alpha=alpha)
     plain = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS))
-    np.testing.assert_allclose(got, plain * jnp.asarray(1.0 + TARGETS, jnp.float32), rtol=1e-6)
+    np.testing.assert_allclose(
+        got, plain * jnp.asarray(1.0 + TARGETS, jnp.float32), rtol=1e-6
+    )
 
 
 def test_perplexity_of_what_counts():

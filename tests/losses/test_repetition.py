@@ -1,5 +1,7 @@
 """Sequence unlikelihood, repetition decay and the anti-repetition loss."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from ava_jax import losses
 B, S, V = 3, 12, 7
 
 
-def batch(seed=0, vocab=4):
+def batch(seed: int = 0, vocab: int = 4) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(B, S, V)).astype(np.float32)
     ids = rng.integers(0, vocab, (B, S)).astype(np.int32)
