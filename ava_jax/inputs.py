@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ava_jax.config import UnifiedLossConfig
 from ava_jax.reduce import as_float, weighted_mean
@@ -19,7 +19,8 @@ class LossInputs(TypedDict, total=False):
     targets: ids [B, S]; position t holds the token that position t predicts.
     logits: [B, S, V]; the logits door.
     hidden_states: [B, S, D]; with `lm_head`, the fused door.
-    lm_head: [D, V].
+    lm_head: [D, V]; the product is taken in the wider of the two dtypes, and
+      accumulated in float32.
     lm_head_bias: [V].
     attention_mask: [B, S], bool, int or float (a per-token weight).
     segment_ids: [B, S]; packed rows, 0 is padding.
@@ -38,13 +39,13 @@ class LossInputs(TypedDict, total=False):
     extra_inputs: arrays [B, S, ...] for the extra terms, by name.
     """
 
-    targets: Int[Array, "B S"]
+    targets: Integer[Array, "B S"]
     logits: Float[Array, "B S V"] | None
     hidden_states: Float[Array, "B S D"] | None
     lm_head: Float[Array, "D V"] | None
     lm_head_bias: Float[Array, "V"] | None
     attention_mask: Shaped[Array, "B S"] | None
-    segment_ids: Int[Array, "B S"] | None
+    segment_ids: Integer[Array, "B S"] | None
     mtp_params: Mapping[str, Mapping[str, Array]] | None
     mtp_hidden_states: Float[Array, "K B S D"] | None
     primary_logits: Float[Array, "B S V"] | None
@@ -52,10 +53,10 @@ class LossInputs(TypedDict, total=False):
     confidence_scores: Float[Array, "B ..."] | None
     mtp_active: bool | Bool[Array, ""]
     gate_logits: Float[Array, "..."] | None
-    expert_indices: Int[Array, "..."] | None
+    expert_indices: Integer[Array, "..."] | None
     expert_outputs: Float[Array, "E ..."] | Sequence[Array] | None
     embeddings: Float[Array, "M D"] | None
-    labels: Int[Array, "M"] | None
+    labels: Integer[Array, "M"] | None
     extra_inputs: Mapping[str, Array] | None
 
 

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.reduce import as_float
 
@@ -41,9 +41,9 @@ class Tokens:
 
 
 def read_tokens(
-    targets: Int[Array, "B S"],
+    targets: Integer[Array, "B S"],
     attention_mask: Shaped[Array, "B S"] | None = None,
-    segment_ids: Int[Array, "B S"] | None = None,
+    segment_ids: Integer[Array, "B S"] | None = None,
     *,
     vocab_size: int,
     ignore_index: int = -100,
@@ -56,6 +56,9 @@ def read_tokens(
     `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` weigh 0; if that is
     the EOS id too, the first one of the row's trailing run keeps its weight.
     """
+    if targets.dtype not in (jnp.int32, jnp.int64):
+        # Narrow and unsigned types cannot hold ignore_index or vocab_size.
+        targets = targets.astype(jnp.int32)
     if attention_mask is not None:
         given = as_float(attention_mask)
     else:

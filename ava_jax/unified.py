@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from ava_jax.assemble import (
     RESERVED_NAMES,
@@ -108,9 +108,9 @@ class UnifiedLoss:
     def normalizers(
         self,
         *,
-        targets: Int[Array, "*window S"],
+        targets: Integer[Array, "*window S"],
         attention_mask: Shaped[Array, "*window S"] | None = None,
-        segment_ids: Int[Array, "*window S"] | None = None,
+        segment_ids: Integer[Array, "*window S"] | None = None,
     ) -> Normalizers:
         """Measures the denominators of an optimizer step's whole window of rows.
 

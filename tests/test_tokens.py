@@ -35,6 +35,14 @@ def test_the_mask_may_have_any_dtype(kind):
     assert tokens.weights.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("kind", [jnp.uint8, jnp.int8, jnp.uint32, jnp.int16])
+def test_targets_may_have_any_integer_type(kind):
+    ids = jnp.array([[1, 2, 100]]).astype(kind)
+    tokens = read_tokens(ids, vocab_size=50257)
+    np.testing.assert_array_equal(tokens.targets, [[1, 2, 100]])
+    np.testing.assert_array_equal(tokens.weights, [[1, 1, 1]])
+
+
 def test_padding_without_a_mask():
     tokens = rows([3, 1, 0, 0], pad_token_id=0)
     np.testing.assert_array_equal(tokens.weights, [[1, 1, 0, 0]])

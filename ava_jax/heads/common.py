@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from ava_jax.losses.mtp import layer_norm
 from ava_jax.reduce import as_float, float_dtype
 
 Mask = Num[Array, "B S"] | Bool[Array, "B S"]
@@ -56,11 +57,7 @@ class LayerNorm(nn.Module):
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        x = as_float(x)
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + 1e-5)
-        return normed * as_float(scale) + as_float(bias)
+        return layer_norm(as_float(x), scale, bias)
 
 
 class RMSNorm(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
@@ -45,7 +45,7 @@ def smoothed_cross_entropy(
 
 def focal_cross_entropy(
     stats: TokenStats,
-    targets: Int[Array, "*n"],
+    targets: Integer[Array, "*n"],
     alpha: float | Sequence[float] | Float[Array, "V"] = 1.0,
     gamma: float = 2.0,
 ) -> Float[Array, "*n"]:
@@ -131,7 +131,7 @@ def token_diversity(stats: TokenStats, vocab_size: int) -> Float[Array, "*n"]:
 
 def read_logits(
     logits: Float[Array, "*n V"],
-    targets: Int[Array, "*n"],
+    targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
 ) -> tuple[TokenStats, Float[Array, "*n"], Int[Array, "*n"]]:
     """Statistics of plain logits; ids outside [0, V) get weight 0 and become id 0."""
@@ -151,7 +151,7 @@ def read_logits(
 
 def focal_loss(
     inputs: Float[Array, "*n V"],
-    targets: Int[Array, "*n"],
+    targets: Integer[Array, "*n"],
     *,
     alpha: float | Sequence[float] | Float[Array, "V"] = 1.0,
     gamma: float = 2.0,
@@ -187,7 +187,10 @@ def focal_loss(
 
 
 def label_smoothing_loss(
-    inputs: Float[Array, "*n V"], targets: Int[Array, "*n"], *, smoothing: float = 0.1
+    inputs: Float[Array, "*n V"],
+    targets: Integer[Array, "*n"],
+    *,
+    smoothing: float = 0.1,
 ) -> Float[Array, "*n"]:
     """Cross-entropy of plain logits with label smoothing, unreduced.
 
@@ -222,7 +225,7 @@ def label_smoothing_loss(
 
 def perplexity(
     logits: Float[Array, "*n V"],
-    targets: Int[Array, "*n"],
+    targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
 ) -> Float[Array, ""]:
     """The exponential of the mean negative log-likelihood.

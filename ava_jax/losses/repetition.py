@@ -7,7 +7,7 @@ picks those ids' logits, so a charge costs no array over the vocabulary.
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.config import Weight, weight_at
 from ava_jax.losses.likelihood import read_logits
@@ -26,7 +26,7 @@ from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
 
 def sequence_unlikelihood(
     logits: Float[Array, "B S V"],
-    token_ids: Int[Array, "B S"],
+    token_ids: Integer[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
     *,
     ngram_size: int = 4,
@@ -68,7 +68,7 @@ def sequence_unlikelihood(
     return weighted_mean(-repeats * stats.target_complement, tokens.weights)
 
 
-def _check_logits(logits: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> None:
+def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> None:
     if ids.ndim != 2 or logits.shape[:-1] != ids.shape:
         raise ValueError(
             f"token ids must be [B, S] and fit the logits [B, S, V], got {ids.shape} "
@@ -78,7 +78,7 @@ def _check_logits(logits: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> None
 
 def repetition_decay_loss(
     logits: Float[Array, "B S V"],
-    targets: Int[Array, "B S"],
+    targets: Integer[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
     *,
     span_length: int | Int[Array, ""] | Int[Array, "B"],
@@ -150,7 +150,7 @@ def _decay(stats, log_earlier, decay):
     return jnp.where(rising, above, below)
 
 
-def repeat_spans(spans: Int[Array, "B L"], length: int) -> Int[Array, "B S"]:
+def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]:
     """Makes the rows of repetition decay: each span repeated to `length` tokens.
 
     Args:
@@ -240,7 +240,7 @@ def early_eos_targets(
 
 def anti_repetition_loss(
     logits: Float[Array, "B S V"],
-    labels: Int[Array, "B S"],
+    labels: Integer[Array, "B S"],
     attention_mask: Shaped[Array, "B S"] | None = None,
     *,
     eos_token_id: int | None = None,
