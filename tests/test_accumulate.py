@@ -92,6 +92,26 @@ def test_one_micro_batch_is_a_plain_call_with_every_term():
     assert_trees_close(got, want, 2e-5)
 
 
+def test_terms_that_couple_the_batch_are_averaged():
+    """Two equal micro-batches are worth as much as one, term by term."""
+    arrays, ints = floats(), integers()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+    twice = loss_fn.normalizers(
+        targets=jnp.stack([ints["targets"]] * 2),
+        attention_mask=jnp.stack([ints["attention_mask"]] * 2),
+    )
+    step = jax.jit(lambda given, n: loss_fn.accumulate(state, normalizers=n, **given))
+    given = {**arrays, **ints}
+    half, _, stats = step(given, twice)
+    whole, _, once = step(given, None)
+    np.testing.assert_allclose(2 * half, whole, rtol=1e-6)
+    counted = ("num_tokens", "num_invalid_targets")
+    means = {k: v for k, v in stats.aux.items() if k not in counted}
+    for name, value in means.items():
+        np.testing.assert_allclose(2 * value, once.aux[name], rtol=1e-5, err_msg=name)
+
+
 def test_the_mean_of_means_is_far_off():
     """The usual mistake, on the same ragged batch."""
     ints = integers()

@@ -129,6 +129,21 @@ def test_the_gradient_of_an_aux_entry_is_exact(key):
     assert_trees_close(got, want, 2e-5)
 
 
+def test_the_loss_and_an_aux_entry_may_be_differentiated_together():
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def value(arrays: dict[str, Any], of_loss, of_nll):
+        loss, aux, _ = loss_fn(state, **arrays, **integers)
+        return of_loss * loss + of_nll * aux["nll"]
+
+    grad = jax.jit(jax.grad(value))
+    both, loss, nll = (grad(arrays, *w) for w in ((2.0, 3.0), (1.0, 0.0), (0.0, 1.0)))
+    want = jax.tree.map(lambda a, b: 2 * a + 3 * b, loss, nll)
+    assert_trees_close(both, want, 1e-5)
+
+
 def test_a_scaled_loss_has_a_scaled_gradient():
     arrays, integers = batch()
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)

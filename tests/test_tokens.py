@@ -97,6 +97,8 @@ def test_runs_are_neither_extended_nor_broken_by_masked_positions():
     np.testing.assert_array_equal(longest_runs(rows([1, 1, 1, 2, 2])), [3])
     masked = rows([1, 1, 1, 1, 2], attention_mask=jnp.array([[1, 1, 0, 1, 1]]))
     np.testing.assert_array_equal(longest_runs(masked), [3])
+    skipped = rows([1, 1, 5, 5], attention_mask=jnp.array([[1, 1, 0, 1]]))
+    np.testing.assert_array_equal(longest_runs(skipped), [3])
     split = rows([1, 1, 1, 1], segment_ids=jnp.array([[1, 1, 2, 2]]))
     np.testing.assert_array_equal(longest_runs(split), [2])
 

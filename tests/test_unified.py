@@ -173,6 +173,30 @@ def test_bad_ids_are_excluded_and_counted(door, target):
     chex.assert_trees_all_close((loss, grads), (want[0][0], want[1]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_padded_columns_take_no_part_in_anything(door):
+    """They are as large as they can be; smoothing and entropy use the true V."""
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    arrays, ints = floats(), integers()
+    want = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, door)
+    padded = jax.tree.map(lambda x: x, arrays)
+    padded["lm_head"] = jnp.pad(
+        arrays["lm_head"], ((0, 0), (0, 3)), constant_values=50.0
+    )
+    heads = arrays["mtp_params"]["heads"]
+    padded["mtp_params"]["heads"] = {
+        "kernel": jnp.pad(
+            heads["kernel"], ((0, 0), (0, 0), (0, 3)), constant_values=50.0
+        ),
+        "bias": jnp.pad(heads["bias"], ((0, 0), (0, 3)), constant_values=50.0),
+    }
+    (values, grads) = value_and_grads(loss_fn, loss_fn.init(), padded, ints, door)
+    cut = jax.tree.map(lambda g, x: g[tuple(map(slice, x.shape))], grads, arrays)
+    chex.assert_trees_all_close((values, cut), want, rtol=1e-5, atol=1e-6)
+    assert (np.asarray(grads["lm_head"][:, V:]) == 0).all()
+    assert (np.asarray(grads["mtp_params"]["heads"]["kernel"][..., V:]) == 0).all()
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_batch_in_which_nothing_counts_changes_nothing(source):
     for config, arrays in (

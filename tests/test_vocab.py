@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from ava_jax import Query, Vocabulary, token_statistics
+from ava_jax import Query, Vocabulary, token_statistics, vocab
 from ava_jax.tokens import read_tokens
 from ava_jax.vocab import SeenQuery
 
@@ -51,6 +51,33 @@ def test_gradients_are_those_of_the_values(name, cap):
             return jnp.sum(mix * tokens.weights * STATS[name](stats))
 
         check_grads(value, (logits, jnp.asarray(1.3)), order=1, modes=["rev"])
+
+
+def test_seen_ids_are_charged_once_where_chunks_overlap(monkeypatch):
+    """Seven tokens in chunks of three: the last chunk starts inside the one before."""
+    tokens = read_tokens(jnp.array([[1, 2, 1, 3, 0, 2, 4]] * B), vocab_size=V)
+    logits = jax.random.normal(jax.random.key(1), (B, S, V))
+
+    def run():
+        query = make_query(tokens)
+        return jax.value_and_grad(
+            lambda z: jnp.sum(token_statistics(z, query, Vocabulary(V)).seen)
+        )(logits)
+
+    want = run()
+    monkeypatch.setattr(vocab, "_TOKENS_PER_CHUNK", 3 * B)
+    got = run()
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
+    p = np.asarray(jax.nn.softmax(logits))
+    by_hand = sum(
+        -np.log1p(-p[b, t, c])
+        for b in range(B)
+        for t in range(S)
+        for c in set(np.asarray(tokens.targets[b, :t]).tolist())
+        if c != tokens.targets[b, t]
+    )
+    np.testing.assert_allclose(got[0], by_hand, rtol=1e-5)
 
 
 def one_token(logits, target=0, active=True, **query):
@@ -114,17 +141,20 @@ def test_inactive_tokens_may_hold_anything(bad):
     good = jax.random.normal(jax.random.key(0), (3, 5))
     active = jnp.array([True, False, True])
 
-    def loss(logits):
+    def loss(logits, temperature):
         query = Query(targets=jnp.array([0, 1, 2]), active=active)
-        stats = token_statistics(logits, query, Vocabulary(5), jnp.asarray(1.5))
+        stats = token_statistics(logits, query, Vocabulary(5), temperature)
         values = stats.nll + stats.entropy + stats.log_z + stats.target_complement
-        return jnp.sum(jnp.where(active, values + stats.log_sum_tempered, 0.0))
+        return jnp.sum(jnp.where(active, values + stats.log_sum_tempered, 0.0)), stats
 
-    value, grad = jax.value_and_grad(loss)(good)
-    dirty_value, dirty = jax.value_and_grad(loss)(good.at[1].set(bad))
-    assert value == dirty_value
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    want, (grad, of_temperature) = run(good, jnp.asarray(1.5))
+    got, (dirty, dirty_of_temperature) = run(good.at[1].set(bad), jnp.asarray(1.5))
+    assert got[0] == want[0]
     np.testing.assert_array_equal(dirty, grad)
     assert (np.asarray(dirty[1]) == 0).all()
+    assert dirty_of_temperature == of_temperature != 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
 
 
 def test_nan_at_an_active_token_is_not_hidden():
