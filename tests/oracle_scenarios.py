@@ -140,7 +140,7 @@ def token_scenario(rng: Generator, door: str) -> Scenario:
     extra = pick(rng, [0, 0, 3])
     scale = pick(rng, [1.0, 6.0])
     if door == "logits":
-        allow_inf = config["logit_soft_cap"] is None and pick(rng, [True, False])
+        allow_inf = pick(rng, [True, False])
         inputs["logits"] = door_logits(rng, config, inputs, extra, scale, allow_inf)
     else:
         inputs |= fused_inputs(rng, config, inputs, extra, scale)
@@ -176,7 +176,7 @@ def door_logits(
     """Logits with padded columns, masked junk and perhaps −inf entries."""
     vocab, targets = config["vocab_size"], inputs["targets"]
     logits = draw_logits(rng, (*targets.shape, vocab + extra), scale)
-    logits[..., vocab:] = 1e4
+    logits[..., vocab:] = pick(rng, [1e4, np.nan])
     if allow_inf and vocab > 2:
         part = forbid_classes(rng, logits[..., :vocab], targets, vocab)
         logits = np.concatenate([part, logits[..., vocab:]], axis=-1)

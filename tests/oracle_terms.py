@@ -63,8 +63,8 @@ def focal(z: Floats, y: int, alpha: float | Floats, gamma: float) -> float:
 
 
 def soft_cap(z: Floats, cap: float | None) -> Floats:
-    """cap·tanh(z/cap)."""
-    return z if cap is None else cap * np.tanh(z / cap)
+    """cap·tanh(z/cap); a masked entry, −inf, stays masked."""
+    return z if cap is None else np.where(np.isneginf(z), z, cap * np.tanh(z / cap))
 
 
 def weighted_mean(values: Floats, weights: Floats) -> float:

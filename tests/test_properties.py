@@ -20,12 +20,15 @@ from oracle_scenarios import (
     contrastive_scenario,
     counted_places,
     draw_logits,
+    draw_mask,
     draw_targets,
     expert_scenario,
+    pick,
     plain_mtp_scenario,
     scenarios,
     token_scenario,
 )
+from oracle_terms import repetition_decay, sequence_unlikelihood, weighted_mean
 from oracles import OracleState, statistics, unified_oracle
 
 import ava_jax
@@ -228,35 +231,35 @@ def check_zeros(scenario: Scenario, grads: dict[str, Any]) -> None:
 
 
 @PRECISIONS
-@examples(30)
+@examples(26)
 @given(scenario=scenarios(token_scenario, "logits"))
 def test_logits_door(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
 @PRECISIONS
-@examples(16)
+@examples(14)
 @given(scenario=scenarios(token_scenario, "fused"))
 def test_fused_door(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
 @PRECISIONS
-@examples(12)
+@examples(10)
 @given(scenario=scenarios(plain_mtp_scenario))
 def test_plain_mtp(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
 @PRECISIONS
-@examples(12)
+@examples(10)
 @given(scenario=scenarios(adaptive_mtp_scenario))
 def test_adaptive_mtp(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide, later=[scenario.inputs])
 
 
 @PRECISIONS
-@examples(12)
+@examples(10)
 @given(scenario=scenarios(expert_scenario))
 def test_experts(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide, later=[scenario.inputs])
@@ -323,3 +326,44 @@ def test_many_steps(wide: bool) -> None:
     assert temperatures[-1] > min(temperatures)
     assert states[6] is states[5]
     assert states[-1].step == 9
+
+
+# Functions of their own ---------------------------------------------------------
+
+
+@PRECISIONS
+@examples(8)
+@given(seed=SEEDS)
+def test_sequence_unlikelihood(wide: bool, seed: int) -> None:
+    rng = default_rng(seed)
+    n, ids = int(rng.integers(1, 4)), draw_targets(rng, (3, 12), 5)
+    logits = draw_logits(rng, (3, 12, 5), 3.0)
+    mask = np.asarray(draw_mask(rng, pick(rng, ["bool", "float", "empty"]), ids.shape))
+    weights = mask.astype(np.float64)
+    terms = sequence_unlikelihood(logits.astype(np.float64), ids, weights, n)
+    arrays = {"logits": logits, "token_ids": ids, "mask": mask}
+    with jax.enable_x64(wide):
+        got = ava_jax.losses.sequence_unlikelihood(**widened(arrays), ngram_size=n)
+        want = weighted_mean(terms, weights)
+        assert_near("mean", got, want, FLOAT64 if wide else FLOAT32)
+
+
+@PRECISIONS
+@examples(8)
+@given(seed=SEEDS)
+def test_repetition_decay(wide: bool, seed: int) -> None:
+    rng = default_rng(seed)
+    span, decay = int(rng.integers(1, 5)), float(rng.choice([0.25, 0.5]))
+    ids = np.tile(draw_targets(rng, (3, span), 5), 12)[:, :12]
+    logits = draw_logits(rng, (3, 12, 5), 2.0)
+    # Padding only at the end: what is repeated must be known.
+    kept = np.arange(12) < rng.integers(0, 13, (3, 1))
+    weights = kept * rng.integers(1, 5, (3, 12)) / 2
+    terms = repetition_decay(logits.astype(np.float64), ids, weights, span, decay)
+    arrays = {"logits": logits, "targets": ids, "mask": weights.astype(np.float32)}
+    with jax.enable_x64(wide):
+        got = ava_jax.losses.repetition_decay_loss(
+            **widened(arrays), span_length=span, decay=decay
+        )
+        want = weighted_mean(terms, weights)
+        assert_near("mean", got, want, FLOAT64 if wide else FLOAT32)
