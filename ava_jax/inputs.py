@@ -299,21 +299,38 @@ def measure(config: UnifiedLossConfig, tokens: Tokens, num_heads: int) -> Normal
     )
 
 
-def mean_over_scores(
-    values: Float[Array, "B ..."],
-    tokens: Tokens,
-    normalizers: Normalizers | None = None,
-) -> Float[Array, ""]:
-    """Averages one value per confidence score, or returns this batch's share of that.
+@flax.struct.dataclass
+class Scores:
+    """Confidence scores and what counts of them.
 
     A score per row counts where the row has a token that counts; a score per token has
     the token's weight.
+
+    Attributes:
+      values: the scores; 1 where they do not count.
+      weights: their weights.
+      normalizer: `Σ weights` over the optimizer step.
     """
+
+    values: Float[Array, "*n"]
+    weights: Float[Array, "*n"]
+    normalizer: Float[Array, ""]
+
+    def share_of_mean(self, values: Float[Array, "*n"]) -> Float[Array, ""]:
+        """This batch's share of the step's mean of one value per score."""
+        return weighted_mean(values, self.weights, self.normalizer)
+
+
+def read_scores(
+    scores: Float[Array, "B ..."], tokens: Tokens, normalizers: Normalizers
+) -> Scores:
+    """Weighs confidence scores."""
     shape = tokens.targets.shape
-    per_row = values.shape in ((shape[0],), (shape[0], 1))
+    per_row = scores.shape in (shape[:1], (shape[0], 1))
     weights = as_float(jnp.any(tokens.active, 1)) if per_row else tokens.weights
-    if normalizers is None:
-        denominator = jnp.sum(weights)
-    else:
-        denominator = normalizers.active_rows if per_row else normalizers.tokens
-    return weighted_mean(values.reshape(weights.shape), weights, denominator)
+    given = as_float(scores).reshape(weights.shape)
+    return Scores(
+        values=jnp.where(weights != 0, given, jnp.ones_like(given)),
+        weights=weights,
+        normalizer=normalizers.active_rows if per_row else normalizers.tokens,
+    )

@@ -13,15 +13,15 @@ from ava_jax.inputs import (
     LossInputs,
     Normalizers,
     array,
-    mean_over_scores,
     mtp_parameters,
+    read_scores,
 )
 from ava_jax.losses.mtp import (
     confidence_regularizer,
     effective_mtp_weight,
     layer_norm,
 )
-from ava_jax.reduce import as_float, safe_divide
+from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.token_terms import HeadObjective, SharedInputs, TokenInputs, token_inputs
 from ava_jax.tokens import Tokens, stack_ahead
 
@@ -138,16 +138,17 @@ def adaptive_parts(
     Over micro-batches the confidence that scales the heads is each one's own.
     """
     zero = jnp.zeros((), normalizers.tokens.dtype)
-    scores = inputs.get("confidence_scores")
+    given = inputs.get("confidence_scores")
     confidence = regularizer = zero
     scale = None
-    if scores is not None:
-        confidence = mean_over_scores(as_float(scores), tokens, normalizers)
-        regularizer = config.confidence_reg_strength * mean_over_scores(
-            confidence_regularizer(scores), tokens, normalizers
+    if given is not None:
+        scores = read_scores(given, tokens, normalizers)
+        confidence = scores.share_of_mean(scores.values)
+        regularizer = config.confidence_reg_strength * scores.share_of_mean(
+            confidence_regularizer(scores.values)
         )
         if config.use_confidence_weighting:
-            scale = mean_over_scores(as_float(scores), tokens)
+            scale = weighted_mean(scores.values, scores.weights)
     heads = inputs.get("additional_logits")
     if heads is None:
         return AdaptiveParts(zero, regularizer, confidence, zero)

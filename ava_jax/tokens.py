@@ -176,7 +176,8 @@ class SortedWindows:
 
 def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
     """Sorts the windows of `size` targets of each row, by their last position."""
-    return _sort_windows(whole_windows(tokens, size), _ending_at(tokens, size, 0))
+    keys = (tokens.segments, *_ending_at(tokens, size, 0))
+    return _sort_windows(whole_windows(tokens, size), keys)
 
 
 def _sort_windows(

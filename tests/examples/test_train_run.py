@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from devices import put_batch
+from devices import make_mesh, put_batch
 from metrics import Record, read_records
 from settings import PRESETS, parse_settings
 from train_tpu import Run, main
@@ -153,6 +153,30 @@ def test_a_run_goes_on_under_another_mesh(tiny: list[str], tmp_path: Path) -> No
     assert_close(moved, expected, rtol=5e-4)
 
 
+def test_big_matrices_lie_along_the_tensor_axis(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    at = tiny.index("--mesh")
+    flags = [*tiny[:at], *tiny[at + 2 :], "--mesh", "data=2,tensor=2"]
+    arguments = ["--preset", "moe", *flags, "--out", str(tmp_path)]
+    run = Run(*parse_settings(arguments), Console(quiet=True))
+    placed = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
+        for path, leaf in jax.tree.leaves_with_path(run.state)
+        if leaf.size >= 1024
+    }
+    assert any("optimizer" in name for name in placed)
+    assert any("experts/down" in name for name in placed)
+    assert any("lm_head" in name for name in placed)
+    whole = [name for name, where in placed.items() if where.is_fully_replicated]
+    assert whole == []
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(8, 8), (6, 6), (7, 7), (9, 3), (1, 1)])
+def test_the_default_mesh_of_a_cpu_shares_the_rows(rows: int, devices: int) -> None:
+    assert dict(make_mesh("", rows).shape) == {"data": devices, "tensor": 1}
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
@@ -204,7 +228,7 @@ def test_bfloat16_is_near_float32(tiny: list[str], tmp_path: Path) -> None:
         (["--loss.unlikelihood-weight", "0.1"], "unlikelihood"),
         (["--loss.z-loss-weight", "1e-4"], "z_loss"),
         (["--model.experts", "4", "--loss.use-diversity-loss"], "diversity_loss"),
-        (["--model.experts", "4", "--loss.use-moe-balancing"], "moe_cv_1"),
+        (["--model.experts", "4", "--loss.use-moe-balancing"], "moe_cv"),
     ],
 )
 def test_single_fields_of_the_loss_add_their_terms(
