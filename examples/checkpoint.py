@@ -14,9 +14,8 @@ from typing import TypeVar, cast
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-
 from errors import TrainingError
+from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 PREFIX = "step_"

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from corpus import Corpus
 from errors import TrainingError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text

@@ -1,14 +1,14 @@
 """Where arrays live: the mesh, shardings by parameter name, batches on all hosts."""
 
 import math
+import os
 from typing import TypeVar
 
 import jax
 import numpy as np
+from data import Rows
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from data import Rows
 from layers import Batch
 from model import partition_spec
 
@@ -17,7 +17,18 @@ AXES = ("data", "tensor")
 
 
 def join_pod() -> None:
-    """Connects the processes of a pod or cluster; alone, there is nothing to do."""
+    """Connects the processes of a pod or cluster; alone, there is nothing to do.
+
+    TPU pods, Slurm, Open MPI and others are recognised by JAX. Elsewhere, set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, own = (
+            int(os.environ[name]) if name in os.environ else None
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=count, process_id=own)
+        return
     try:
         jax.distributed.initialize()
     except ValueError:
@@ -37,7 +48,7 @@ def make_mesh(text: str, rows: int) -> Mesh:
     """
     count = jax.device_count()
     sizes = {"data": 1, "tensor": 1}
-    for part in text.split(",") if text else [f"data={count}"]:
+    for part in (text or f"data={_default_size(count, rows)}").split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
             raise ValueError(f"--mesh takes data=N,tensor=M, got {text!r}")
@@ -58,6 +69,13 @@ def make_mesh(text: str, rows: int) -> Mesh:
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=jax.devices()[:wanted],
     )
+
+
+def _default_size(count: int, rows: int) -> int:
+    """All accelerators; of a CPU's fake devices, as many as share the rows evenly."""
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return count
+    return max(size for size in range(1, count + 1) if rows % size == 0)
 
 
 def shardings_of(tree: T, mesh: Mesh) -> T:

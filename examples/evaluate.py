@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-
-import ava_jax
-from ava_jax.state import BiasBalanceState
 from layers import Batch
 from metrics import Record
 from model import LanguageModel, hidden_and_head
+
+import ava_jax
+from ava_jax.state import BiasBalanceState
 
 # Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
 CANDIDATES = 40

@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from errors import TrainingError
 from jaxtyping import Array, Float
 from tensorboardX import SummaryWriter
-
-from errors import TrainingError
 
 Record = dict[str, float]
 

@@ -16,11 +16,11 @@ from flax.typing import VariableDict
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+from layers import Batch, Block, ExpertBlock, ModelConfig
+from moe import Routing
 
 import ava_jax
 from ava_jax import heads
-from layers import Batch, Block, ExpertBlock, ModelConfig
-from moe import Routing
 
 # Which axis of a parameter lies along the mesh's "tensor" axis, by the end of its path.
 # The optimizer's moments end in the same names. Everything else is replicated.

@@ -7,7 +7,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
 from metrics import Record
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -35,6 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 # Counts; nothing to look at unless they are wrong, and then training stops.
 HIDDEN = ("step", "tokens", "seconds", "num_tokens", "num_invalid_targets")
 LOGARITHMIC = ("Perplexity", "Gradient norm")
+SMOOTH_ALREADY = ("Temperature", "Learning rate")
 MOST_LINES = 12
 
 
@@ -81,7 +81,7 @@ def _draw(axis: Axes, title: str, names: list[str], records: list[Record]) -> No
         values = np.array([record.get(name, np.nan) for record in records])
         color = f"C{index % 10}"
         style = "-" if index < 10 else "--"
-        window = max(1, len(values) // 50)
+        window = 1 if title in SMOOTH_ALREADY else max(1, len(values) // 50)
         if window > 1:
             axis.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
         axis.plot(steps, _smooth(values, window), style, color=color, label=name)

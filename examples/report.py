@@ -3,6 +3,7 @@
 import types
 from pathlib import Path
 
+from metrics import Record
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -12,8 +13,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-
-from metrics import Record
 
 SHOWN = {
     "total_loss": "loss",

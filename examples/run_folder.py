@@ -6,11 +6,11 @@ import platform
 from pathlib import Path
 
 import jax
-
-import ava_jax
 from corpus import Corpus
 from errors import TrainingError
 from settings import Settings
+
+import ava_jax
 
 # What a resumed run may change: it alters no number that training computes.
 FREE = {

@@ -18,27 +18,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
-from rich.console import Console
-
-import ava_jax
-from ava_jax.unified import StepStats
 from checkpoint import Checkpoints
 from corpus import load_corpus
 from data import prepare_data
 from devices import join_pod, make_mesh, put_batch, shardings_of
 from errors import TrainingError
 from evaluate import evaluate, generate, routing_bias
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 from layers import Batch
 from metrics import Metrics, MetricsLog, append_record, check, read_records
 from model import LanguageModel, loss_inputs
 from plot import plot_losses
 from report import ProgressReport, show_paths, show_table
+from rich.console import Console
 from run_folder import open_run
 from settings import LossFields, Settings, make_loss_config, parse_settings
 from stopping import StopRequest
+
+import ava_jax
+from ava_jax.unified import StepStats
 
 
 class TrainState(NamedTuple):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from corpus import Corpus, load_corpus
 from data import PackedRows, TextData, prepare_data
 from errors import TrainingError

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from checkpoint import Checkpoints
 from errors import TrainingError
 from metrics import MetricsLog, Record, check, read_records

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 from flax.typing import VariableDict
-
-import ava_jax
 from layers import Batch, ModelConfig
 from model import LanguageModel, hidden_and_head, loss_inputs
 from moe import Experts, Routing
 from settings import LossFields
+
+import ava_jax
 
 LOSS: LossFields = {"vocab_size": 20, "hidden_size": 16}
 

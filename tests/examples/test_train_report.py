@@ -6,11 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from rich.console import Console
-
 from metrics import Metrics, MetricsLog, Record, read_records
 from plot import group_names, plot_losses
 from report import ProgressReport, show_table
+from rich.console import Console
 
 
 def make_records(steps: int) -> list[Record]:

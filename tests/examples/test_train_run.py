@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from rich.console import Console
-
 from devices import make_mesh, put_batch
 from metrics import Record, read_records
+from rich.console import Console
 from settings import PRESETS, parse_settings
 from train_tpu import Run, main
 

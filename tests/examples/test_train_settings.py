@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-import ava_jax
 from errors import TrainingError
 from settings import PRESETS, make_loss_config, parse_settings
+
+import ava_jax
 
 
 def loss_of(arguments: list[str], vocab_size: int = 300) -> ava_jax.UnifiedLossConfig:
