@@ -61,7 +61,7 @@ def test_seen_ids_are_charged_once_where_chunks_overlap(monkeypatch):
     def run():
         query = make_query(tokens)
         return jax.value_and_grad(
-            lambda z: jnp.sum(token_statistics(z, query, Vocabulary(V)).seen)
+            lambda z: jnp.sum(STATS["seen"](token_statistics(z, query, Vocabulary(V))))
         )(logits)
 
     want = run()
