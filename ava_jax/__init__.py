@@ -2,10 +2,13 @@
 
 from ava_jax import heads as heads
 from ava_jax import losses as losses
+from ava_jax.assemble import StepStats as StepStats
 from ava_jax.config import UnifiedLossConfig as UnifiedLossConfig
 from ava_jax.debug import checked as checked
 from ava_jax.inputs import LossInputs as LossInputs
 from ava_jax.inputs import Normalizers as Normalizers
+from ava_jax.state import BiasBalanceState as BiasBalanceState
+from ava_jax.state import GradientBalanceState as GradientBalanceState
 from ava_jax.state import LossState as LossState
 from ava_jax.state import reset_statistics as reset_statistics
 from ava_jax.state import statistics as statistics

@@ -13,7 +13,7 @@ from metrics import Record
 from model import LanguageModel, hidden_and_head
 
 import ava_jax
-from ava_jax.state import BiasBalanceState
+from ava_jax import BiasBalanceState
 
 # Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
 CANDIDATES = 40

@@ -39,7 +39,7 @@ class Settings:
     source of this Python's standard library."""
     loss_config: Path | None = None
     """JSON or YAML file with fields of the loss; --loss.* flags go before it."""
-    steps: int = 900
+    steps: int = 800
     """Stop after this many optimizer steps, counted from the run's beginning."""
     batch_size: int = 8
     """Rows per optimizer step (B), over all devices and micro-batches."""
@@ -61,7 +61,7 @@ class Settings:
     """Peak of the learning rate."""
     warmup_steps: int = 50
     """Steps in which the learning rate rises to its peak."""
-    schedule_steps: int = 900
+    schedule_steps: int = 800
     """Step at which the learning rate has fallen, by a cosine, to a tenth of its peak,
     where it stays. It does not follow --steps, so that a run can be prolonged."""
     weight_decay: float = 0.1

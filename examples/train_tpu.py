@@ -38,7 +38,6 @@ from settings import LossFields, Settings, make_loss_config, parse_settings
 from stopping import StopRequest
 
 import ava_jax
-from ava_jax.unified import StepStats
 
 
 class TrainState(NamedTuple):
@@ -98,7 +97,7 @@ def make_train_step(
         state: ava_jax.LossState,
         micro: Batch,
         normalizers: ava_jax.Normalizers,
-    ) -> tuple[Array, StepStats]:
+    ) -> tuple[Array, ava_jax.StepStats]:
         inputs = loss_inputs(model, params, micro, routing_bias(state))
         loss, _, stats = loss_fn.accumulate(state, normalizers=normalizers, **inputs)
         return loss, stats
@@ -115,7 +114,9 @@ def make_train_step(
             segment_ids=window.segment_ids,
         )
 
-        def add(grads: optax.Params, micro: Batch) -> tuple[optax.Params, StepStats]:
+        def add(
+            grads: optax.Params, micro: Batch
+        ) -> tuple[optax.Params, ava_jax.StepStats]:
             gradient = jax.grad(micro_loss, has_aux=True)
             more, stats = gradient(state.params, state.loss, micro, normalizers)
             return jax.tree.map(jnp.add, grads, more), stats

@@ -134,7 +134,9 @@ def test_jsonl_gz_and_folders_hold_the_same_documents(tmp_path: Path) -> None:
     (folder / "deep").mkdir(parents=True)
     (folder / "1.txt").write_text(texts[0])
     (folder / "2.md").write_text(texts[1])
-    (folder / "deep" / "3.txt.gz").write_bytes(gzip.compress(texts[2].encode(), mtime=0))
+    (folder / "deep" / "3.txt.gz").write_bytes(
+        gzip.compress(texts[2].encode(), mtime=0)
+    )
     (folder / ".hidden").write_text("no")
     corpora = [load_corpus(path) for path in (plain, packed, folder)]
     assert sorted(corpora[0].documents) == sorted(texts)
