@@ -51,7 +51,7 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
       ...     ava_jax.checked(loss_fn)(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
       ...                              targets=jnp.array([[1, 2, 9, 4]]))
       ... except ValueError as error:
-      ...     print(str(error).splitlines()[0])
+      ...     print(str(error).split(" (")[0])
       target 9 at [0, 2] is outside the vocabulary of 8 ids
     """
 
