@@ -36,7 +36,9 @@ class TokenStats:
     Attributes:
       shift: the largest logit.
       log_sum: `log Σ exp(z − shift)`.
-      log_rest: the same sum over all classes but `top`.
+      second: the largest logit of the classes but `top`, relative to `shift`; a
+        constant to differentiation as well.
+      log_rest_sum: `log Σ exp(z − shift − second)` over the classes but `top`.
       log_sum_tempered: `log Σ exp((z − shift)/T)`.
       temperature: T, a scalar.
       target: `z_y − shift`.
@@ -52,7 +54,8 @@ class TokenStats:
 
     shift: Float[Array, "*n"]
     log_sum: Float[Array, "*n"]
-    log_rest: Float[Array, "*n"]
+    second: Float[Array, "*n"]
+    log_rest_sum: Float[Array, "*n"]
     log_sum_tempered: Float[Array, "*n"]
     temperature: Float[Array, ""]
     target: Float[Array, "*n"]
@@ -69,6 +72,11 @@ class TokenStats:
     def log_z(self) -> Float[Array, "*n"]:
         """`logsumexp(z)`."""
         return self.shift + self.log_sum
+
+    @property
+    def log_rest(self) -> Float[Array, "*n"]:
+        """`log Σ exp(z − shift)` over the classes but `top`."""
+        return self.second + self.log_rest_sum
 
     @property
     def nll(self) -> Float[Array, "*n"]:
@@ -202,7 +210,9 @@ def _relative_logits(vocabulary: Vocabulary, logits, active, shift=None):
 def _pick(z, ids, wanted):
     """Takes z [..., V] at the wanted ids, [...] or [..., Q]."""
     if wanted.ndim == z.ndim:
-        z, ids = z[..., None, :], ids[..., None, :]
+        # One reduction an id: a broadcast one could leave an array of Q·V behind.
+        columns = [_pick(z, ids, wanted[..., q]) for q in range(wanted.shape[-1])]
+        return jnp.stack(columns, -1)
     return jnp.sum(jnp.where(ids == wanted[..., None], z, jnp.zeros_like(z)), -1)
 
 
@@ -215,13 +225,14 @@ def _forward(vocabulary, tempered, logits, query, temperature):
     second = jnp.max(others, -1)
     second = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
     rest = jnp.sum(jnp.exp(others - second[..., None]), -1)
-    log_rest = jnp.where(rest > 0, second + jnp.log(rest), _LOG_NOTHING)
+    log_rest_sum = jnp.where(rest > 0, jnp.log(rest), _LOG_NOTHING)
     finite = jnp.where(usable, z, jnp.zeros_like(z))
     weighted = jnp.sum(jnp.exp(z) * finite, -1)
     stats = TokenStats(
         shift=shift,
         log_sum=log_sum,
-        log_rest=log_rest,
+        second=second,
+        log_rest_sum=log_rest_sum,
         log_sum_tempered=(
             jnp.log(jnp.sum(jnp.exp(z / temperature), -1)) if tempered else log_sum
         ),
@@ -284,12 +295,9 @@ def _gradient_terms(z, usable, ids, query, stats, cotangents, tempered):
         scale = stats.temperature if tempered else jnp.ones_like(stats.temperature)
         tempered_p = jnp.exp(z / scale - stats.log_sum_tempered[..., None])
         yield (cotangents.log_sum_tempered / scale)[..., None] * tempered_p
-    if not is_zero_cotangent(cotangents.log_rest):
-        possible = stats.log_rest > _LOG_NOTHING
-        log_q = z - jnp.where(possible, stats.log_rest, 0.0)[..., None]
-        other = (ids != stats.top[..., None]) & possible[..., None]
-        q = jnp.exp(jnp.where(other, log_q, -jnp.inf))
-        yield cotangents.log_rest[..., None] * q
+    if not is_zero_cotangent(cotangents.log_rest_sum):
+        q = _rest_probabilities(z, ids == stats.top[..., None], stats)
+        yield cotangents.log_rest_sum[..., None] * q
     if not is_zero_cotangent(cotangents.expected):
         finite = jnp.where(usable, z, jnp.zeros_like(z))
         excess = 1 + finite - stats.expected[..., None]
@@ -303,6 +311,15 @@ def _gradient_terms(z, usable, ids, query, stats, cotangents, tempered):
             wanted = query.candidates[name]
             for q in range(wanted.shape[-1]):
                 yield _place(ids, wanted[..., q], cotangent[..., q])
+
+
+def _rest_probabilities(z, is_top, stats):
+    """The softmax over the classes but the largest; 0 where no other is possible."""
+    possible = stats.log_rest_sum > _LOG_NOTHING
+    log_sum = jnp.where(possible, stats.log_rest_sum, 0.0)[..., None]
+    other = ~is_top & possible[..., None]
+    log_q = (z - stats.second[..., None]) - log_sum
+    return jnp.exp(jnp.where(other, log_q, -jnp.inf))
 
 
 def _place(ids, wanted, value):
@@ -381,8 +398,7 @@ def _add_seen_gradient(vocabulary, logits, query, stats, cotangents, grad):
         )
         odds = jnp.where(rest, p / jnp.where(rest, 1 - p, jnp.ones_like(p)), 0.0)
         part = odds - p * jnp.sum(odds, -1, keepdims=True)
-        log_rest = jnp.maximum(local.log_rest, -1e29)[..., None]
-        q = jnp.exp(jnp.where(is_top, -jnp.inf, z - log_rest))
+        q = _rest_probabilities(z, is_top, local)
         p_top = jnp.exp(-local.log_sum)[..., None]
         pull = p_top * (as_float(is_top) - q)
         part += jnp.where(jnp.any(top, -1, keepdims=True), pull, jnp.zeros_like(pull))
