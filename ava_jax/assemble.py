@@ -4,6 +4,7 @@ All entries are sums over the call's tokens divided by the step's denominators, 
 of micro-batches add up.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.struct
@@ -13,7 +14,6 @@ from jaxtyping import Array, Float
 
 from ava_jax.batch_terms import Router, auxiliary_terms, updated_balance
 from ava_jax.config import UnifiedLossConfig
-from ava_jax.fused import FusedOperands, fused_sums
 from ava_jax.inputs import LossInputs, Normalizers, array, has_fused_door
 from ava_jax.losses.repetition import (
     early_eos_targets,
@@ -31,7 +31,9 @@ from ava_jax.mtp_terms import (
     usable_heads,
     without_masked,
 )
+from ava_jax.passes import Operands, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.sizes import Sizes, choose_sizes
 from ava_jax.state import GradientBalanceState, LossState
 from ava_jax.token_terms import (
     ExtraTerm,
@@ -42,7 +44,7 @@ from ava_jax.token_terms import (
     extra_weight,
     token_inputs,
 )
-from ava_jax.tokens import Tokens
+from ava_jax.tokens import Tokens, read_history
 
 Aux = dict[str, Array]
 Scalar = Float[Array, ""]
@@ -97,6 +99,21 @@ class Call(NamedTuple):
     def weight(self, field: str) -> Scalar:
         """The weight field's value at this step."""
         return self.config.weight(field, self.state.step)
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many tokens the passes handle at a time."""
+        config = self.config
+        batch, length = self.tokens.targets.shape
+        hidden = self.inputs.get("hidden_states")
+        return choose_sizes(
+            batch,
+            length,
+            config.vocab_size,
+            4 if hidden is None else hidden.dtype.itemsize,
+            config.chunk_size,
+            config.block_size,
+        )
 
 
 def adaptive_prefix(config: UnifiedLossConfig) -> str | None:
@@ -170,82 +187,68 @@ def _token_sums(
     charges = charges_for(config, tokens)
     block = token_inputs(tokens, charges, dict(inputs.get("extra_inputs") or {}))
     deepseek = config.primary_loss_type == "deepseek"
-    keeps_history = config.is_on("unlikelihood_weight")
+    history = read_history(tokens) if config.is_on("unlikelihood_weight") else None
     shared = SharedInputs(
         temperature=call.state.temperature if deepseek else None,
-        history=tokens if keeps_history else None,
+        history=history,
         extra=call.state.extra,
     )
     coefficients = {
         k: safe_divide(weight, call.normalizers.tokens) for k, weight in weights.items()
     }
-    if has_fused_door(inputs):
-        return _fused_token_sums(call, block, shared, coefficients)
-    sums = _logits_sums(call, block, shared)
-    total = sum(
-        (c * sums[k] for k, c in coefficients.items()),
-        start=jnp.zeros_like(block.weights[0, 0]),
-    )
+    objectives, operands = _main_pass(call, block, shared)
+    heads = None
     if config.use_mtp and config.mtp_type == "sequential":
-        of_heads, more = _sequential_sums(call)
-        return total + of_heads, sums | more
-    return total, sums
+        heads = sequential_group(config, inputs, tokens)
+    if heads is not None and operands.kernel is not None:
+        # Depths that share the matrix go through the same pass.
+        objectives, operands = _with_heads(objectives, operands, heads)
+        coefficients, heads = coefficients | _head_coefficients(call), None
+    total, sums = token_sums(objectives, operands, coefficients, call.sizes)
+    if heads is None:
+        return total, sums
+    of_heads, more = _sequential_pass(call, heads)
+    return total + of_heads, sums | more
 
 
-def _logits_sums(
+def _main_pass(
     call: Call, block: TokenInputs, shared: SharedInputs
-) -> dict[str, Array]:
-    """The logits door; the adaptive loss may have main logits of its own."""
-    config, inputs = call.config, call.inputs
+) -> tuple[tuple[TokenObjective, ...], Operands]:
+    """The main tokens' part of the pass, from either door."""
+    config, inputs, terms = call.config, call.inputs, call.extra_terms
+    whole = TokenObjective(config, True, True, terms)
+    block = jax.tree.map(lambda x: x[None], block)
+    if has_fused_door(inputs):
+        hidden = without_masked(array(inputs, "hidden_states"), call.tokens.weights)
+        kernel, bias = array(inputs, "lm_head"), inputs.get("lm_head_bias")
+        return (whole,), Operands((hidden[None],), (block,), shared, kernel, bias)
     logits, primary = inputs.get("logits"), inputs.get("primary_logits")
     if config.primary_loss_type != "adaptive_mtp" or primary is None or logits is None:
         source = array(inputs, "primary_logits" if logits is None else "logits")
-        whole = TokenObjective(config, True, True, call.extra_terms)
-        return whole(source, block, shared)
+        return (whole,), Operands((source[None],), (block,), shared)
+    # The adaptive loss has main logits of its own.
     main = TokenObjective(config, main=True, others=False)
-    others = TokenObjective(config, False, True, call.extra_terms)
-    return main(primary, block, shared) | others(logits, block, shared)
+    others = TokenObjective(config, False, True, terms)
+    sources = (primary[None], logits[None])
+    return (main, others), Operands(sources, (block, block), shared)
 
 
-def _fused_token_sums(
-    call: Call,
-    block: TokenInputs,
-    shared: SharedInputs,
-    coefficients: dict[str, Scalar],
-) -> tuple[Scalar, dict[str, Array]]:
-    """The fused door; depths that share the matrix go through the same pass."""
-    config, inputs = call.config, call.inputs
-    hidden = without_masked(array(inputs, "hidden_states"), block.weights)
-    objectives = (TokenObjective(config, True, True, call.extra_terms),)
-    groups = ((hidden[None],), (_with_group(block),))
-    if config.use_mtp and config.mtp_type == "sequential":
-        group = sequential_group(config, inputs, call.tokens)
-        if group is not None:
-            objectives += (group[0],)
-            groups = (groups[0] + group[1:2], groups[1] + group[2:])
-            coefficients = coefficients | _head_coefficients(call)
-    operands = FusedOperands(
-        *groups, shared, array(inputs, "lm_head"), inputs.get("lm_head_bias")
+def _with_heads(objectives, operands: Operands, heads):
+    objective, hidden, inputs = heads
+    return (*objectives, objective), dataclasses.replace(
+        operands,
+        sources=(*operands.sources, hidden),
+        inputs=(*operands.inputs, inputs),
     )
-    return fused_sums(objectives, operands, coefficients, config.chunk_size)
 
 
-def _sequential_sums(call: Call) -> tuple[Scalar, dict[str, Array]]:
+def _sequential_pass(call: Call, heads) -> tuple[Scalar, dict[str, Array]]:
     """The depths' own pass, where the main logits are given."""
-    inputs = call.inputs
-    group = sequential_group(call.config, inputs, call.tokens)
-    if group is None:
-        return as_float(0.0), {}
-    objective, hidden, heads = group
-    operands = FusedOperands(
-        (hidden,),
-        (heads,),
-        NOTHING_SHARED,
-        array(inputs, "lm_head"),
-        inputs.get("lm_head_bias"),
-    )
-    coefficients = _head_coefficients(call)
-    return fused_sums((objective,), operands, coefficients, call.config.chunk_size)
+    objective, hidden, inputs = heads
+    kernel = array(call.inputs, "lm_head")
+    bias = call.inputs.get("lm_head_bias")
+    operands = Operands((hidden,), (inputs,), NOTHING_SHARED, kernel, bias)
+    return token_sums((objective,), operands, _head_coefficients(call), call.sizes)
 
 
 def _head_coefficients(call: Call) -> dict[str, Float[Array, "K"]]:
@@ -305,7 +308,7 @@ def _add_mtp(call: Call, heads: Float[Array, "K"] | None, aux: Aux) -> Scalar:
     weight = call.weight("mtp_weight")
     if call.config.mtp_type == "deepseek":
         means = parallel_head_means(
-            call.config, call.inputs, call.tokens, call.normalizers
+            call.config, call.inputs, call.tokens, call.normalizers, call.sizes
         )
     elif heads is None:
         means = jnp.zeros((0,), weight.dtype)
@@ -324,6 +327,7 @@ def _add_adaptive(call: Call, prefix: str, primary: Scalar, aux: Aux) -> Scalar:
         call.inputs,
         call.tokens,
         call.normalizers,
+        call.sizes,
     )
     rest = parts.additional + parts.confidence_reg
     is_main = prefix == "main"
@@ -355,7 +359,3 @@ def _batch_terms(call: Call) -> tuple[RouterLoad | None, Aux]:
                 after, call.weight("gradient_balance_weight")
             )
     return load, {k: share * v for k, v in terms.items()}
-
-
-def _with_group(block: TokenInputs) -> TokenInputs:
-    return jax.tree.map(lambda x: x[None], block)

@@ -98,7 +98,9 @@ class UnifiedLossConfig:
       contrastive_temperature: temperature of `"infonce"`.
       contrastive_margin: margin of the other three.
       logit_soft_cap: every logit z becomes cap·tanh(z/cap), at both doors.
-      chunk_size: tokens of a row per chunk of the fused door; `None` chooses.
+      chunk_size: tokens of a row whose logits the fused door makes at a time; `None`
+        chooses by device and shape.
+      block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -166,6 +168,7 @@ class UnifiedLossConfig:
     contrastive_margin: float = 0.5
     logit_soft_cap: float | None = None
     chunk_size: int | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.focal_alpha, Sequence) or hasattr(self.focal_alpha, "shape"):
@@ -217,6 +220,7 @@ _OPTIONAL_INTS = (
     "num_experts",
     "num_moe_layers",
     "chunk_size",
+    "block_size",
 )
 _CHOICES = {
     "primary_loss_type": PrimaryLossType,
@@ -281,6 +285,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bias_update_rate": (0, math.inf),
     "contrastive_margin": (0, math.inf),
     "chunk_size": (1, math.inf),
+    "block_size": (1, math.inf),
 }
 _POSITIVE = (
     "initial_temperature",

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ava_jax.config import UnifiedLossConfig
-from ava_jax.fused import FusedOperands, fused_sums
 from ava_jax.inputs import (
     LossInputs,
     Normalizers,
@@ -21,7 +20,9 @@ from ava_jax.losses.mtp import (
     effective_mtp_weight,
     layer_norm,
 )
+from ava_jax.passes import Operands, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.sizes import Sizes
 from ava_jax.token_terms import HeadObjective, SharedInputs, TokenInputs, token_inputs
 from ava_jax.tokens import Tokens, stack_ahead
 
@@ -63,6 +64,7 @@ def parallel_head_means(
     inputs: LossInputs,
     tokens: Tokens,
     normalizers: Normalizers,
+    sizes: Sizes,
 ) -> Float[Array, "K"]:
     """Means of K heads with matrices of their own; no head's logits exist whole."""
     count = usable_heads(config.num_future_tokens, tokens)
@@ -82,15 +84,15 @@ def parallel_head_means(
         block = dataclasses.replace(
             block, extra={"head": jnp.zeros_like(block.targets)}
         )
-        operands = FusedOperands(
-            hidden=(without_masked(normed, of_head.weights)[None],),
+        operands = Operands(
+            sources=(without_masked(normed, of_head.weights)[None],),
             inputs=(block,),
             shared=NOTHING_SHARED,
             kernel=kernel,
             bias=bias,
         )
         coefficient = {"heads": safe_divide(jnp.ones((1,)), denominator)}
-        return fused_sums((objective,), operands, coefficient, config.chunk_size)[0]
+        return token_sums((objective,), operands, coefficient, sizes)[0]
 
     kernels = params["heads"]["kernel"][:count], params["heads"]["bias"][:count]
     denominators = head_denominators(normalizers, count)
@@ -132,6 +134,7 @@ def adaptive_parts(
     inputs: LossInputs,
     tokens: Tokens,
     normalizers: Normalizers,
+    sizes: Sizes,
 ) -> AdaptiveParts:
     """The adaptive heads' loss, scaled by the gate's confidence, and its regulariser.
 
@@ -156,23 +159,29 @@ def adaptive_parts(
     effective = effective_mtp_weight(
         weight, scale, active=active, stop_gradient=config.stop_confidence_gradient
     )
-    mean = _given_heads_mean(config, heads, tokens, normalizers)
+    mean = _given_heads_mean(config, heads, tokens, normalizers, sizes)
     additional = jnp.where(active, mean * effective, zero)
     share = safe_divide(jnp.sum(tokens.weights), normalizers.tokens)
     return AdaptiveParts(additional, regularizer, confidence, effective * share)
 
 
-def _given_heads_mean(config, heads, tokens, normalizers):
+def _given_heads_mean(config, heads, tokens, normalizers, sizes):
     count = usable_heads(len(heads), tokens)
     if count < 1:
         return jnp.zeros((), normalizers.tokens.dtype)
     stacked = head_inputs(tokens, count)
-    objective = HeadObjective(config, count, config.label_smoothing)
     if isinstance(heads, list | tuple):
-        sums = jnp.zeros((count,), normalizers.tokens.dtype)
-        for j, logits in enumerate(heads[:count]):
-            mine = jax.tree.map(lambda x, j=j: x[j], stacked)
-            sums += objective(logits, mine, NOTHING_SHARED)["heads"]
+        sources = tuple(logits[None] for logits in heads[:count])
+        inputs = tuple(
+            jax.tree.map(lambda x, j=j: x[j : j + 1], stacked) for j in range(count)
+        )
     else:
-        sums = objective(heads[:count], stacked, NOTHING_SHARED)["heads"]
-    return jnp.mean(safe_divide(sums, head_denominators(normalizers, count)))
+        sources, inputs = (heads[:count],), (stacked,)
+    objective = HeadObjective(config, count, config.label_smoothing)
+    operands = Operands(sources=sources, inputs=inputs, shared=NOTHING_SHARED)
+    coefficients = {
+        "heads": safe_divide(
+            jnp.full((count,), 1 / count), head_denominators(normalizers, count)
+        )
+    }
+    return token_sums((objective,) * len(sources), operands, coefficients, sizes)[0]

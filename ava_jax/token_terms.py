@@ -1,7 +1,6 @@
 """Token terms: functions of TokenStats, summed with the tokens' weights.
 
-The same objective serves both doors: over whole rows after the logits door, and block
-by block inside the fused one.
+The same objective serves both doors, one block of the rows at a time.
 """
 
 import dataclasses
@@ -17,12 +16,13 @@ from ava_jax.losses import likelihood
 from ava_jax.losses.repetition import (
     Charges,
     early_eos_charges,
+    history_charges,
     immediate_charges,
     ngram_charges,
 )
 from ava_jax.reduce import as_float, weighted_sum
-from ava_jax.tokens import Tokens
-from ava_jax.vocab import Query, SeenQuery, TokenStats, Vocabulary, token_statistics
+from ava_jax.tokens import History, Tokens
+from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
 
 
 @flax.struct.dataclass
@@ -59,7 +59,7 @@ class SharedInputs:
     """
 
     temperature: Float[Array, ""] | None
-    history: Tokens | None
+    history: History | None
     extra: dict[str, Any]
 
 
@@ -106,7 +106,7 @@ class ExtraTerm(Protocol):
     def apply(
         self, state: Any, stats: TokenStats, inputs: TokenInputs
     ) -> Float[Array, "B S"]:
-        """Returns the value per token; tokens of weight 0 are left out."""
+        """Returns the value per token of a block; tokens of weight 0 are left out."""
         ...
 
 
@@ -176,12 +176,13 @@ class TokenObjective:
         self, logits: Float[Array, "B C V"], inputs: TokenInputs, shared: SharedInputs
     ) -> dict[str, Float[Array, ""]]:
         """Returns `Σ w·value` over the block, by term."""
-        stats = self._statistics(logits, inputs, shared)
+        charges = self._charges(inputs, shared)
+        stats = self._statistics(logits, inputs, charges, shared.temperature)
         values = {}
         if self.main:
             values |= self._main(stats, inputs)
         if self.others:
-            values |= self._penalties(stats, inputs)
+            values |= self._penalties(stats, charges)
             values |= {
                 "nll": stats.nll,
                 "accuracy": as_float(stats.is_top),
@@ -192,23 +193,26 @@ class TokenObjective:
                 values[term.name] = term.apply(state, stats, inputs)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
-    def _statistics(self, logits, inputs, shared) -> TokenStats:
+    def _charges(self, inputs, shared) -> dict[str, Charges]:
+        if not self.others:
+            return {}
+        if shared.history is None:
+            return inputs.charges
+        of_history = history_charges(
+            shared.history, inputs.targets, inputs.segments, inputs.row_positions
+        )
+        return inputs.charges | {"unlikelihood": of_history}
+
+    def _statistics(self, logits, inputs, charges, temperature) -> TokenStats:
         config = self.config
-        seen = None
-        if self.others and config.is_on("unlikelihood_weight"):
-            seen = SeenQuery(
-                history=shared.history,
-                segments=inputs.segments,
-                positions=inputs.row_positions,
-            )
         query = Query(
             targets=inputs.targets,
             active=inputs.weights != 0,
-            candidates={k: c.ids for k, c in inputs.charges.items()},
-            seen=seen,
+            candidates={k: c.ids for k, c in charges.items()},
+            complements=bool(charges or config.use_focal_loss or self.extra_terms),
         )
         vocabulary = Vocabulary(config.vocab_size, config.logit_soft_cap)
-        return token_statistics(logits, query, vocabulary, shared.temperature)
+        return token_statistics(logits, query, vocabulary, temperature)
 
     def _main(self, stats, inputs):
         config = self.config
@@ -223,14 +227,12 @@ class TokenObjective:
             values["z_loss"] = likelihood.log_z_squared(stats)
         return values
 
-    def _penalties(self, stats, inputs):
-        values = {k: c.of(stats, k) for k, c in inputs.charges.items()}
+    def _penalties(self, stats, charges):
+        values = {k: c.of(stats, k) for k, c in charges.items()}
         if self.config.use_ngram_penalty:
             values["token_diversity"] = likelihood.token_diversity(
                 stats, self.config.vocab_size
             )
-        if stats.seen is not None:
-            values["unlikelihood"] = stats.seen
         return values
 
 
@@ -252,7 +254,9 @@ class HeadObjective:
         self, logits: Float[Array, "*n V"], inputs: TokenInputs, shared: SharedInputs
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
-        query = Query(targets=inputs.targets, active=inputs.weights != 0)
+        query = Query(
+            targets=inputs.targets, active=inputs.weights != 0, complements=False
+        )
         vocabulary = Vocabulary(self.config.vocab_size, self.config.logit_soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = likelihood.smoothed_cross_entropy(stats, self.smoothing)

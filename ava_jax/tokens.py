@@ -273,35 +273,42 @@ def repeated_token(
     return previous(tokens.targets, 0), length
 
 
-def seen_before(
-    tokens: Tokens,
-    segments: Int[Array, "B C"],
-    positions: Int[Array, "B C"],
-    width: int,
-) -> Bool[Array, "B C V"]:
-    """Says which ids a chunk's tokens have seen earlier in their own segment.
+@flax.struct.dataclass
+class History:
+    """The rows as a token's past, for penalties that look at all earlier tokens.
 
-    For each run of one segment within the chunk, a [B, V] table holds the first row
-    position of every id in that segment; the number of such runs bounds the work.
+    Attributes:
+      ids: the targets.
+      first: whether the id is the first of its kind in its segment.
+      segments: segment ids.
+    """
+
+    ids: Int[Array, "B S"]
+    first: Bool[Array, "B S"]
+    segments: Int[Array, "B S"]
+
+
+def read_history(tokens: Tokens) -> History:
+    """Finds the first occurrence of every id in its segment, by one sort."""
+    windows = sort_ngrams(tokens, 1)
+    first = windows.in_row_order(windows.whole & (windows.rank == 0))
+    return History(ids=tokens.targets, first=first, segments=tokens.segments)
+
+
+def earlier_ids(
+    history: History, segments: Int[Array, "B C"], positions: Int[Array, "B C"]
+) -> tuple[Int[Array, "B C S"], Bool[Array, "B C S"]]:
+    """Returns the distinct ids before each token of a block, in its own segment.
 
     Args:
-      tokens: the whole rows.
-      segments: segment ids of the chunk.
-      positions: row positions of the chunk, from 0.
-      width: the size of the vocabulary axis.
+      history: the whole rows.
+      segments: segment ids of the block.
+      positions: row positions of the block, from 0.
+
+    Returns:
+      The rows' ids, and which of them are distinct and earlier.
     """
-    batch, length = tokens.targets.shape
-    rank = jnp.cumsum(segments != previous(segments, -1), axis=1)
-    row = jnp.arange(batch)[:, None]
-    index = _index(tokens.targets.shape)
-
-    def mark(k, seen):
-        here = rank == k
-        segment = jnp.max(jnp.where(here, segments, -1), axis=1, keepdims=True)
-        known = tokens.active & (tokens.segments == segment)
-        first = jnp.full((batch, width), length, jnp.int32)
-        first = first.at[row, tokens.targets].min(jnp.where(known, index, length))
-        return seen | (here[..., None] & (first[:, None, :] < positions[..., None]))
-
-    nothing = jnp.zeros((*segments.shape, width), bool)
-    return lax.fori_loop(1, jnp.max(rank) + 1, mark, nothing)
+    earlier = _index(history.ids.shape)[:, None] < positions[..., None]
+    same = history.segments[:, None] == segments[..., None]
+    found = history.first[:, None] & same & earlier
+    return jnp.broadcast_to(history.ids[:, None], found.shape), found

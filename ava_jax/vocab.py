@@ -1,13 +1,14 @@
-"""The one pass over the vocabulary: from logits to a handful of numbers per token.
+"""From logits to a handful of numbers per token, and back to the logits' gradient.
 
-Every token loss is a small function of these numbers, `TokenStats`. The pass and its
-gradient are each one expression over the logits. Ids are matched by comparing with an
-iota, never gathered, so that a sharded vocabulary axis works.
+Every token loss is a small function of these numbers, `TokenStats`. The reduction reads
+the logits a few times and exponentiates them once; its gradient is one expression that
+uses the same exponentials, so that a block of logits that fits a cache is read from
+memory once for both.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.struct
 import jax
@@ -17,12 +18,17 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.reduce import as_float
-from ava_jax.tokens import Tokens, seen_before
 
 # 1 − p is 0 in any precision when no other class is possible; its logarithm stays
 # finite, so that a product with 0 is 0.
 _LOG_NOTHING = -1e30
-_TOKENS_PER_CHUNK = 512
+# Far below where an exponential is 0 in any precision.
+_LOWEST = -1e15
+# Below this the other classes' exponentials would leave float32's range.
+_FAR = -60.0
+# Comparing with every id is one more operation per logit and id, but needs no atomic
+# addition; with many ids a scatter is cheaper on any device.
+_MOST_COMPARED = 16
 
 
 @flax.struct.dataclass
@@ -36,26 +42,27 @@ class TokenStats:
     Attributes:
       shift: the largest logit.
       log_sum: `log Σ exp(z − shift)`.
-      second: the largest logit of the classes but `top`, relative to `shift`; a
-        constant to differentiation as well.
-      log_rest_sum: `log Σ exp(z − shift − second)` over the classes but `top`.
+      pivot: what `log_rest_sum` is relative to, itself relative to `shift`: 0 unless
+        the other logits are so far below that they would underflow; a constant to
+        differentiation as well.
+      log_rest_sum: `log Σ exp(z − shift − pivot)` over the classes but `top`; None
+        unless complements were asked for.
       log_sum_tempered: `log Σ exp((z − shift)/T)`.
       temperature: T, a scalar.
       target: `z_y − shift`.
       total: `Σ_v (z_v − shift)` over the possible classes.
       count: how many classes are possible (finite, not padding).
       expected: `Σ_v p_v (z_v − shift)`.
-      top: index of the largest logit.
+      top: index of the largest logit, the first one if several are equal.
       is_top: whether that is the target.
       candidates: `z_c − shift` at the requested ids, by name, [..., Q].
       candidate_is_top: whether that id is `top`, by name.
-      seen: `Σ_c −log(1 − p_c)` over the distinct earlier ids; None unless requested.
     """
 
     shift: Float[Array, "*n"]
     log_sum: Float[Array, "*n"]
-    second: Float[Array, "*n"]
-    log_rest_sum: Float[Array, "*n"]
+    pivot: Float[Array, "*n"]
+    log_rest_sum: Float[Array, "*n"] | None
     log_sum_tempered: Float[Array, "*n"]
     temperature: Float[Array, ""]
     target: Float[Array, "*n"]
@@ -66,7 +73,6 @@ class TokenStats:
     is_top: Bool[Array, "*n"]
     candidates: dict[str, Float[Array, "*n Q"]]
     candidate_is_top: dict[str, Bool[Array, "*n Q"]]
-    seen: Float[Array, "*n"] | None = None
 
     @property
     def log_z(self) -> Float[Array, "*n"]:
@@ -76,7 +82,11 @@ class TokenStats:
     @property
     def log_rest(self) -> Float[Array, "*n"]:
         """`log Σ exp(z − shift)` over the classes but `top`."""
-        return self.second + self.log_rest_sum
+        if self.log_rest_sum is None:
+            raise ValueError(
+                "complements are not known: pass Query(..., complements=True)"
+            )
+        return self.pivot + self.log_rest_sum
 
     @property
     def nll(self) -> Float[Array, "*n"]:
@@ -110,21 +120,6 @@ class TokenStats:
 
 
 @flax.struct.dataclass
-class SeenQuery:
-    """Asks for the unlikelihood of all distinct earlier ids of a block's rows.
-
-    Attributes:
-      history: the whole rows.
-      segments: segment ids of the block.
-      positions: row positions of the block.
-    """
-
-    history: Tokens
-    segments: Int[Array, "B C"]
-    positions: Int[Array, "B C"]
-
-
-@flax.struct.dataclass
 class Query:
     """Which numbers of a block of logits are wanted, besides the usual ones.
 
@@ -132,13 +127,13 @@ class Query:
       targets: the target ids.
       active: tokens that count; the logits of the others may hold anything.
       candidates: further ids, by name, [..., Q].
-      seen: asks for `TokenStats.seen`.
+      complements: whether `log(1 − p)` of the target or a candidate will be asked for.
     """
 
     targets: Int[Array, "*n"]
     active: Bool[Array, "*n"]
     candidates: dict[str, Int[Array, "*n Q"]] = flax.struct.field(default_factory=dict)
-    seen: SeenQuery | None = None
+    complements: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 class Vocabulary(NamedTuple):
@@ -184,7 +179,20 @@ def token_statistics(
     )
     tempered = temperature is not None
     scale = as_float(1.0) if temperature is None else as_float(temperature)
-    return _token_statistics(vocabulary, tempered, logits, query, scale)
+    # XLA's CPU loops over an axis of size one are several times slower.
+    lead = logits.shape[:-1]
+    long = tuple(size for size in lead if size != 1)
+    squeezed, query = jax.tree.map(
+        lambda x: x.reshape(*long, *x.shape[len(lead) :]), (logits, query)
+    )
+    stats = cast(
+        TokenStats, _token_statistics(vocabulary, tempered, squeezed, query, scale)
+    )
+    whole = jax.tree.map(
+        lambda x: x.reshape(*lead, *x.shape[len(long) :]),
+        dataclasses.replace(stats, temperature=stats.shift),
+    )
+    return dataclasses.replace(whole, temperature=stats.temperature)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -192,65 +200,154 @@ def _token_statistics(vocabulary, tempered, logits, query, temperature):
     return _forward(vocabulary, tempered, logits, query, temperature)
 
 
-def _relative_logits(vocabulary: Vocabulary, logits, active, shift=None):
-    """Returns logits relative to the largest, which entries count, and the largest."""
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+def _possible_logits(vocabulary: Vocabulary, logits, ids=None):
+    """The logits in the arithmetic dtype; −inf where a class is not possible."""
     z = as_float(logits)
-    z = jnp.where(active[..., None], z, jnp.zeros_like(z))
-    usable = (z != -jnp.inf) & (ids < vocabulary.size)
     if vocabulary.soft_cap is not None:
-        z = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
-    z = jnp.where(usable, z, -jnp.inf)
-    if shift is None:
-        shift = jnp.max(z, axis=-1)
-        shift = jnp.where(shift == -jnp.inf, jnp.zeros_like(shift), shift)
-    return z - shift[..., None], usable, shift, ids
+        capped = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
+        z = jnp.where(z == -jnp.inf, z, capped)
+    if ids is None and z.shape[-1] == vocabulary.size:
+        return z
+    return jnp.where((_ids(z) if ids is None else ids) < vocabulary.size, z, -jnp.inf)
 
 
-def _pick(z, ids, wanted):
-    """Takes z [..., V] at the wanted ids, [...] or [..., Q]."""
-    if wanted.ndim == z.ndim:
-        # One reduction an id: a broadcast one could leave an array of Q·V behind.
-        columns = [_pick(z, ids, wanted[..., q]) for q in range(wanted.shape[-1])]
-        return jnp.stack(columns, -1)
-    return jnp.sum(jnp.where(ids == wanted[..., None], z, jnp.zeros_like(z)), -1)
+def _ids(z):
+    return lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+
+
+def _num_segments(width: int) -> int:
+    """How many equal parts a row falls into; what is found per part is small."""
+    count = 1
+    while width % (2 * count) == 0 and count < 128 and width // (2 * count) >= 64:
+        count *= 2
+    return count
+
+
+class _Peak(NamedTuple):
+    """The largest logit of each row and its part of the row."""
+
+    shift: Float[Array, "*n"]
+    top: Int[Array, "*n"]
+    segment: Int[Array, "*n"]
+    second: Float[Array, "*n"]
+    neighbours: Float[Array, "*n L"]
+
+
+def _split(z):
+    return z.reshape(*z.shape[:-1], _num_segments(z.shape[-1]), -1)
+
+
+def _find_peak(z, active) -> _Peak:
+    """Reads the logits once: all but the maxima per part looks at one part only."""
+    parts = _split(z)
+    largest = jnp.max(parts, -1)
+    segment = jnp.argmax(largest, -1).astype(jnp.int32)
+    own = jnp.take_along_axis(parts, segment[..., None, None], -2)[..., 0, :]
+    shift = jnp.max(largest, -1)
+    place = jnp.min(jnp.where(own == shift[..., None], _ids(own), own.shape[-1]), -1)
+    shift = jnp.where(active & (shift != -jnp.inf), shift, jnp.zeros_like(shift))
+    neighbours = jnp.where(_ids(own) == place[..., None], -jnp.inf, own)
+    elsewhere = jnp.where(_ids(largest) == segment[..., None], -jnp.inf, largest)
+    second = jnp.maximum(jnp.max(neighbours, -1), jnp.max(elsewhere, -1)) - shift
+    return _Peak(
+        shift=shift,
+        top=segment * own.shape[-1] + place,
+        segment=segment,
+        second=second,
+        neighbours=neighbours - shift[..., None],
+    )
+
+
+def _exponentials(z, shift, pivot, complements: bool):
+    """z relative to the largest logit, and its exponential relative to the pivot.
+
+    Where the pivot is not 0, the largest logit's own exponential is not meant.
+    """
+    relative = z - shift[..., None]
+    if not complements:
+        return relative, jnp.exp(relative)
+    return relative, jnp.exp(jnp.minimum(relative - pivot[..., None], 0))
+
+
+def _bounded(relative):
+    """Keeps −inf out of products with its exponential, 0."""
+    return jnp.maximum(relative, _LOWEST)
+
+
+def _rest(peak: _Peak, pivot, exponentials):
+    """Sums the exponentials of all but the largest logit, without cancellation."""
+    sums = jnp.sum(_split(exponentials), -1)
+    others = jnp.where(
+        _ids(sums) == peak.segment[..., None], jnp.zeros_like(sums), sums
+    )
+    near = jnp.exp(jnp.minimum(peak.neighbours - pivot[..., None], 0))
+    return jnp.sum(others, -1) + jnp.sum(near, -1)
 
 
 def _forward(vocabulary, tempered, logits, query, temperature):
-    z, usable, shift, ids = _relative_logits(vocabulary, logits, query.active)
-    log_sum = jnp.log(jnp.sum(jnp.exp(z), -1))
-    # The largest relative logit is 0; min over the ids avoids a variadic argmax.
-    top = jnp.min(jnp.where(z == 0, ids, vocabulary.size), -1)
-    others = jnp.where(ids == top[..., None], -jnp.inf, z)
-    second = jnp.max(others, -1)
-    second = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
-    rest = jnp.sum(jnp.exp(others - second[..., None]), -1)
-    log_rest_sum = jnp.where(rest > 0, jnp.log(rest), _LOG_NOTHING)
-    finite = jnp.where(usable, z, jnp.zeros_like(z))
-    weighted = jnp.sum(jnp.exp(z) * finite, -1)
+    z = _possible_logits(vocabulary, logits)
+    peak = _find_peak(z, query.active)
+    shift, pivot, log_rest_sum = peak.shift, jnp.zeros_like(peak.shift), None
+    if query.complements:
+        far = (peak.second < _FAR) & (peak.second != -jnp.inf)
+        pivot = jnp.where(far, peak.second, pivot)
+    relative, e = _exponentials(z, shift, pivot, query.complements)
+    if query.complements:
+        rest = _rest(peak, pivot, e)
+        log_rest_sum = jnp.where(rest > 0, jnp.log(rest), _LOG_NOTHING)
+        log_sum = jnp.log1p(jnp.exp(pivot + log_rest_sum))
+    else:
+        log_sum = jnp.log(jnp.sum(_split(e), (-2, -1)))
+    possible = z != -jnp.inf
+    log_sum_tempered = log_sum
+    if tempered:
+        cooled = jnp.exp(relative * (1 / temperature))
+        log_sum_tempered = jnp.log(jnp.sum(_split(cooled), (-2, -1)))
+
+    def pick(ids):
+        picked = jnp.take_along_axis(logits, ids, -1)
+        return _possible_logits(vocabulary, picked, ids) - shift[..., None]
+
     stats = TokenStats(
         shift=shift,
         log_sum=log_sum,
-        second=second,
+        pivot=pivot,
         log_rest_sum=log_rest_sum,
-        log_sum_tempered=(
-            jnp.log(jnp.sum(jnp.exp(z / temperature), -1)) if tempered else log_sum
-        ),
+        log_sum_tempered=log_sum_tempered,
         temperature=temperature,
-        target=_pick(z, ids, query.targets),
-        total=jnp.sum(finite, -1),
-        count=jnp.sum(as_float(usable), -1),
-        expected=weighted * jnp.exp(-log_sum),
-        top=top,
-        is_top=top == query.targets,
-        candidates={k: _pick(z, ids, c) for k, c in query.candidates.items()},
-        candidate_is_top={k: top[..., None] == c for k, c in query.candidates.items()},
+        target=pick(query.targets[..., None])[..., 0],
+        total=jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
+        count=jnp.sum(as_float(possible), -1),
+        expected=jnp.sum(e * _bounded(relative), -1) * jnp.exp(pivot - log_sum),
+        top=peak.top,
+        is_top=peak.top == query.targets,
+        candidates={k: pick(c) for k, c in query.candidates.items()},
+        candidate_is_top={
+            k: peak.top[..., None] == c for k, c in query.candidates.items()
+        },
     )
-    if query.seen is not None:
-        stats = dataclasses.replace(
-            stats, seen=_seen_sum(vocabulary, logits, query, stats)
-        )
-    return stats
+    return _without_inactive(stats, query.active)
+
+
+def _without_inactive(stats: TokenStats, active) -> TokenStats:
+    """Finite numbers in place of what the logits of inactive tokens gave."""
+
+    def keep(x, other=0.0):
+        mask = active if x.ndim == active.ndim else active[..., None]
+        return jnp.where(mask, x, jnp.full_like(x, other))
+
+    rest = stats.log_rest_sum
+    return dataclasses.replace(
+        stats,
+        # Any positive number: p < 1 keeps the complement finite.
+        log_sum=keep(stats.log_sum, 1.0),
+        log_sum_tempered=keep(stats.log_sum_tempered, 1.0),
+        log_rest_sum=None if rest is None else keep(rest),
+        target=keep(stats.target),
+        total=keep(stats.total),
+        expected=keep(stats.expected),
+        candidates={k: keep(c) for k, c in stats.candidates.items()},
+    )
 
 
 def _forward_with_residuals(vocabulary, tempered, logits, query, temperature):
@@ -261,158 +358,132 @@ def _forward_with_residuals(vocabulary, tempered, logits, query, temperature):
     return stats, (logits, query, stats)
 
 
-def _backward(vocabulary, tempered, residuals, cotangents: TokenStats):
-    logits, query, stats = residuals
-    z, usable, _, ids = _relative_logits(vocabulary, logits, query.active, stats.shift)
-    grad = jnp.zeros_like(z)
-    for term in _gradient_terms(z, usable, ids, query, stats, cotangents, tempered):
-        grad = grad + term
-    grad = _through_mask_and_cap(vocabulary, logits, query.active, usable, grad)
-    grad = grad.astype(logits.dtype)
-    if not is_zero_cotangent(cotangents.seen):
-        grad = _add_seen_gradient(vocabulary, logits, query, stats, cotangents, grad)
-    return grad, None, _temperature_gradient(z, usable, stats, cotangents, tempered)
-
-
-def _through_mask_and_cap(vocabulary, logits, active, usable, grad):
-    if vocabulary.soft_cap is not None:
-        kept = jnp.where(active[..., None], as_float(logits), jnp.zeros_like(grad))
-        grad = grad * (1 - jnp.tanh(kept / vocabulary.soft_cap) ** 2)
-    return jnp.where(usable & active[..., None], grad, jnp.zeros_like(grad))
-
-
 def is_zero_cotangent(cotangent: object) -> bool:
     """Says whether a cotangent is known, while tracing, to be zero."""
     return cotangent is None or isinstance(cotangent, SymbolicZero)
 
 
-def _gradient_terms(z, usable, ids, query, stats, cotangents, tempered):
-    """Yields the parts of d/dz; a cotangent known to be zero costs nothing."""
-    p = jnp.exp(z - stats.log_sum[..., None])
-    if not is_zero_cotangent(cotangents.log_sum):
-        yield cotangents.log_sum[..., None] * p
+def _backward(vocabulary, tempered, residuals, cotangents: TokenStats):
+    logits, query, stats = residuals
+    if not tempered:
+        cotangents = _at_temperature_one(cotangents)
+    z = _possible_logits(vocabulary, logits)
+    relative, e = _exponentials(z, stats.shift, stats.pivot, query.complements)
+    grad, at_top = _through_exponentials(e, relative, stats, cotangents)
+    of_temperature = jnp.zeros_like(stats.temperature)
+    if not is_zero_cotangent(cotangents.temperature):
+        of_temperature += cotangents.temperature
     if not is_zero_cotangent(cotangents.log_sum_tempered):
-        scale = stats.temperature if tempered else jnp.ones_like(stats.temperature)
-        tempered_p = jnp.exp(z / scale - stats.log_sum_tempered[..., None])
-        yield (cotangents.log_sum_tempered / scale)[..., None] * tempered_p
-    if not is_zero_cotangent(cotangents.log_rest_sum):
-        q = _rest_probabilities(z, ids == stats.top[..., None], stats)
-        yield cotangents.log_rest_sum[..., None] * q
-    if not is_zero_cotangent(cotangents.expected):
-        finite = jnp.where(usable, z, jnp.zeros_like(z))
-        excess = 1 + finite - stats.expected[..., None]
-        yield cotangents.expected[..., None] * p * excess
+        inverse = 1 / stats.temperature
+        cooled = jnp.exp(relative * inverse)
+        of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
+        grad += (of_sum * inverse)[..., None] * cooled
+        at_top += of_sum * inverse
+        mean = of_sum * jnp.sum(cooled * _bounded(relative), -1)
+        mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
+        of_temperature -= inverse**2 * jnp.sum(mean)
     if not is_zero_cotangent(cotangents.total):
-        yield jnp.broadcast_to(cotangents.total[..., None], z.shape)
+        grad += cotangents.total[..., None]
+        at_top += cotangents.total
+    possible = z != -jnp.inf
+    grad = jnp.where(possible & query.active[..., None], grad, jnp.zeros_like(grad))
+    if query.complements:
+        top = jnp.take_along_axis(z, stats.top[..., None], -1)[..., 0]
+        kept = query.active & (top != -jnp.inf)
+        grad = _put(grad, stats.top, jnp.where(kept, at_top, jnp.zeros_like(at_top)))
+    grad = _through_picks(grad, query, stats, cotangents)
+    if vocabulary.soft_cap is not None:
+        capped = jnp.where(possible, z, jnp.zeros_like(z)) / vocabulary.soft_cap
+        slope = jnp.where(query.active[..., None], 1 - capped**2, jnp.zeros_like(z))
+        grad *= slope
+    return grad.astype(logits.dtype), None, of_temperature
+
+
+def _at_temperature_one(cotangents: TokenStats) -> TokenStats:
+    """`log_sum_tempered` is `log_sum` then; their cotangents add up."""
+    both = [
+        c
+        for c in (cotangents.log_sum, cotangents.log_sum_tempered)
+        if not is_zero_cotangent(c)
+    ]
+    total = functools.reduce(jnp.add, both) if both else cotangents.log_sum
+    return dataclasses.replace(cotangents, log_sum=total, log_sum_tempered=None)
+
+
+def _through_exponentials(e, relative, stats, cotangents: TokenStats):
+    """The gradient through `log_sum`, `log_rest_sum` and `expected`: e·(a + b·z).
+
+    Returns:
+      The gradient, and what it is at the largest logit, where e may not be meant.
+    """
+    zero = jnp.zeros_like(stats.log_sum)
+    scale = jnp.exp(stats.pivot - stats.log_sum)
+    of_p, slope, curve = zero, zero, None
+    if not is_zero_cotangent(cotangents.log_sum):
+        of_p += cotangents.log_sum
+    if not is_zero_cotangent(cotangents.expected):
+        of_p += cotangents.expected * (1 - stats.expected)
+        curve = cotangents.expected * scale
+    of_rest, rest = cotangents.log_rest_sum, stats.log_rest_sum
+    if rest is not None and of_rest is not None and not is_zero_cotangent(of_rest):
+        known = rest > _LOG_NOTHING
+        slope = of_rest * jnp.exp(-jnp.where(known, rest, zero))
+        slope = jnp.where(known, slope, zero)
+    factor = (slope + of_p * scale)[..., None]
+    if curve is not None:
+        factor += curve[..., None] * _bounded(relative)
+    return e * factor, of_p * jnp.exp(-stats.log_sum)
+
+
+def _through_picks(grad, query, stats, cotangents: TokenStats):
+    """Adds what reaches the logits at single ids."""
+    picks = [
+        (query.candidates[name], stats.candidates[name], cotangent)
+        for name, cotangent in cotangents.candidates.items()
+    ]
     if not is_zero_cotangent(cotangents.target):
-        yield _place(ids, query.targets, cotangents.target)
-    for name, cotangent in cotangents.candidates.items():
-        if not is_zero_cotangent(cotangent):
-            wanted = query.candidates[name]
-            for q in range(wanted.shape[-1]):
-                yield _place(ids, wanted[..., q], cotangent[..., q])
+        picks.append(
+            (
+                query.targets[..., None],
+                stats.target[..., None],
+                cotangents.target[..., None],
+            )
+        )
+    for ids, logit, cotangent in picks:
+        if is_zero_cotangent(cotangent):
+            continue
+        kept = query.active[..., None] & (logit != -jnp.inf)
+        grad = _place(grad, ids, jnp.where(kept, cotangent, jnp.zeros_like(cotangent)))
+    return grad
 
 
-def _rest_probabilities(z, is_top, stats):
-    """The softmax over the classes but the largest; 0 where no other is possible."""
-    possible = stats.log_rest_sum > _LOG_NOTHING
-    log_sum = jnp.where(possible, stats.log_rest_sum, 0.0)[..., None]
-    other = ~is_top & possible[..., None]
-    log_q = (z - stats.second[..., None]) - log_sum
-    return jnp.exp(jnp.where(other, log_q, -jnp.inf))
-
-
-def _place(ids, wanted, value):
-    value = value[..., None]
-    return jnp.where(ids == wanted[..., None], value, jnp.zeros_like(value))
-
-
-def _temperature_gradient(z, usable, stats, cotangents, tempered):
-    zero = jnp.zeros_like(stats.temperature)
-    direct = cotangents.temperature
-    grad = zero if is_zero_cotangent(direct) else direct
-    if not tempered or is_zero_cotangent(cotangents.log_sum_tempered):
+def _place(grad, ids, values):
+    """Adds values [..., Q] to grad [..., V] at ids [..., Q]."""
+    if _compares(ids.shape[-1]):
+        every = _ids(grad)
+        for q in range(ids.shape[-1]):
+            here = every == ids[..., q : q + 1]
+            grad += jnp.where(here, values[..., q : q + 1], jnp.zeros_like(grad))
         return grad
-    log_p = z / stats.temperature - stats.log_sum_tempered[..., None]
-    finite = jnp.where(usable, z, jnp.zeros_like(z))
-    mean = jnp.sum(jnp.exp(log_p) * finite, -1)
-    return grad - jnp.sum(cotangents.log_sum_tempered * mean) / stats.temperature**2
+    return grad.at[_indices(ids)].add(values)
+
+
+def _put(grad, ids, values):
+    """Sets grad [..., V] to values [...] at ids [...]."""
+    if _compares(1):
+        return jnp.where(_ids(grad) == ids[..., None], values[..., None], grad)
+    return grad.at[_indices(ids[..., None])].set(values[..., None])
+
+
+def _compares(num_ids: int) -> bool:
+    return jax.default_backend() != "cpu" and num_ids <= _MOST_COMPARED
+
+
+def _indices(ids):
+    return (
+        *(lax.broadcasted_iota(jnp.int32, ids.shape, k) for k in range(ids.ndim - 1)),
+        ids,
+    )
 
 
 _token_statistics.defvjp(_forward_with_residuals, _backward, symbolic_zeros=True)
-
-
-def chunk_length(batch: int, length: int) -> int:
-    """Chooses how many tokens of each row are handled at a time."""
-    return min(length, max(1, _TOKENS_PER_CHUNK // batch))
-
-
-def _seen_odds(vocabulary, logits, query, stats, start, size):
-    """For one chunk: its relative logits, p, and which classes are charged."""
-
-    def cut(x):
-        return lax.dynamic_slice_in_dim(x, start, size, 1)
-
-    local = jax.tree.map(
-        cut, dataclasses.replace(stats, temperature=stats.shift, seen=None)
-    )
-    z, usable, _, ids = _relative_logits(
-        vocabulary, cut(logits), cut(query.active), local.shift
-    )
-    seen = query.seen
-    charged = seen_before(
-        seen.history, cut(seen.segments), cut(seen.positions), z.shape[-1]
-    )
-    charged &= usable & (ids != cut(query.targets)[..., None])
-    p = jnp.exp(z - local.log_sum[..., None])
-    is_top = ids == local.top[..., None]
-    return local, z, usable, p, charged & ~is_top, charged & is_top, is_top
-
-
-def _seen_sum(vocabulary, logits, query, stats):
-    batch, length = query.targets.shape
-    size = chunk_length(batch, length)
-
-    def body(i, out):
-        start = jnp.minimum(i * size, length - size)
-        local, _, _, p, rest, top, _ = _seen_odds(
-            vocabulary, logits, query, stats, start, size
-        )
-        p = jnp.where(rest, p, jnp.zeros_like(p))
-        charge = jnp.where(jnp.any(top, -1), local.log_sum - local.log_rest, 0.0)
-        value = charge - jnp.sum(jnp.log1p(-p), -1)
-        return lax.dynamic_update_slice_in_dim(out, value, start, 1)
-
-    zeros = jnp.zeros_like(stats.log_sum)
-    return lax.fori_loop(0, -(-length // size), body, zeros)
-
-
-def _add_seen_gradient(vocabulary, logits, query, stats, cotangents, grad):
-    batch, length = query.targets.shape
-    size = chunk_length(batch, length)
-
-    def body(i, grad):
-        start = jnp.minimum(i * size, length - size)
-        local, z, usable, p, rest, top, is_top = _seen_odds(
-            vocabulary, logits, query, stats, start, size
-        )
-        odds = jnp.where(rest, p / jnp.where(rest, 1 - p, jnp.ones_like(p)), 0.0)
-        part = odds - p * jnp.sum(odds, -1, keepdims=True)
-        q = _rest_probabilities(z, is_top, local)
-        p_top = jnp.exp(-local.log_sum)[..., None]
-        pull = p_top * (as_float(is_top) - q)
-        part += jnp.where(jnp.any(top, -1, keepdims=True), pull, jnp.zeros_like(pull))
-
-        def cut(x):
-            return lax.dynamic_slice_in_dim(x, start, size, 1)
-
-        # The last chunk may overlap the one before it.
-        fresh = start + lax.iota(jnp.int32, size) >= i * size
-        part *= jnp.where(fresh[None, :], cut(cotangents.seen), 0.0)[..., None]
-        part = _through_mask_and_cap(
-            vocabulary, cut(logits), cut(query.active), usable, part
-        )
-        updated = cut(grad) + part.astype(grad.dtype)
-        return lax.dynamic_update_slice_in_dim(grad, updated, start, 1)
-
-    return lax.fori_loop(0, -(-length // size), body, grad)

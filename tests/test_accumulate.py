@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scenes import ADAPTIVE, EVERYTHING, B, S, adaptive_floats, floats, integers, jitted
-from test_fused import assert_trees_close
+from test_passes import assert_trees_close
 
 import ava_jax
 

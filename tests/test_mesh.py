@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scenes import B, D, S
-from test_fused import assert_trees_close
+from test_passes import assert_trees_close
 
 import ava_jax
 

@@ -240,7 +240,7 @@ def test_logits_door(wide: bool, scenario: Scenario) -> None:
 @PRECISIONS
 @examples(14)
 @given(scenario=scenarios(token_scenario, "fused"))
-def test_fused_door(wide: bool, scenario: Scenario) -> None:
+def test_passes_door(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from ava_jax import Query, Vocabulary, token_statistics, vocab
+from ava_jax import Query, Vocabulary, token_statistics
 from ava_jax.tokens import read_tokens
-from ava_jax.vocab import SeenQuery
 
 B, S, V = 2, 7, 6
 SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0]])
@@ -20,18 +19,15 @@ STATS = {
     "candidates": lambda s: jnp.sum(s.unlikelihood("a"), -1),
     "tempered": lambda s: s.log_sum_tempered - s.target / s.temperature,
     "spread": lambda s: s.count * s.log_sum - s.total,
-    "seen": lambda s: s.seen,
 }
 
 
 def make_query(tokens):
     ids = jax.random.randint(jax.random.key(3), (B, S, 3), 0, 5)
-    rows = jax.lax.broadcasted_iota(jnp.int32, (B, S), 1)
     return Query(
         targets=tokens.targets,
         active=tokens.active,
         candidates={"a": ids},
-        seen=SeenQuery(tokens, tokens.segments, rows),
     )
 
 
@@ -51,33 +47,6 @@ def test_gradients_are_those_of_the_values(name, cap):
             return jnp.sum(mix * tokens.weights * STATS[name](stats))
 
         check_grads(value, (logits, jnp.asarray(1.3)), order=1, modes=["rev"])
-
-
-def test_seen_ids_are_charged_once_where_chunks_overlap(monkeypatch):
-    """Seven tokens in chunks of three: the last chunk starts inside the one before."""
-    tokens = read_tokens(jnp.array([[1, 2, 1, 3, 0, 2, 4]] * B), vocab_size=V)
-    logits = jax.random.normal(jax.random.key(1), (B, S, V))
-
-    def run():
-        query = make_query(tokens)
-        return jax.value_and_grad(
-            lambda z: jnp.sum(STATS["seen"](token_statistics(z, query, Vocabulary(V))))
-        )(logits)
-
-    want = run()
-    monkeypatch.setattr(vocab, "_TOKENS_PER_CHUNK", 3 * B)
-    got = run()
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
-    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
-    p = np.asarray(jax.nn.softmax(logits))
-    by_hand = sum(
-        -np.log1p(-p[b, t, c])
-        for b in range(B)
-        for t in range(S)
-        for c in set(np.asarray(tokens.targets[b, :t]).tolist())
-        if c != tokens.targets[b, t]
-    )
-    np.testing.assert_allclose(got[0], by_hand, rtol=1e-5)
 
 
 def one_token(logits, target=0, active=True, **query):
@@ -136,6 +105,21 @@ def test_masked_entries_have_no_probability_and_no_gradient():
     assert float(grad[1]) == float(grad[3]) == 0
 
 
+@pytest.mark.parametrize("complements", [True, False])
+def test_a_token_without_a_possible_class_is_infinite_and_has_no_gradient(complements):
+    def nll(logits):
+        query = Query(
+            targets=jnp.array([1]),
+            active=jnp.array([True]),
+            complements=complements,
+        )
+        return token_statistics(logits, query, Vocabulary(3)).nll[0]
+
+    value, grad = jax.value_and_grad(nll)(jnp.full((1, 3), -jnp.inf))
+    assert not np.isfinite(value)
+    np.testing.assert_array_equal(grad, 0)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e30])
 def test_inactive_tokens_may_hold_anything(bad):
     good = jax.random.normal(jax.random.key(0), (3, 5))
@@ -155,6 +139,35 @@ def test_inactive_tokens_may_hold_anything(bad):
     assert (np.asarray(dirty[1]) == 0).all()
     assert dirty_of_temperature == of_temperature != 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
+
+
+def test_complements_must_be_asked_for():
+    query = Query(targets=jnp.array([0]), active=jnp.array([True]), complements=False)
+    stats = token_statistics(jnp.zeros((1, 4)), query, Vocabulary(4))
+    np.testing.assert_allclose(stats.nll, np.log(4), rtol=1e-6)
+    with pytest.raises(ValueError, match="complements=True"):
+        _ = stats.target_complement
+
+
+@pytest.mark.parametrize("width", [5, 256, 1000])
+def test_the_largest_logit_is_found_in_whichever_part_it_lies(width):
+    """Rows fall into parts from 128 classes on; ties go to the first class."""
+    z = np.array(jax.random.normal(jax.random.key(0), (40, width)))
+    z[1] = 0.0
+    z[2, -1] = z[2, 3] = 9.0
+    z[3, -1] = 400.0
+    wanted = Query(
+        targets=jnp.zeros(40, jnp.int32),
+        active=jnp.ones(40, bool),
+        candidates={"first": jnp.zeros((40, 1), jnp.int32)},
+    )
+    stats = token_statistics(jnp.asarray(z), wanted, Vocabulary(width))
+    np.testing.assert_array_equal(stats.top, z.argmax(-1))
+    others = np.where(np.arange(width) == z.argmax(-1)[:, None], -np.inf, z)
+    exact = others.astype(np.float64) - z.max(-1, keepdims=True)
+    high = exact.max(-1, keepdims=True)
+    log_rest = high[:, 0] + np.log(np.exp(exact - high).sum(-1))
+    np.testing.assert_allclose(stats.log_rest, log_rest, rtol=2e-6, atol=2e-6)
 
 
 def test_nan_at_an_active_token_is_not_hidden():

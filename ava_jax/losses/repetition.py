@@ -13,8 +13,10 @@ from ava_jax.config import Weight, weight_at
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import (
+    History,
     Tokens,
     earlier_continuations,
+    earlier_ids,
     longest_runs,
     plain_tokens,
     read_tokens,
@@ -217,6 +219,17 @@ def early_eos_charges(
     amount = as_float(early & (tokens.targets != eos_token_id))
     ids = jnp.full((*tokens.targets.shape, 1), eos_token_id, jnp.int32)
     return Charges(ids=ids, amount=amount[..., None])
+
+
+def history_charges(
+    history: History,
+    targets: Int[Array, "B C"],
+    segments: Int[Array, "B C"],
+    positions: Int[Array, "B C"],
+) -> Charges:
+    """All distinct earlier ids of the segment but the target, for a block of tokens."""
+    ids, found = earlier_ids(history, segments, positions)
+    return Charges(ids=ids, amount=as_float(found & (ids != targets[..., None])))
 
 
 def repeated_ngram_pairs(tokens: Tokens, ngram_size: int) -> Float[Array, ""]:

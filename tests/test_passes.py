@@ -1,5 +1,6 @@
-"""The fused door equals the logits door, and its logits never exist whole."""
+"""Both doors and all block sizes agree, and the logits never exist whole."""
 
+import functools
 import re
 from typing import Any
 
@@ -80,21 +81,40 @@ def assert_trees_close(got, want, tolerance):
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
+@functools.cache
+def whole_logits(scale):
+    """What every size must agree with: the logits door, whole rows at a time."""
+    return run(EVERYTHING, *batch(scale), fused=False, block_size=S)
+
+
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 @pytest.mark.parametrize("chunk", [None, 1, S // 2 + 1, S - 1, S, S + 5])
 def test_both_doors_agree_with_every_term_on(chunk, scale):
-    arrays, integers = batch(scale)
-    want = run(EVERYTHING, arrays, integers, fused=False)
-    got = run(EVERYTHING, arrays, integers, fused=True, chunk_size=chunk)
-    assert_trees_close(got, want, 2e-5)
+    got = run(EVERYTHING, *batch(scale), fused=True, chunk_size=chunk)
+    assert_trees_close(got, whole_logits(scale), 2e-5)
 
 
-def test_the_default_chunk_counts_its_padding_nowhere():
-    """A padded tail that counted would add log V per padded token."""
-    arrays, integers = batch(0.01)
-    want = run(EVERYTHING, arrays, integers, fused=False)
-    got = run(EVERYTHING, arrays, integers, fused=True, chunk_size=4)
-    assert_trees_close(got["aux"]["nll"], want["aux"]["nll"], 1e-6)
+@pytest.mark.parametrize("scale", [0.05, 30.0])
+@pytest.mark.parametrize("block", [1, S // 2 + 1, S - 1, S + 5])
+@pytest.mark.parametrize("fused", [False, True])
+def test_block_sizes_change_nothing(fused, block, scale):
+    got = run(EVERYTHING, *batch(scale), fused=fused, chunk_size=7, block_size=block)
+    assert_trees_close(got, whole_logits(scale), 2e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_accelerator_computes_the_same(fused, monkeypatch):
+    """Other sizes, and ids compared with every class instead of scattered."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got = run(EVERYTHING, *batch(), fused=fused)
+    monkeypatch.undo()
+    assert_trees_close(got, whole_logits(1.0), 2e-5)
+
+
+def test_tokens_that_two_chunks_share_count_once():
+    """One that counted twice would add log V at this scale."""
+    got = run(EVERYTHING, *batch(0.01), fused=True, chunk_size=4)
+    assert_trees_close(got["aux"]["nll"], whole_logits(0.01)["aux"]["nll"], 1e-6)
 
 
 def test_bfloat16_operands_keep_a_float32_loss():
@@ -107,6 +127,23 @@ def test_bfloat16_operands_keep_a_float32_loss():
         arrays, jnp.bfloat16
     )
     assert_trees_close(got["grads"], want["grads"], 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_loss_is_that_of_float64_on_the_same_inputs(dtype):
+    """Products accumulate in float32, also where the operands are shorter."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (2, 64, 96)).astype(dtype)
+    kernel = (jax.random.normal(keys[1], (96, 1000)) / 10).astype(dtype)
+    targets = jax.random.randint(keys[2], (2, 64), 0, 1000)
+    loss_fn = ava_jax.create_unified_loss(vocab_size=1000, use_ngram_penalty=False)
+    _, aux, _ = loss_fn(
+        loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=kernel
+    )
+    z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
+    log_z = np.log(np.exp(z).sum(-1))
+    picked = np.take_along_axis(z, np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(aux["nll"], (log_z - picked).mean(), rtol=2e-6)
 
 
 @pytest.mark.parametrize("key", ["nll", "main_loss", "ngram_penalty", "mtp_loss"])
@@ -232,3 +269,50 @@ def test_the_gradient_costs_six_and_the_value_two():
     assert dot_flops(jax.make_jaxpr(loss)(arrays).jaxpr) == 2 * unit
     with_grad = jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr
     assert dot_flops(with_grad) == 6 * unit
+
+
+def compiled_dot_flops(text):
+    """The same of a compiled program, its loops counted as often as they run."""
+    bodies = {}
+    for part in re.split(r"\n(?=%|ENTRY)", text):
+        name = re.match(r"(?:ENTRY )?%?([\w.-]+)", part)
+        if name:
+            bodies["ENTRY" if part.startswith("ENTRY") else name[1]] = part
+
+    def count(name):
+        total = 0
+        shapes = dict(re.findall(r"%([\w.-]+) = \w+\[([\d,]*)\]", bodies[name]))
+        for line in bodies[name].splitlines():
+            dot = re.search(r"= \w+\[([\d,]*)\]\S* dot\(%([\w.-]+)", line)
+            if dot:
+                axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
+                assert axes is not None
+                lhs = shapes[dot[2]].split(",")
+                inner = np.prod([int(lhs[int(i)]) for i in axes[1].split(",")])
+                total += 2 * inner * np.prod([int(n) for n in dot[1].split(",")])
+            times = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for called in re.findall(r"(?:calls|body|to_apply)=%([\w.-]+)", line):
+                total += count(called) * (int(times[1]) if times else 1)
+        return total
+
+    return count("ENTRY")
+
+
+@pytest.mark.usefixtures("optimized")
+def test_the_compiled_program_multiplies_no_more_than_that():
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (2, 64, 32))
+    kernel = jax.random.normal(keys[1], (32, 256))
+    targets = jnp.ones((2, 64), jnp.int32)
+    loss_fn = ava_jax.create_unified_loss(vocab_size=256, chunk_size=16, block_size=4)
+    state = loss_fn.init()
+
+    def loss(hidden, kernel):
+        return loss_fn(state, targets=targets, hidden_states=hidden, lm_head=kernel)[0]
+
+    def flops(f):
+        return compiled_dot_flops(jax.jit(f).lower(hidden, kernel).compile().as_text())
+
+    unit = 2 * 64 * 32 * 256
+    assert 2 * unit <= flops(loss) <= 2.05 * unit
+    assert 6 * unit <= flops(jax.grad(loss, argnums=(0, 1))) <= 6.1 * unit

@@ -1,0 +1,175 @@
+"""Walking over the tokens of rows, a block of each row at a time.
+
+What is walked is never padded or copied: where the last block would reach beyond the
+row, the blocks after the first begin earlier. The first then shares tokens with the
+second, whose inputs are zeros in the first.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+Carry = TypeVar("Carry")
+
+
+def fold(
+    body: Callable[[Carry, Array, Any], Carry],
+    carry: Carry,
+    source: Float[Array, "G B S X"],
+    inputs: Any,
+    size: int,
+) -> Carry:
+    """Folds `body(carry, block, inputs)` over the blocks.
+
+    Args:
+      body: called with a block [B, C, X] and its inputs [B, C, ...].
+      carry: what `body` returns.
+      source: what is walked.
+      inputs: a pytree of [G, B, S, ...] arrays; zeros at tokens a block repeats.
+      size: C, at most S.
+
+    Returns:
+      The last carry.
+    """
+    blocks = _blocks_of(source, size)
+    if blocks.is_whole:
+        return body(carry, source[0], _first(inputs))
+
+    bits = _as_bits(source)
+
+    def step(carry, item):
+        place, inputs = item
+        return body(carry, blocks.read(bits, place, source.dtype), inputs), None
+
+    return lax.scan(step, carry, (blocks.places(), _split(blocks, inputs)))[0]
+
+
+def transform(
+    body: Callable[[Carry, Array, Any], tuple[Carry, Array, Any]],
+    carry: Carry,
+    source: Float[Array, "G B S X"],
+    inputs: Any,
+    size: int,
+) -> tuple[Carry, Float[Array, "G B S X"], Any]:
+    """Folds as `fold` does and makes a successor of each block.
+
+    Args:
+      body: returns the carry, a block like its own, and outputs [B, C, ...].
+      carry: as for `fold`.
+      source: as for `fold`.
+      inputs: as for `fold`.
+      size: as for `fold`.
+
+    Returns:
+      The last carry, the successors [G, B, S, X], and the outputs [G, B, S, ...].
+    """
+    blocks = _blocks_of(source, size)
+    if blocks.is_whole:
+        carry, new, outputs = body(carry, source[0], _first(inputs))
+        return carry, new[None], jax.tree.map(lambda x: x[None], outputs)
+    bits = _as_bits(source)
+
+    def step(state, item):
+        carry, written = state
+        place, inputs = item
+        block = blocks.read(bits, place, source.dtype)
+        carry, new, outputs = body(carry, block, inputs)
+        return (carry, blocks.write(written, place, new)), outputs
+
+    items = (blocks.places(), _split(blocks, inputs))
+    start = (carry, lax.empty(bits.shape, bits.dtype))
+    (carry, written), outputs = lax.scan(step, start, items)
+    successors = _from_bits(written, source.dtype)
+    return carry, successors, jax.tree.map(blocks.join, outputs)
+
+
+class _Place(NamedTuple):
+    """Where a block lies."""
+
+    group: Int[Array, "..."]
+    start: Int[Array, "..."]
+
+
+class _Blocks(NamedTuple):
+    """The blocks of [G, B, S, ...] arrays."""
+
+    groups: int
+    batch: int
+    length: int
+    size: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.length // self.size)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.groups == 1 and self.num_blocks == 1
+
+    @property
+    def overlap(self) -> int:
+        return self.num_blocks * self.size - self.length
+
+    def places(self) -> _Place:
+        """The places in the order of the walk, stacked."""
+        index = jnp.arange(self.groups * self.num_blocks, dtype=jnp.int32)
+        group, block = index // self.num_blocks, index % self.num_blocks
+        start = jnp.maximum(block * self.size - self.overlap, 0)
+        return _Place(group, start)
+
+    def read(self, bits, place: _Place, dtype) -> Array:
+        shape = (1, self.batch, self.size, bits.shape[3])
+        block = lax.dynamic_slice(bits, self._start(place), shape)[0]
+        # Otherwise every reader of the block would cut it out anew.
+        return lax.optimization_barrier(_from_bits(block, dtype))
+
+    def write(self, bits, place: _Place, new) -> Array:
+        """Writes a block; the next one overwrites the tokens they share."""
+        return lax.dynamic_update_slice(bits, _as_bits(new)[None], self._start(place))
+
+    @staticmethod
+    def _start(place: _Place):
+        zero = jnp.zeros_like(place.start)
+        return (place.group, zero, place.start, zero)
+
+    def split(self, x: Shaped[Array, "G B S *n"]) -> Shaped[Array, "n B C *n"]:
+        if self.overlap:
+            kept = self.size - self.overlap
+            gap = jnp.zeros((*x.shape[:2], self.overlap, *x.shape[3:]), x.dtype)
+            x = jnp.concatenate([x[:, :, :kept], gap, x[:, :, kept:]], axis=2)
+        x = x.reshape(*x.shape[:2], self.num_blocks, self.size, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(-1, self.batch, self.size, *x.shape[4:])
+
+    def join(self, x: Shaped[Array, "n B C *n"]) -> Shaped[Array, "G B S *n"]:
+        x = x.reshape(self.groups, self.num_blocks, *x.shape[1:])
+        x = jnp.moveaxis(x, 1, 2).reshape(self.groups, self.batch, -1, *x.shape[4:])
+        kept = self.size - self.overlap
+        if not self.overlap:
+            return x
+        return jnp.concatenate([x[:, :, :kept], x[:, :, self.size :]], axis=2)
+
+
+def _blocks_of(source, size) -> _Blocks:
+    groups, batch, length = source.shape[:3]
+    return _Blocks(groups, batch, length, size)
+
+
+def _split(blocks: _Blocks, inputs):
+    return jax.tree.map(blocks.split, inputs)
+
+
+def _as_bits(x):
+    """Short floats as integers: XLA's CPU would convert all of an array to cut it."""
+    return lax.bitcast_convert_type(x, "uint16") if x.dtype.itemsize == 2 else x
+
+
+def _from_bits(bits, dtype):
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def _first(inputs):
+    return jax.tree.map(lambda x: x[0], inputs)

@@ -1,0 +1,284 @@
+"""The one pass over all tokens, from logits or from hidden states.
+
+Tokens are handled in blocks. In a block the logits are whole, so its share of the loss
+is known and its gradient is taken right there, in the forward pass: from hidden states
+that is 6·N·D·V flops where recomputing costs 8, and the logits exist one chunk at a
+time. Only the loops' derivative is written by hand; `jax.vjp` differentiates the block,
+so that a bias, a soft-cap or the temperature cannot be forgotten.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ava_jax.blocks import fold, transform
+from ava_jax.reduce import as_float, float_dtype
+from ava_jax.sizes import Sizes
+from ava_jax.vocab import is_zero_cotangent
+
+Sums = dict[str, Array]
+
+# A pure, hashable function of a block of logits [B, C, V], the block's inputs and the
+# shared ones, to weighted sums over the block.
+Objective = Callable[[Array, Any, Any], Sums]
+
+
+@flax.struct.dataclass
+class Operands:
+    """The arrays of a pass.
+
+    Attributes:
+      sources: per objective, hidden states [G, B, S, D] or, without a kernel, logits.
+      inputs: per objective, a pytree of [G, B, S, ...] arrays.
+      shared: a pytree that every block sees whole.
+      kernel: the projection, or None.
+      bias: its bias or None.
+    """
+
+    sources: tuple[Float[Array, "G B S X"], ...]
+    inputs: tuple[Any, ...]
+    shared: Any
+    kernel: Float[Array, "D V"] | None = None
+    bias: Float[Array, "V"] | None = None
+
+
+def token_sums(
+    objectives: tuple[Objective, ...],
+    operands: Operands,
+    coefficients: Mapping[str, Float[Array, "..."]],
+    sizes: Sizes,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sums functions of the logits, which from hidden states never exist whole.
+
+    `total = Σ_name coefficients[name] · sums[name]`. Its gradient is taken in the
+    forward pass: 6·N·D·V flops from hidden states, 2·N·D·V if nothing is
+    differentiated. A gradient through `sums` is exact too, but runs the pass again.
+
+    Args:
+      objectives: one per source; sums of the same name add up.
+      operands: the arrays; ids and masks among them have no gradient.
+      coefficients: the weight of each sum in `total`.
+      sizes: how many tokens are handled at a time.
+
+    Returns:
+      The total and the sums.
+    """
+    kernel = operands.kernel
+    if kernel is not None:
+        dtype = jnp.promote_types(operands.sources[0].dtype, kernel.dtype)
+        operands = dataclasses.replace(
+            operands,
+            sources=tuple(h.astype(dtype) for h in operands.sources),
+            kernel=kernel.astype(dtype),
+        )
+    return _token_sums(objectives, sizes, operands, dict(coefficients))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_sums(objectives, sizes, operands, coefficients):
+    sums = _sums(objectives, sizes, operands)
+    return _weigh(coefficients, sums), sums
+
+
+def _forward(objectives, sizes, operands, coefficients):
+    operands, coefficients = jax.tree.map(
+        lambda primal: primal.value, (operands, coefficients)
+    )
+    sums, gradients = _gradients(objectives, sizes, operands, coefficients)
+    residuals = (operands, coefficients, sums, gradients)
+    return (_weigh(coefficients, sums), sums), residuals
+
+
+def _backward(objectives, sizes, residuals, cotangents):
+    operands, coefficients, sums, gradients = residuals
+    of_total, of_sums = cotangents
+    if is_zero_cotangent(of_total):
+        of_total = jnp.zeros((), float_dtype())
+    by_name = {k: of_total * sums[k] for k in coefficients}
+    if all(is_zero_cotangent(c) for c in of_sums.values()):
+        gradients = jax.tree.map(lambda g: of_total * as_float(g), gradients)
+    else:
+        wanted = {k: of_total * weight for k, weight in coefficients.items()}
+        for name, cotangent in of_sums.items():
+            if not is_zero_cotangent(cotangent):
+                wanted[name] = wanted.get(name, jnp.zeros_like(cotangent)) + cotangent
+        _, gradients = _gradients(objectives, sizes, operands, wanted)
+    gradients = jax.tree.map(
+        lambda g, x: None if g is None else g.astype(x.dtype),
+        gradients,
+        operands,
+        is_leaf=lambda g: g is None,
+    )
+    return gradients, by_name
+
+
+_token_sums.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _weigh(coefficients: Mapping[str, Array], sums: Sums) -> Float[Array, ""]:
+    parts = (jnp.sum(weight * sums[name]) for name, weight in coefficients.items())
+    return sum(parts, start=jnp.zeros((), float_dtype()))
+
+
+def _sums(objectives, sizes: Sizes, operands: Operands) -> Sums:
+    """The forward pass alone."""
+    kernel, bias, shared = operands.kernel, operands.bias, operands.shared
+    totals: Sums = {}
+    for objective, source, inputs in _groups(objectives, operands):
+
+        def of_block(sums, z, inputs, objective=objective):
+            return _merge(sums, objective(_biased(z, bias), inputs, shared))
+
+        def of_chunk(sums, h, inputs, of_block=of_block):
+            z, inputs = jax.tree.map(lambda x: x[None], (_project(h, kernel), inputs))
+            return fold(of_block, sums, z, inputs, min(sizes.block, h.shape[1]))
+
+        sums = _no_sums(objective, operands, sizes, source, inputs)
+        if kernel is None:
+            sums = fold(of_block, sums, source, inputs, sizes.block)
+        else:
+            sums = fold(of_chunk, sums, source, inputs, sizes.chunk)
+        totals = _merge(totals, sums)
+    return totals
+
+
+def _gradients(objectives, sizes: Sizes, operands: Operands, wanted: Sums):
+    """The forward pass and, in the same walk, the gradient of Σ wanted · sums."""
+    kernel, shared = operands.kernel, operands.shared
+    whole = (operands.bias, _floats(shared))
+    d_kernel, d_whole = _zeros((kernel, whole))
+    totals: Sums = {}
+    d_sources, d_inputs = [], []
+    for objective, source, inputs in _groups(objectives, operands):
+        sums = _no_sums(objective, operands, sizes, source, inputs)
+        of_block = functools.partial(_block_gradient, objective, whole, shared, wanted)
+        carry = (sums, d_whole)
+        if kernel is None:
+            carry, d_source, d_input = transform(
+                of_block, carry, source, inputs, sizes.block
+            )
+        else:
+            of_chunk = functools.partial(_chunk_gradient, of_block, kernel, sizes)
+            (carry, d_kernel), d_source, d_input = transform(
+                of_chunk, (carry, d_kernel), source, inputs, sizes.chunk
+            )
+        sums, d_whole = carry
+        totals = _merge(totals, sums)
+        d_sources.append(d_source)
+        d_inputs.append(d_input)
+    d_bias, d_shared = d_whole
+    return totals, Operands(
+        sources=tuple(d_sources),
+        inputs=tuple(d_inputs),
+        shared=d_shared,
+        kernel=d_kernel,
+        bias=d_bias,
+    )
+
+
+def _groups(objectives, operands: Operands):
+    return zip(objectives, operands.sources, operands.inputs, strict=True)
+
+
+def _no_sums(objective, operands: Operands, sizes: Sizes, source, inputs) -> Sums:
+    """What the sums begin with: zeros, or nothing where one block is all there is."""
+    groups, _, length = source.shape[:3]
+    whole = sizes.block >= length
+    if operands.kernel is not None:
+        whole &= sizes.chunk >= length
+    if whole and groups == 1:
+        return {}
+
+    def one_token(source, inputs):
+        block, inputs = jax.tree.map(lambda x: x[0, :, :1], (source, inputs))
+        if operands.kernel is not None:
+            block = _project(block, operands.kernel)
+        return objective(_biased(block, operands.bias), inputs, operands.shared)
+
+    return _zeros(jax.eval_shape(one_token, source, inputs))
+
+
+def _block_gradient(objective, whole, shared, wanted, carry, z, inputs):
+    """The gradient of one block of logits."""
+    sums, d_whole = carry
+
+    def evaluate(z, whole, floats):
+        bias, shared_floats = whole
+        block_sums = objective(
+            _biased(z, bias), _refill(floats, inputs), _refill(shared_floats, shared)
+        )
+        return {k: v for k, v in block_sums.items() if k in wanted}, block_sums
+
+    of_interest, pull, block_sums = jax.vjp(
+        evaluate, z, whole, _floats(inputs), has_aux=True
+    )
+    dz, of_whole, d_inputs = pull({k: wanted[k] for k in of_interest})
+    d_whole = jax.tree.map(lambda total, g: total + as_float(g), d_whole, of_whole)
+    return (_merge(sums, block_sums), d_whole), dz, d_inputs
+
+
+def _chunk_gradient(of_block, kernel, sizes: Sizes, carry, h, inputs):
+    """The gradient of one chunk of hidden states."""
+    carry, d_kernel = carry
+    z, inputs = jax.tree.map(lambda x: x[None], (_project(h, kernel), inputs))
+    size = min(sizes.block, h.shape[1])
+    carry, dz, d_inputs = transform(of_block, carry, z, inputs, size)
+    dz = dz[0].astype(h.dtype)
+    dh = jnp.einsum("bcv,dv->bcd", dz, kernel, preferred_element_type=float_dtype())
+    d_kernel = _add_product(d_kernel, h, dz, sizes.parts)
+    d_inputs = jax.tree.map(lambda x: x[0], d_inputs)
+    return (carry, d_kernel), dh.astype(h.dtype), d_inputs
+
+
+def _add_product(d_kernel, h, dz, parts: int):
+    """Adds hᵀ·dz, by parts of D so that little exists besides the sum."""
+    width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
+
+    def add_part(i, total):
+        part = lax.dynamic_slice_in_dim(h, i * width, width, 2)
+        product = jnp.einsum(
+            "bcd,bcv->dv", part, dz, preferred_element_type=float_dtype()
+        )
+        old = lax.dynamic_slice_in_dim(total, i * width, width, 0)
+        return lax.dynamic_update_slice_in_dim(total, old + product, i * width, 0)
+
+    return lax.fori_loop(0, h.shape[-1] // width, add_part, d_kernel)
+
+
+def _project(hidden, kernel):
+    return jnp.einsum(
+        "bcd,dv->bcv", hidden, kernel, preferred_element_type=float_dtype()
+    )
+
+
+def _biased(z, bias):
+    return z if bias is None else z + as_float(bias)
+
+
+def _zeros(tree):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, float_dtype()), tree)
+
+
+def _merge(a: Sums, b: Sums) -> Sums:
+    return a | {k: a[k] + v if k in a else v for k, v in b.items()}
+
+
+def _floats(tree):
+    """The tree with None in place of every array that has no gradient."""
+    return jax.tree.map(
+        lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, tree
+    )
+
+
+def _refill(floats, tree):
+    """Puts the arrays of `tree` where `floats` has None."""
+    return jax.tree.map(
+        lambda f, x: x if f is None else f, floats, tree, is_leaf=lambda x: x is None
+    )
