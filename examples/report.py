@@ -29,9 +29,14 @@ COUNTS = ("step", "tokens", "seconds", "num_tokens", "num_invalid_targets")
 class ProgressReport:
     """A live bar on a terminal; elsewhere one plain line for every 5 % of the run."""
 
-    def __init__(self, console: Console, start: int, steps: int) -> None:
+    def __init__(
+        self, console: Console, start: int, steps: int, tokens_per_step: int
+    ) -> None:
         self._console = console
         self._steps = steps
+        self._tokens_per_step = tokens_per_step
+        self._mark: tuple[int, float] | None = None
+        self._rate = ""
         self._stride = max(1, steps // 20)
         self._bar = None
         if console.is_terminal:
@@ -59,12 +64,14 @@ class ProgressReport:
             self._bar.stop()
 
     def show(self, step: int, seconds: float, record: Record) -> None:
-        """Shows the main terms of a step."""
+        """Shows the main terms of a step and how fast the steps are."""
+        self._measure(step, seconds)
         terms = "  ".join(
             f"{label} {record[name]:.3f}"
             for name, label in SHOWN.items()
             if name in record
         )
+        terms += self._rate
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=terms)
         elif step % self._stride == 0 or step == self._steps:
@@ -73,6 +80,17 @@ class ProgressReport:
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _measure(self, step: int, seconds: float) -> None:
+        """Takes the speed since the last mark; the first comes after compiling."""
+        if self._mark is None:
+            self._mark = (step, seconds)
+        elif step % self._stride == 0 or step == self._steps:
+            steps, elapsed = step - self._mark[0], seconds - self._mark[1]
+            self._mark = (step, seconds)
+            if elapsed > 0:
+                rate = steps * self._tokens_per_step / elapsed
+                self._rate = f"  {rate:,.0f} tokens/s"
 
 
 def show_table(console: Console, records: list[Record], heldout: list[Record]) -> None:

@@ -257,7 +257,7 @@ class Run:
                 log.write(self.step, self.step * tokens, record)
             progress.show(self.step, log.seconds(), record)
 
-        report = ProgressReport(self.console, self.start, settings.steps)
+        report = ProgressReport(self.console, self.start, settings.steps, tokens)
         try:
             with StopRequest() as stop, report as progress:
                 while self.step < settings.steps and not stop:

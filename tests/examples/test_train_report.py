@@ -76,7 +76,7 @@ def test_curves_are_drawn_for_any_length(tmp_path: Path, steps: int) -> None:
 def test_without_a_terminal_there_are_few_plain_lines() -> None:
     screen = io.StringIO()
     records = make_records(100)
-    with ProgressReport(Console(file=screen, width=200), 0, 100) as progress:
+    with ProgressReport(Console(file=screen, width=200), 0, 100, 64) as progress:
         for record in records:
             progress.show(int(record["step"]), record["seconds"], record)
     lines = screen.getvalue().splitlines()
@@ -86,10 +86,24 @@ def test_without_a_terminal_there_are_few_plain_lines() -> None:
     assert "\x1b" not in screen.getvalue()
 
 
+def test_the_lines_say_how_fast_the_last_steps_were() -> None:
+    screen = io.StringIO()
+    report = ProgressReport(Console(file=screen, width=200), 0, 4, 1000)
+    with report as progress:
+        for step, seconds in enumerate((30.0, 30.5, 31.0, 35.0), start=1):
+            progress.show(step, seconds, {"total_loss": 1.0})
+    rates = [
+        line.partition("tokens/s")[0].split()[-1:]
+        for line in screen.getvalue().splitlines()
+    ]
+    assert "tokens/s" not in screen.getvalue().splitlines()[0], "that was compiling"
+    assert rates[1:] == [["2,000"], ["2,000"], ["250"]]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    with ProgressReport(console, 0, 4) as progress:
+    with ProgressReport(console, 0, 4, 64) as progress:
         for record in make_records(4):
             progress.show(int(record["step"]), record["seconds"], record)
     assert "4/4" in screen.getvalue()
