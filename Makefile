@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := $(VENV)/bench
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint bench clean
 
 help:
 	@echo "make demo      train a small language model on this Python's own source"
 	@echo "make test      the test suite, without the slow tests"
 	@echo "make test-all  the test suite, slow tests included"
 	@echo "make lint      formatting, lint and types"
+	@echo "make bench     times and memory against other implementations"
 	@echo "make clean     remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train
@@ -28,6 +30,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+bench: $(VENV)/.bench
+	$(BENCH)/bin/python -m benchmarks.run --scaling $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
@@ -48,3 +53,10 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
 	@touch $@ $(VENV)/.train
+
+# An environment of its own: tokamax pins a typeguard that tyro, of the train extra,
+# refuses.
+$(VENV)/.bench: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/bin/python
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	@touch $@

@@ -1,0 +1,275 @@
+"""The table of goals: what is raced against what, and how far ahead it should be."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+
+from benchmarks import rivals, shapes, subjects
+from benchmarks.arrays import Batch, make_batch, rival
+from benchmarks.shapes import Shape
+from benchmarks.subjects import subject
+from benchmarks.timing import Contender
+
+Metric = Literal["time", "temp", "error", "bandwidth"]
+
+# Rivals that are a number, not a contender.
+LOGITS_ARRAY = "one logits array"
+EXACT = "float64 numpy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What a subject should reach against a rival.
+
+    Attributes:
+      subject: a name of `CONTENDERS`.
+      rival: another, `LOGITS_ARRAY` or `EXACT`.
+      metric: `"time"` and `"temp"`, temporary memory, are ratios to the rival's;
+        `"error"` is the distance of the loss from the rival's; `"bandwidth"` is the
+        fraction of the copy's bandwidth.
+      limit: the most it may be; `None` where it is only measured.
+    """
+
+    subject: str
+    rival: str
+    metric: Metric
+    limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One race, and the goals that are read from it.
+
+    Attributes:
+      group: what `--group` selects.
+      what: the first half of the title.
+      shape: the sizes.
+      goals: their subjects and rivals are the contenders.
+      gradient: whether losses are timed with their gradients.
+      gpu_only: whether it is skipped elsewhere.
+    """
+
+    group: str
+    what: str
+    shape: Shape
+    goals: tuple[Goal, ...]
+    gradient: bool = True
+    gpu_only: bool = False
+
+    @property
+    def title(self) -> str:
+        """What is done, and at which sizes."""
+        return f"{self.what}, {self.shape}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """Memory of one array of logits."""
+        itemsize = jnp.dtype(self.shape.dtype).itemsize
+        return self.shape.tokens * self.shape.vocab * itemsize
+
+    def build(self) -> dict[str, Contender]:
+        """Draws the inputs and returns the contenders by name."""
+        batch = make_batch(self.shape)
+        names = [name for goal in self.goals for name in (goal.subject, goal.rival)]
+        return {
+            name: CONTENDERS[name](self, batch) for name in names if name in CONTENDERS
+        }
+
+    def exact_loss(self) -> float:
+        """The loss of the same inputs in float64."""
+        batch = make_batch(self.shape)
+        return rivals.exact_loss(batch.targets, **batch.floats)
+
+
+def _plain(case: Case, batch: Batch) -> Contender:
+    return subject(subjects.plain(case.shape.vocab), batch, gradient=case.gradient)
+
+
+def _everything(case: Case, batch: Batch) -> Contender:
+    config = subjects.everything(case.shape.vocab)
+    return subject(config, batch, gradient=case.gradient, report=True)
+
+
+def _depths(case: Case, batch: Batch) -> Contender:
+    config = subjects.plain(case.shape.vocab)
+    return subject(subjects.with_depths(config, case.shape.depths), batch)
+
+
+def _one_head(case: Case, batch: Batch) -> Contender:
+    floats = {k: v for k, v in batch.floats.items() if k != "mtp_hidden_states"}
+    return _plain(case, batch._replace(floats=floats))
+
+
+CONTENDERS: dict[str, Callable[[Case, Batch], Contender]] = {
+    "plain": _plain,
+    "everything": _everything,
+    "repetition": lambda c, b: subject(subjects.repetition(c.shape.vocab), b),
+    "unlikelihood": lambda c, b: subject(subjects.unlikelihood(c.shape.vocab), b),
+    "depths": _depths,
+    "one head": _one_head,
+    "optax": lambda c, b: rival(rivals.optax_loss, b, gradient=c.gradient),
+    "naive": lambda c, b: rival(rivals.naive, b, gradient=c.gradient),
+    "naive depths": lambda _, b: rival(rivals.naive_depths, b),
+    "checkpointed": lambda _, b: rival(rivals.checkpointed, b),
+    "tokamax": lambda _, b: rival(rivals.tokamax_loss, b),
+    "one matmul": lambda _, b: rival(rivals.matmul_forward, b, gradient=False),
+    "three matmuls": lambda _, b: rival(rivals.matmul_three, b, gradient=False),
+    "copy": lambda _, b: rival(rivals.copy, b, gradient=False),
+}
+
+
+def _logits_cases() -> list[Case]:
+    wide, narrow, half = shapes.LOGITS_WIDE, shapes.LOGITS, shapes.LOGITS_HALF
+    everything = (
+        Goal("everything", "optax", "time", 1.5),
+        Goal("everything", LOGITS_ARRAY, "temp", 0.05),
+    )
+    cases = [
+        Case(
+            "logits-forward",
+            "cross-entropy from logits",
+            shape,
+            (Goal("plain", "optax", "time", limit),),
+            gradient=False,
+        )
+        for shape, limit in ((wide, 0.20), (narrow, 1.05))
+    ]
+    gradient = "logits-gradient", "cross-entropy and gradient from logits"
+    cases += [
+        Case(*gradient, shape, (Goal("plain", "optax", "time", 1.05),))
+        for shape in (wide, narrow)
+    ]
+    less = (
+        Goal("plain", "optax", "time", 0.75),
+        Goal("plain", "optax", "temp", 0.5),
+    )
+    cases.append(Case(*gradient, half, less))
+    named = "logits-everything", "everything and gradient from logits"
+    return cases + [Case(*named, shape, everything) for shape in (wide, narrow)]
+
+
+def _fused_cases() -> list[Case]:
+    sizes = (
+        (shapes.FUSED, 0.72),
+        (shapes.FUSED_WIDE, 0.90),
+        (shapes.FUSED_HALF, 0.65),
+    )
+    cases = [
+        Case(
+            "fused",
+            "fused cross-entropy and gradient",
+            shape,
+            (
+                Goal("plain", "naive", "time", limit),
+                Goal("plain", "naive", "temp", 0.20),
+            ),
+        )
+        for shape, limit in sizes
+    ]
+    everything = (Goal("everything", "naive", "time", 0.95),)
+    chunked = (
+        Goal("plain", "checkpointed", "time", 0.65),
+        Goal("plain", "tokamax", "time", 0.75),
+        Goal("plain", EXACT, "error", 1e-5),
+    )
+    no_gradient = (Goal("everything", "one matmul", "time", 1.25),)
+    what = "fused everything and gradient"
+    return [
+        *cases,
+        Case("fused-everything", what, shapes.FUSED, everything),
+        Case("chunked", "fused and chunked, with gradient", shapes.FUSED, chunked),
+        Case(
+            "no-gradient",
+            "fused everything without gradient",
+            shapes.FUSED,
+            no_gradient,
+            gradient=False,
+        ),
+    ]
+
+
+def _term_cases() -> list[Case]:
+    depths = (
+        Goal("depths", "naive depths", "time", 0.70),
+        Goal("depths", "naive depths", "temp", 0.12),
+        Goal("depths", "one head", "temp", 1.05),
+    )
+    penalties = (
+        Goal("repetition", "plain", "time", 1.10),
+        Goal("unlikelihood", "plain", "time", 1.10),
+    )
+    what = "main head and sequential depths, fused, with gradient"
+    return [
+        Case("depths", what, shapes.DEPTHS, depths),
+        Case(
+            "penalties",
+            "penalties and gradient from logits, 8 rows",
+            shapes.LOGITS_ROWS,
+            penalties,
+        ),
+    ]
+
+
+def _gpu_cases() -> list[Case]:
+    goals = (
+        Goal("plain", "naive", "time", 1.10),
+        Goal("plain", "naive", "temp", 0.25),
+        Goal("plain", "three matmuls", "time", 1.20),
+        Goal("plain", "tokamax", "time", 0.60),
+        Goal("everything", "plain", "time", 1.10),
+    )
+    bandwidth = (Goal("plain", "copy", "bandwidth"),)
+    cases = []
+    for shape in shapes.DEVICE:
+        logits = dataclasses.replace(shape, width=0)
+        what = "fused cross-entropy and gradient"
+        cases += [Case("gpu", what, shape, goals, gpu_only=True)] + [
+            Case("gpu", what, logits, bandwidth, gradient=gradient, gpu_only=True)
+            for what, gradient in (
+                ("cross-entropy from logits", False),
+                ("cross-entropy and gradient from logits", True),
+            )
+        ]
+    return cases
+
+
+def _model_cases(device_kind: str, quick: bool) -> list[Case]:
+    goals = tuple(
+        Goal(name, "naive", metric)
+        for name in ("plain", "everything")
+        for metric in ("time", "temp")
+    )
+    return [
+        Case(
+            "models",
+            f"{model.name}, fused, with gradient",
+            shapes.scaled(model, device_kind),
+            goals,
+        )
+        for model in shapes.MODELS[: 1 if quick else None]
+    ]
+
+
+def table(device_kind: str, quick: bool = False) -> list[Case]:
+    """Returns every case, each with a title of its own.
+
+    Args:
+      device_kind: `jax.Device.device_kind`, to which the models are scaled.
+      quick: makes all shapes tiny; cases that then look the same are run once.
+    """
+    cases = [
+        *_logits_cases(),
+        *_fused_cases(),
+        *_term_cases(),
+        *_gpu_cases(),
+        *_model_cases(device_kind, quick),
+    ]
+    if not quick:
+        return cases
+    small = [dataclasses.replace(case, shape=shapes.tiny(case.shape)) for case in cases]
+    return list({(case.group, case.title): case for case in small}.values())
+
+
+GROUPS = tuple(dict.fromkeys(case.group for case in table("cpu")))

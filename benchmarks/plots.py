@@ -1,0 +1,160 @@
+"""Pictures of a results file: the ratios with their goals, and the growth."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from benchmarks.records import AxisRecord, FiguresRecord, OutcomeRecord, Results
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = {"time": "#0072B2", "temp": "#E69F00", "bandwidth": "#009E73"}
+NAMES = {
+    "time": "time, ratio to the rival's",
+    "temp": "temporary memory, ratio to the rival's",
+    "bandwidth": "bandwidth, fraction of a copy's (more is better)",
+}
+WIDEST = 2.0
+AXIS_LABELS = {
+    "N": "N, tokens",
+    "D": "D, width",
+    "V": "V, vocabulary",
+    "K": "K + 1, hidden states per token on one head",
+}
+MEBIBYTE = 2**20
+
+
+class Bar(NamedTuple):
+    """One measured ratio and the text beside it."""
+
+    label: str
+    outcome: OutcomeRecord
+
+
+def plot_ratios(results: Results, path: Path) -> bool:
+    """Draws a bar per ratio, its quartiles and its goal; `False` if there is none."""
+    bars = [
+        Bar(f"{case['title']}\n{goal['subject']} / {goal['rival']}", goal)
+        for group in results["groups"].values()
+        for case in group["cases"]
+        for goal in case["goals"]
+        if goal["ratio"] is not None and goal["metric"] in COLORS
+    ]
+    if not bars:
+        return False
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(11, 1.6 + 0.36 * len(bars)), layout="constrained")
+        axis = figure.subplots()
+        for place, bar in enumerate(bars):
+            _draw_bar(axis, place, bar.outcome)
+        axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axis.set_ylim(len(bars) - 0.4, -0.6)
+        axis.set_xlim(0, WIDEST * 1.18)
+        axis.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("ratio (no unit; below 1 is faster, or smaller)")
+        axis.set_title(f"{_where(results)}: ratios to the rivals, and the goals")
+        figure.legend(handles=_legend(bars), loc="outside upper left", ncols=2)
+        figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw_bar(axis: Axes, place: int, outcome: OutcomeRecord) -> None:
+    ratio, goal = outcome["ratio"], outcome["goal"]
+    if ratio is None:
+        return
+    end = min(ratio["median"], WIDEST)
+    axis.barh(place, end, color=COLORS[outcome["metric"]], height=0.62)
+    low, high = (min(ratio[key], WIDEST) for key in ("low", "high"))
+    axis.plot([low, high], [place, place], color="black", linewidth=1.2)
+    if goal is not None:
+        axis.plot([goal, goal], [place - 0.45, place + 0.45], "k-", linewidth=2)
+    more = ">" if ratio["median"] > WIDEST else ""
+    text = f"{more and '→ '}{ratio['median']:.3g}  {outcome['status']}"
+    right = max(end, high, goal or 0)
+    weight = "bold" if outcome["status"] == "missed" else "normal"
+    axis.text(right + 0.02, place, text, va="center", fontweight=weight)
+
+
+def _legend(bars: list[Bar]) -> list[Patch]:
+    used = {bar.outcome["metric"] for bar in bars}
+    patches = [
+        Patch(color=color, label=NAMES[metric])
+        for metric, color in COLORS.items()
+        if metric in used
+    ]
+    goal = Patch(color="black", label="thick mark: goal; thin line: quartiles")
+    return [*patches, goal]
+
+
+def plot_scaling(results: Results, path: Path) -> bool:
+    """Draws time and memory against N, D, V and K; `False` if none was measured."""
+    if not results["scaling"]:
+        return False
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(11, 8), layout="constrained")
+        axes = figure.subplots(2, 2).reshape(-1)
+        for axis, (name, label) in zip(axes, AXIS_LABELS.items(), strict=True):
+            record = results["scaling"].get(name)
+            if record is None:
+                axis.set_axis_off()
+                continue
+            _draw_axis(axis, record)
+            axis.set_xlabel(label)
+        figure.suptitle(f"{_where(results)}: fused everything call with gradient")
+        figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw_axis(axis: Axes, record: AxisRecord) -> None:
+    sizes, figures = _figures(record)
+    times = [1e3 * each["median"] for each in figures]
+    temps = [(each["temp_bytes"] or 0) / MEBIBYTE for each in figures]
+    axis.loglog(sizes, times, "o", color=COLORS["time"])
+    if record["time_slope"] is not None:
+        fit = np.polyfit(np.log(sizes), np.log(times), 1)
+        fitted = np.exp(np.polyval(fit, np.log(sizes)))
+        axis.loglog(sizes, fitted, "--", color=COLORS["time"])
+    axis.set_ylabel("time, ms (●, dashed: fit)", color=COLORS["time"])
+    memory = axis.twinx()
+    memory.loglog(sizes, temps, "s-", color=COLORS["temp"], alpha=0.8)
+    memory.set_ylabel("temporary memory, MiB (■)", color=COLORS["temp"])
+    _scale(axis, times)
+    _scale(memory, temps)
+    axis.set_xticks(sizes, [f"{size}" for size in sizes])
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+    slopes = record["time_slope"], record["temp_slope"]
+    time, temp = ("unknown" if s is None else f"{s:.2f}" for s in slopes)
+    axis.set_title(f"slope of time {time}, of memory {temp}")
+
+
+def _scale(axis: Axes, values: list[float]) -> None:
+    """Plain numbers, and a range in which noise does not look like growth."""
+    if min(values) > 0:
+        axis.set_ylim(min(values) / 2, max(values) * 2)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _figures(record: AxisRecord) -> tuple[list[int], list[FiguresRecord]]:
+    found = {
+        int(size): point
+        for size, point in record["points"].items()
+        if "skipped" not in point
+    }
+    return list(found), list(found.values())
+
+
+def _where(results: Results) -> str:
+    device = results["machine"]["device"]
+    if device == "cpu":
+        device = (
+            f"{results['machine']['processor']}, {results['machine']['cores']} cores"
+        )
+    return f"{device}, jax {results['versions']['jax']}"
