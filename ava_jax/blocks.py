@@ -30,7 +30,7 @@ def fold(
       carry: what `body` returns.
       source: what is walked.
       inputs: a pytree of [G, B, S, ...] arrays; zeros at tokens a block repeats.
-      size: C, at most S.
+      size: C; the whole row if it is larger than that.
 
     Returns:
       The last carry.
@@ -38,7 +38,6 @@ def fold(
     blocks = _blocks_of(source, size)
     if blocks.is_whole:
         return body(carry, source[0], _first(inputs))
-
     bits = _as_bits(source)
 
     def step(carry, item):
@@ -46,6 +45,11 @@ def fold(
         return body(carry, blocks.read(bits, place, source.dtype), inputs), None
 
     return lax.scan(step, carry, (blocks.places(), _split(blocks, inputs)))[0]
+
+
+def is_one_block(source: Float[Array, "G B S X"], size: int) -> bool:
+    """Says whether there is nothing to walk: one group of rows, handled whole."""
+    return _blocks_of(source, size).is_whole
 
 
 def transform(
@@ -155,7 +159,7 @@ class _Blocks(NamedTuple):
 
 def _blocks_of(source, size) -> _Blocks:
     groups, batch, length = source.shape[:3]
-    return _Blocks(groups, batch, length, size)
+    return _Blocks(groups, batch, length, min(size, length))
 
 
 def _split(blocks: _Blocks, inputs):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ava_jax.blocks import fold, transform
+from ava_jax.blocks import fold, is_one_block, transform
 from ava_jax.reduce import as_float, float_dtype
 from ava_jax.sizes import Sizes
 from ava_jax.vocab import is_zero_cotangent
@@ -138,7 +138,7 @@ def _sums(objectives, sizes: Sizes, operands: Operands) -> Sums:
 
         def of_chunk(sums, h, inputs, of_block=of_block):
             z, inputs = jax.tree.map(lambda x: x[None], (_project(h, kernel), inputs))
-            return fold(of_block, sums, z, inputs, min(sizes.block, h.shape[1]))
+            return fold(of_block, sums, z, inputs, sizes.block)
 
         sums = _no_sums(objective, operands, sizes, source, inputs)
         if kernel is None:
@@ -189,11 +189,8 @@ def _groups(objectives, operands: Operands):
 
 def _no_sums(objective, operands: Operands, sizes: Sizes, source, inputs) -> Sums:
     """What the sums begin with: zeros, or nothing where one block is all there is."""
-    groups, _, length = source.shape[:3]
-    whole = sizes.block >= length
-    if operands.kernel is not None:
-        whole &= sizes.chunk >= length
-    if whole and groups == 1:
+    walked = [sizes.block] if operands.kernel is None else [sizes.chunk, sizes.block]
+    if all(is_one_block(source, size) for size in walked):
         return {}
 
     def one_token(source, inputs):
@@ -228,8 +225,7 @@ def _chunk_gradient(of_block, kernel, sizes: Sizes, carry, h, inputs):
     """The gradient of one chunk of hidden states."""
     carry, d_kernel = carry
     z, inputs = jax.tree.map(lambda x: x[None], (_project(h, kernel), inputs))
-    size = min(sizes.block, h.shape[1])
-    carry, dz, d_inputs = transform(of_block, carry, z, inputs, size)
+    carry, dz, d_inputs = transform(of_block, carry, z, inputs, sizes.block)
     dz = dz[0].astype(h.dtype)
     dh = jnp.einsum("bcv,dv->bcd", dz, kernel, preferred_element_type=float_dtype())
     d_kernel = _add_product(d_kernel, h, dz, sizes.parts)
