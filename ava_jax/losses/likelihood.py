@@ -133,6 +133,8 @@ def read_logits(
     logits: Float[Array, "*n V"],
     targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
+    *,
+    complements: bool = False,
 ) -> tuple[TokenStats, Float[Array, "*n"], Int[Array, "*n"]]:
     """Statistics of plain logits; ids outside [0, V) get weight 0 and become id 0."""
     if targets.shape != logits.shape[:-1]:
@@ -144,7 +146,7 @@ def read_logits(
     inside = (targets >= 0) & (targets < logits.shape[-1])
     counted = jnp.where(inside, as_float(given), 0.0)
     ids = jnp.where(counted != 0, targets, 0)
-    query = Query(targets=ids, active=counted != 0)
+    query = Query(targets=ids, active=counted != 0, complements=complements)
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     return stats, counted, ids
 
@@ -182,7 +184,7 @@ def focal_loss(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    stats, counted, ids = read_logits(inputs, targets)
+    stats, counted, ids = read_logits(inputs, targets, complements=True)
     return counted * focal_cross_entropy(stats, ids, alpha, gamma)
 
 
