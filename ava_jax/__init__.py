@@ -12,14 +12,14 @@ from ava_jax.state import GradientBalanceState as GradientBalanceState
 from ava_jax.state import LossState as LossState
 from ava_jax.state import reset_statistics as reset_statistics
 from ava_jax.state import statistics as statistics
+from ava_jax.stats import Query as Query
+from ava_jax.stats import TokenStats as TokenStats
+from ava_jax.stats import Vocabulary as Vocabulary
 from ava_jax.token_terms import ExtraTerm as ExtraTerm
 from ava_jax.token_terms import TokenInputs as TokenInputs
 from ava_jax.unified import UnifiedLoss as UnifiedLoss
 from ava_jax.unified import create_unified_loss as create_unified_loss
 from ava_jax.unified import unified_loss as unified_loss
-from ava_jax.vocab import Query as Query
-from ava_jax.vocab import TokenStats as TokenStats
-from ava_jax.vocab import Vocabulary as Vocabulary
 from ava_jax.vocab import token_statistics as token_statistics
 
 __version__ = "0.1.0"

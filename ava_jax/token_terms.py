@@ -21,8 +21,9 @@ from ava_jax.losses.repetition import (
     ngram_charges,
 )
 from ava_jax.reduce import as_float, weighted_sum
+from ava_jax.stats import Query, TokenStats, Vocabulary
 from ava_jax.tokens import History, Tokens
-from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
+from ava_jax.vocab import token_statistics
 
 
 @flax.struct.dataclass

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 from ava_jax.config import Weight, weight_at
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.stats import Query, TokenStats, Vocabulary
 from ava_jax.tokens import (
     History,
     Tokens,
@@ -23,7 +24,7 @@ from ava_jax.tokens import (
     repeated_token,
     sort_ngrams,
 )
-from ava_jax.vocab import Query, TokenStats, Vocabulary, token_statistics
+from ava_jax.vocab import token_statistics
 
 
 def sequence_unlikelihood(
