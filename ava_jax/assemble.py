@@ -22,7 +22,6 @@ from ava_jax.losses.repetition import (
 )
 from ava_jax.losses.router import RouterLoad
 from ava_jax.mtp_terms import (
-    NOTHING_SHARED,
     AdaptiveParts,
     adaptive_parts,
     head_denominators,
@@ -31,9 +30,10 @@ from ava_jax.mtp_terms import (
     usable_heads,
     without_masked,
 )
-from ava_jax.passes import Operands, token_sums
+from ava_jax.passes import Operands, Plan, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.sizes import Sizes, choose_sizes
+from ava_jax.sharding import Layout
+from ava_jax.sizes import choose_sizes
 from ava_jax.state import GradientBalanceState, LossState
 from ava_jax.token_terms import (
     ExtraTerm,
@@ -44,7 +44,7 @@ from ava_jax.token_terms import (
     extra_weight,
     token_inputs,
 )
-from ava_jax.tokens import Tokens, read_history
+from ava_jax.tokens import History, Tokens, read_history
 
 Aux = dict[str, Array]
 Scalar = Float[Array, ""]
@@ -95,25 +95,30 @@ class Call(NamedTuple):
     tokens: Tokens
     normalizers: Normalizers
     train: bool
+    layout: Layout | None
 
     def weight(self, field: str) -> Scalar:
         """The weight field's value at this step."""
         return self.config.weight(field, self.state.step)
 
     @property
-    def sizes(self) -> Sizes:
-        """How many tokens the passes handle at a time."""
-        config = self.config
+    def plan(self) -> Plan:
+        """How the passes over the tokens go."""
+        config, layout = self.config, self.layout
         batch, length = self.tokens.targets.shape
+        width = config.vocab_size
+        if layout is not None:
+            batch, length, width = layout.local_shape(batch, length, width)
         hidden = self.inputs.get("hidden_states")
-        return choose_sizes(
+        sizes = choose_sizes(
             batch,
             length,
-            config.vocab_size,
+            width,
             4 if hidden is None else hidden.dtype.itemsize,
             config.chunk_size,
             config.block_size,
         )
+        return Plan(sizes, layout)
 
 
 def adaptive_prefix(config: UnifiedLossConfig) -> str | None:
@@ -190,21 +195,20 @@ def _token_sums(
     history = read_history(tokens) if config.is_on("unlikelihood_weight") else None
     shared = SharedInputs(
         temperature=call.state.temperature if deepseek else None,
-        history=history,
         extra=call.state.extra,
     )
     coefficients = {
         k: safe_divide(weight, call.normalizers.tokens) for k, weight in weights.items()
     }
-    objectives, operands = _main_pass(call, block, shared)
+    objectives, operands = _main_pass(call, block, history, shared)
     heads = None
     if config.use_mtp and config.mtp_type == "sequential":
-        heads = sequential_group(config, inputs, tokens)
+        heads = sequential_group(config, inputs, tokens, call.plan)
     if heads is not None and operands.kernel is not None:
         # Depths that share the matrix go through the same pass.
         objectives, operands = _with_heads(objectives, operands, heads)
         coefficients, heads = coefficients | _head_coefficients(call), None
-    total, sums = token_sums(objectives, operands, coefficients, call.sizes)
+    total, sums = token_sums(objectives, operands, coefficients, call.plan)
     if heads is None:
         return total, sums
     of_heads, more = _sequential_pass(call, heads)
@@ -212,25 +216,28 @@ def _token_sums(
 
 
 def _main_pass(
-    call: Call, block: TokenInputs, shared: SharedInputs
+    call: Call, block: TokenInputs, history: History | None, shared: SharedInputs
 ) -> tuple[tuple[TokenObjective, ...], Operands]:
     """The main tokens' part of the pass, from either door."""
     config, inputs, terms = call.config, call.inputs, call.extra_terms
-    whole = TokenObjective(config, True, True, terms)
+    axis = call.plan.vocab_axis
+    whole = TokenObjective(config, True, True, terms, axis)
     block = jax.tree.map(lambda x: x[None], block)
     if has_fused_door(inputs):
         hidden = without_masked(array(inputs, "hidden_states"), call.tokens.weights)
         kernel, bias = array(inputs, "lm_head"), inputs.get("lm_head_bias")
-        return (whole,), Operands((hidden[None],), (block,), shared, kernel, bias)
+        return (whole,), Operands(
+            (hidden[None],), (block,), history, shared, kernel, bias
+        )
     logits, primary = inputs.get("logits"), inputs.get("primary_logits")
     if config.primary_loss_type != "adaptive_mtp" or primary is None or logits is None:
         source = array(inputs, "primary_logits" if logits is None else "logits")
-        return (whole,), Operands((source[None],), (block,), shared)
+        return (whole,), Operands((source[None],), (block,), history, shared)
     # The adaptive loss has main logits of its own.
-    main = TokenObjective(config, main=True, others=False)
-    others = TokenObjective(config, False, True, terms)
+    main = TokenObjective(config, main=True, others=False, vocab_axis=axis)
+    others = TokenObjective(config, False, True, terms, axis)
     sources = (primary[None], logits[None])
-    return (main, others), Operands(sources, (block, block), shared)
+    return (main, others), Operands(sources, (block, block), history, shared)
 
 
 def _with_heads(objectives, operands: Operands, heads):
@@ -247,8 +254,8 @@ def _sequential_pass(call: Call, heads) -> tuple[Scalar, dict[str, Array]]:
     objective, hidden, inputs = heads
     kernel = array(call.inputs, "lm_head")
     bias = call.inputs.get("lm_head_bias")
-    operands = Operands((hidden,), (inputs,), NOTHING_SHARED, kernel, bias)
-    return token_sums((objective,), operands, _head_coefficients(call), call.sizes)
+    operands = Operands((hidden,), (inputs,), None, None, kernel, bias)
+    return token_sums((objective,), operands, _head_coefficients(call), call.plan)
 
 
 def _head_coefficients(call: Call) -> dict[str, Float[Array, "K"]]:
@@ -308,7 +315,7 @@ def _add_mtp(call: Call, heads: Float[Array, "K"] | None, aux: Aux) -> Scalar:
     weight = call.weight("mtp_weight")
     if call.config.mtp_type == "deepseek":
         means = parallel_head_means(
-            call.config, call.inputs, call.tokens, call.normalizers, call.sizes
+            call.config, call.inputs, call.tokens, call.normalizers, call.plan
         )
     elif heads is None:
         means = jnp.zeros((0,), weight.dtype)
@@ -327,7 +334,7 @@ def _add_adaptive(call: Call, prefix: str, primary: Scalar, aux: Aux) -> Scalar:
         call.inputs,
         call.tokens,
         call.normalizers,
-        call.sizes,
+        call.plan,
     )
     rest = parts.additional + parts.confidence_reg
     is_main = prefix == "main"

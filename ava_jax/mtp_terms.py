@@ -20,13 +20,10 @@ from ava_jax.losses.mtp import (
     effective_mtp_weight,
     layer_norm,
 )
-from ava_jax.passes import Operands, token_sums
+from ava_jax.passes import Operands, Plan, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.sizes import Sizes
-from ava_jax.token_terms import HeadObjective, SharedInputs, TokenInputs, token_inputs
+from ava_jax.token_terms import HeadObjective, TokenInputs, token_inputs
 from ava_jax.tokens import Tokens, stack_ahead
-
-NOTHING_SHARED = SharedInputs(temperature=None, history=None, extra={})
 
 
 def usable_heads(num_heads: int, tokens: Tokens) -> int:
@@ -64,7 +61,7 @@ def parallel_head_means(
     inputs: LossInputs,
     tokens: Tokens,
     normalizers: Normalizers,
-    sizes: Sizes,
+    plan: Plan,
 ) -> Float[Array, "K"]:
     """Means of K heads with matrices of their own; no head's logits exist whole."""
     count = usable_heads(config.num_future_tokens, tokens)
@@ -76,7 +73,7 @@ def parallel_head_means(
         array(inputs, "hidden_states"), jnp.max(as_float(heads.weights != 0), 0)
     )
     normed = layer_norm(hidden, params["norm"]["scale"], params["norm"]["bias"])
-    objective = HeadObjective(config, 1, smoothing=0.0)
+    objective = HeadObjective(config, 1, 0.0, plan.vocab_axis)
 
     def mean(head):
         kernel, bias, of_head, denominator = head
@@ -87,12 +84,13 @@ def parallel_head_means(
         operands = Operands(
             sources=(without_masked(normed, of_head.weights)[None],),
             inputs=(block,),
-            shared=NOTHING_SHARED,
+            rows=None,
+            shared=None,
             kernel=kernel,
             bias=bias,
         )
         coefficient = {"heads": safe_divide(jnp.ones((1,)), denominator)}
-        return token_sums((objective,), operands, coefficient, sizes)[0]
+        return token_sums((objective,), operands, coefficient, plan)[0]
 
     kernels = params["heads"]["kernel"][:count], params["heads"]["bias"][:count]
     denominators = head_denominators(normalizers, count)
@@ -100,7 +98,7 @@ def parallel_head_means(
 
 
 def sequential_group(
-    config: UnifiedLossConfig, inputs: LossInputs, tokens: Tokens
+    config: UnifiedLossConfig, inputs: LossInputs, tokens: Tokens, plan: Plan
 ) -> tuple[HeadObjective, Array, TokenInputs] | None:
     """The fused pass's group of the depths that share the main head's matrix."""
     count = usable_heads(config.num_future_tokens, tokens)
@@ -108,7 +106,7 @@ def sequential_group(
         return None
     heads = head_inputs(tokens, count)
     hidden = without_masked(array(inputs, "mtp_hidden_states")[:count], heads.weights)
-    return HeadObjective(config, count, smoothing=0.0), hidden, heads
+    return HeadObjective(config, count, 0.0, plan.vocab_axis), hidden, heads
 
 
 @flax.struct.dataclass
@@ -134,7 +132,7 @@ def adaptive_parts(
     inputs: LossInputs,
     tokens: Tokens,
     normalizers: Normalizers,
-    sizes: Sizes,
+    plan: Plan,
 ) -> AdaptiveParts:
     """The adaptive heads' loss, scaled by the gate's confidence, and its regulariser.
 
@@ -159,13 +157,13 @@ def adaptive_parts(
     effective = effective_mtp_weight(
         weight, scale, active=active, stop_gradient=config.stop_confidence_gradient
     )
-    mean = _given_heads_mean(config, heads, tokens, normalizers, sizes)
+    mean = _given_heads_mean(config, heads, tokens, normalizers, plan)
     additional = jnp.where(active, mean * effective, zero)
     share = safe_divide(jnp.sum(tokens.weights), normalizers.tokens)
     return AdaptiveParts(additional, regularizer, confidence, effective * share)
 
 
-def _given_heads_mean(config, heads, tokens, normalizers, sizes):
+def _given_heads_mean(config, heads, tokens, normalizers, plan: Plan):
     count = usable_heads(len(heads), tokens)
     if count < 1:
         return jnp.zeros((), normalizers.tokens.dtype)
@@ -177,11 +175,11 @@ def _given_heads_mean(config, heads, tokens, normalizers, sizes):
         )
     else:
         sources, inputs = (heads[:count],), (stacked,)
-    objective = HeadObjective(config, count, config.label_smoothing)
-    operands = Operands(sources=sources, inputs=inputs, shared=NOTHING_SHARED)
+    objective = HeadObjective(config, count, config.label_smoothing, plan.vocab_axis)
+    operands = Operands(sources=sources, inputs=inputs, rows=None, shared=None)
     coefficients = {
         "heads": safe_divide(
             jnp.full((count,), 1 / count), head_denominators(normalizers, count)
         )
     }
-    return token_sums((objective,) * len(sources), operands, coefficients, sizes)[0]
+    return token_sums((objective,) * len(sources), operands, coefficients, plan)[0]

@@ -116,7 +116,15 @@ class Query:
 
 
 class Vocabulary(NamedTuple):
-    """The static facts of the vocabulary axis: its true size and the soft-cap."""
+    """The static facts of the vocabulary axis.
+
+    Attributes:
+      size: the true V; columns from it on are padding.
+      soft_cap: of the logits, or None.
+      axis: the mesh axis that shares the vocabulary, inside `jax.shard_map`; None if
+        the logits have all columns.
+    """
 
     size: int
     soft_cap: float | None = None
+    axis: str | None = None

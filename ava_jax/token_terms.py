@@ -55,12 +55,10 @@ class SharedInputs:
 
     Attributes:
       temperature: T of the main loss; None is 1.
-      history: the rows, for penalties that look at all earlier tokens.
       extra: the states of the extra terms, by name.
     """
 
     temperature: Float[Array, ""] | None
-    history: History | None
     extra: dict[str, Any]
 
 
@@ -166,18 +164,31 @@ class TokenObjective:
       main: whether the main loss is taken from this source.
       others: whether penalties, metrics and extra terms are.
       extra_terms: the user's terms.
+      vocab_axis: the mesh axis that shares the vocabulary.
     """
 
     config: UnifiedLossConfig
     main: bool
     others: bool
     extra_terms: tuple[ExtraTerm, ...] = ()
+    vocab_axis: str | None = None
 
     def __call__(
-        self, logits: Float[Array, "B C V"], inputs: TokenInputs, shared: SharedInputs
+        self,
+        logits: Float[Array, "B C V"],
+        inputs: TokenInputs,
+        history: History | None,
+        shared: SharedInputs,
     ) -> dict[str, Float[Array, ""]]:
-        """Returns `Σ w·value` over the block, by term."""
-        charges = self._charges(inputs, shared)
+        """Returns `Σ w·value` over the block, by term.
+
+        Args:
+          logits: a block's.
+          inputs: the block's tokens.
+          history: their rows, for penalties that look at all earlier tokens.
+          shared: what is the same for every token.
+        """
+        charges = self._charges(inputs, history)
         stats = self._statistics(logits, inputs, charges, shared.temperature)
         values = {}
         if self.main:
@@ -194,13 +205,13 @@ class TokenObjective:
                 values[term.name] = term.apply(state, stats, inputs)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
-    def _charges(self, inputs, shared) -> dict[str, Charges]:
+    def _charges(self, inputs, history) -> dict[str, Charges]:
         if not self.others:
             return {}
-        if shared.history is None:
+        if history is None:
             return inputs.charges
         of_history = history_charges(
-            shared.history, inputs.targets, inputs.segments, inputs.row_positions
+            history, inputs.targets, inputs.segments, inputs.row_positions
         )
         return inputs.charges | {"unlikelihood": of_history}
 
@@ -212,7 +223,9 @@ class TokenObjective:
             candidates={k: c.ids for k, c in charges.items()},
             complements=bool(charges or config.use_focal_loss or self.extra_terms),
         )
-        vocabulary = Vocabulary(config.vocab_size, config.logit_soft_cap)
+        vocabulary = Vocabulary(
+            config.vocab_size, config.logit_soft_cap, self.vocab_axis
+        )
         return token_statistics(logits, query, vocabulary, temperature)
 
     def _main(self, stats, inputs):
@@ -245,20 +258,28 @@ class HeadObjective:
       config: the loss configuration.
       num_heads: K; the block's `extra["head"]` says which head a token belongs to.
       smoothing: ε of the label smoothing.
+      vocab_axis: the mesh axis that shares the vocabulary.
     """
 
     config: UnifiedLossConfig
     num_heads: int
     smoothing: float
+    vocab_axis: str | None = None
 
     def __call__(
-        self, logits: Float[Array, "*n V"], inputs: TokenInputs, shared: SharedInputs
+        self,
+        logits: Float[Array, "*n V"],
+        inputs: TokenInputs,
+        history: History | None,
+        shared: SharedInputs | None,
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
         query = Query(
             targets=inputs.targets, active=inputs.weights != 0, complements=False
         )
-        vocabulary = Vocabulary(self.config.vocab_size, self.config.logit_soft_cap)
+        vocabulary = Vocabulary(
+            self.config.vocab_size, self.config.logit_soft_cap, self.vocab_axis
+        )
         stats = token_statistics(logits, query, vocabulary)
         values = likelihood.smoothed_cross_entropy(stats, self.smoothing)
         heads = jnp.arange(self.num_heads, dtype=jnp.int32)

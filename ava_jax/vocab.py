@@ -16,6 +16,14 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from ava_jax.reduce import as_float
+from ava_jax.shards import (
+    Summit,
+    add_scalar,
+    add_up,
+    find_summit,
+    first_id,
+    num_shards,
+)
 from ava_jax.stats import Query, TokenStats, Vocabulary
 
 # 1 − p is 0 in any precision when no other class is possible; its logarithm stays
@@ -93,13 +101,28 @@ def _possible_logits(vocabulary: Vocabulary, logits, ids=None):
     if vocabulary.soft_cap is not None:
         capped = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
         z = jnp.where(z == -jnp.inf, z, capped)
-    if ids is None and z.shape[-1] == vocabulary.size:
-        return z
-    return jnp.where((_ids(z) if ids is None else ids) < vocabulary.size, z, -jnp.inf)
+    if ids is None:
+        if z.shape[-1] * num_shards(vocabulary.axis) == vocabulary.size:
+            return z
+        ids = _ids(z) + first_id(vocabulary.axis, z.shape[-1])
+    return jnp.where(ids < vocabulary.size, z, -jnp.inf)
 
 
 def _ids(z):
     return lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+
+
+def _columns(axis, ids, width: int):
+    """The columns of ids on this shard; `width` where they are on another."""
+    if axis is None:
+        return ids
+    local = ids - first_id(axis, width)
+    return jnp.where((local >= 0) & (local < width), local, width)
+
+
+def _take(x, columns):
+    """The entries at columns [..., Q]; those beyond the last may be anything."""
+    return jnp.take_along_axis(x, jnp.minimum(columns, x.shape[-1] - 1), -1)
 
 
 def _num_segments(width: int) -> int:
@@ -111,37 +134,43 @@ def _num_segments(width: int) -> int:
 
 
 class _Peak(NamedTuple):
-    """The largest logit of each row and its part of the row."""
+    """The largest logit of each row and its part of the row.
 
-    shift: Float[Array, "*n"]
+    Attributes:
+      largest: the logit.
+      top: its column.
+      segment: the part it lies in.
+      second: the largest one of the others.
+      beside: the others of its part.
+    """
+
+    largest: Float[Array, "*n"]
     top: Int[Array, "*n"]
     segment: Int[Array, "*n"]
     second: Float[Array, "*n"]
-    neighbours: Float[Array, "*n L"]
+    beside: Float[Array, "*n L"]
 
 
 def _split(z):
     return z.reshape(*z.shape[:-1], _num_segments(z.shape[-1]), -1)
 
 
-def _find_peak(z, active) -> _Peak:
+def _find_peak(z) -> _Peak:
     """Reads the logits once: all but the maxima per part looks at one part only."""
     parts = _split(z)
-    largest = jnp.max(parts, -1)
-    segment = jnp.argmax(largest, -1).astype(jnp.int32)
+    maxima = jnp.max(parts, -1)
+    segment = jnp.argmax(maxima, -1).astype(jnp.int32)
     own = jnp.take_along_axis(parts, segment[..., None, None], -2)[..., 0, :]
-    shift = jnp.max(largest, -1)
-    place = jnp.min(jnp.where(own == shift[..., None], _ids(own), own.shape[-1]), -1)
-    shift = jnp.where(active & (shift != -jnp.inf), shift, jnp.zeros_like(shift))
-    neighbours = jnp.where(_ids(own) == place[..., None], -jnp.inf, own)
-    elsewhere = jnp.where(_ids(largest) == segment[..., None], -jnp.inf, largest)
-    second = jnp.maximum(jnp.max(neighbours, -1), jnp.max(elsewhere, -1)) - shift
+    largest = jnp.max(maxima, -1)
+    place = jnp.min(jnp.where(own == largest[..., None], _ids(own), own.shape[-1]), -1)
+    beside = jnp.where(_ids(own) == place[..., None], -jnp.inf, own)
+    elsewhere = jnp.where(_ids(maxima) == segment[..., None], -jnp.inf, maxima)
     return _Peak(
-        shift=shift,
+        largest=largest,
         top=segment * own.shape[-1] + place,
         segment=segment,
-        second=second,
-        neighbours=neighbours - shift[..., None],
+        second=jnp.maximum(jnp.max(beside, -1), jnp.max(elsewhere, -1)),
+        beside=beside,
     )
 
 
@@ -161,57 +190,98 @@ def _bounded(relative):
     return jnp.maximum(relative, _LOWEST)
 
 
-def _rest(peak: _Peak, pivot, exponentials):
-    """Sums the exponentials of all but the largest logit, without cancellation."""
+def _rest(peak: _Peak, summit: Summit, shift, pivot, exponentials):
+    """Sums all exponentials but the largest logit's, without cancellation."""
+
+    def relative(logits):
+        return jnp.exp(jnp.minimum(logits - shift[..., None] - pivot[..., None], 0))
+
     sums = jnp.sum(_split(exponentials), -1)
     others = jnp.where(
         _ids(sums) == peak.segment[..., None], jnp.zeros_like(sums), sums
     )
-    near = jnp.exp(jnp.minimum(peak.neighbours - pivot[..., None], 0))
-    return jnp.sum(others, -1) + jnp.sum(near, -1)
+    rest = jnp.sum(others, -1) + jnp.sum(relative(peak.beside), -1)
+    if summit.is_here is None:
+        return rest
+    own = relative(peak.largest[..., None])[..., 0]
+    return jnp.where(summit.is_here, rest, rest + own)
+
+
+def _reduce(vocabulary, tempered, logits, query, temperature):
+    """The largest logit, what the rest is relative to, and the sums over the row."""
+    axis = vocabulary.axis
+    z = _possible_logits(vocabulary, logits)
+    peak = _find_peak(z)
+    asked = peak.second if query.complements else None
+    summit = find_summit(axis, peak.largest, asked)
+    exists = query.active & (summit.largest != -jnp.inf)
+    shift = jnp.where(exists, summit.largest, jnp.zeros_like(summit.largest))
+    pivot = jnp.zeros_like(shift)
+    if summit.second is not None:
+        second = summit.second - shift
+        far = (second < _FAR) & (second != -jnp.inf)
+        pivot = jnp.where(far, second, pivot)
+    relative, e = _exponentials(z, shift, pivot, query.complements)
+    possible = z != -jnp.inf
+
+    def pick(ids):
+        columns = _columns(axis, ids, z.shape[-1])
+        picked = _possible_logits(vocabulary, _take(logits, columns), ids)
+        picked -= shift[..., None]
+        here = columns < z.shape[-1]
+        return picked if axis is None else jnp.where(here, picked, 0.0)
+
+    sums = {
+        "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
+        "count": jnp.sum(as_float(possible), -1),
+        "expected": jnp.sum(e * _bounded(relative), -1),
+        "top": _top_id(axis, peak, summit, z.shape[-1]),
+        "target": pick(query.targets[..., None])[..., 0],
+        "candidates": {k: pick(c) for k, c in query.candidates.items()},
+    }
+    if query.complements:
+        sums["rest"] = _rest(peak, summit, shift, pivot, e)
+    else:
+        sums["all"] = jnp.sum(_split(e), (-2, -1))
+    if tempered:
+        cooled = jnp.exp(relative * (1 / temperature))
+        sums["tempered"] = jnp.sum(_split(cooled), (-2, -1))
+    return shift, pivot, add_up(axis, sums, shift.ndim)
+
+
+def _top_id(axis, peak: _Peak, summit: Summit, width: int):
+    """The id of the row's largest logit, 0 on the shards that do not hold it."""
+    if summit.is_here is None:
+        return peak.top
+    top = peak.top + first_id(axis, width)
+    return jnp.where(summit.is_here, top, jnp.zeros_like(top))
 
 
 def _forward(vocabulary, tempered, logits, query, temperature):
-    z = _possible_logits(vocabulary, logits)
-    peak = _find_peak(z, query.active)
-    shift, pivot, log_rest_sum = peak.shift, jnp.zeros_like(peak.shift), None
+    shift, pivot, sums = _reduce(vocabulary, tempered, logits, query, temperature)
+    log_rest_sum = None
     if query.complements:
-        far = (peak.second < _FAR) & (peak.second != -jnp.inf)
-        pivot = jnp.where(far, peak.second, pivot)
-    relative, e = _exponentials(z, shift, pivot, query.complements)
-    if query.complements:
-        rest = _rest(peak, pivot, e)
+        rest = sums["rest"]
         log_rest_sum = jnp.where(rest > 0, jnp.log(rest), _LOG_NOTHING)
         log_sum = jnp.log1p(jnp.exp(pivot + log_rest_sum))
     else:
-        log_sum = jnp.log(jnp.sum(_split(e), (-2, -1)))
-    possible = z != -jnp.inf
-    log_sum_tempered = log_sum
-    if tempered:
-        cooled = jnp.exp(relative * (1 / temperature))
-        log_sum_tempered = jnp.log(jnp.sum(_split(cooled), (-2, -1)))
-
-    def pick(ids):
-        picked = jnp.take_along_axis(logits, ids, -1)
-        return _possible_logits(vocabulary, picked, ids) - shift[..., None]
-
+        log_sum = jnp.log(sums["all"])
+    top = sums["top"]
     stats = TokenStats(
         shift=shift,
         log_sum=log_sum,
         pivot=pivot,
         log_rest_sum=log_rest_sum,
-        log_sum_tempered=log_sum_tempered,
+        log_sum_tempered=jnp.log(sums["tempered"]) if tempered else log_sum,
         temperature=temperature,
-        target=pick(query.targets[..., None])[..., 0],
-        total=jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
-        count=jnp.sum(as_float(possible), -1),
-        expected=jnp.sum(e * _bounded(relative), -1) * jnp.exp(pivot - log_sum),
-        top=peak.top,
-        is_top=peak.top == query.targets,
-        candidates={k: pick(c) for k, c in query.candidates.items()},
-        candidate_is_top={
-            k: peak.top[..., None] == c for k, c in query.candidates.items()
-        },
+        target=sums["target"],
+        total=sums["total"],
+        count=sums["count"],
+        expected=sums["expected"] * jnp.exp(pivot - log_sum),
+        top=top,
+        is_top=top == query.targets,
+        candidates=sums["candidates"],
+        candidate_is_top={k: top[..., None] == c for k, c in query.candidates.items()},
     )
     return _without_inactive(stats, query.active)
 
@@ -268,17 +338,17 @@ def _backward(vocabulary, tempered, residuals, cotangents: TokenStats):
         at_top += of_sum * inverse
         mean = of_sum * jnp.sum(cooled * _bounded(relative), -1)
         mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
-        of_temperature -= inverse**2 * jnp.sum(mean)
+        of_temperature -= inverse**2 * add_scalar(vocabulary.axis, jnp.sum(mean))
     if not is_zero_cotangent(cotangents.total):
         grad += cotangents.total[..., None]
         at_top += cotangents.total
     possible = z != -jnp.inf
     grad = jnp.where(possible & query.active[..., None], grad, jnp.zeros_like(grad))
     if query.complements:
-        top = jnp.take_along_axis(z, stats.top[..., None], -1)[..., 0]
-        kept = query.active & (top != -jnp.inf)
-        grad = _put(grad, stats.top, jnp.where(kept, at_top, jnp.zeros_like(at_top)))
-    grad = _through_picks(grad, query, stats, cotangents)
+        top = _columns(vocabulary.axis, stats.top, z.shape[-1])
+        kept = query.active & (stats.count > 0)
+        grad = _put(grad, top, jnp.where(kept, at_top, jnp.zeros_like(at_top)))
+    grad = _through_picks(vocabulary.axis, grad, query, stats, cotangents)
     if vocabulary.soft_cap is not None:
         capped = jnp.where(possible, z, jnp.zeros_like(z)) / vocabulary.soft_cap
         slope = jnp.where(query.active[..., None], 1 - capped**2, jnp.zeros_like(z))
@@ -322,7 +392,7 @@ def _through_exponentials(e, relative, stats, cotangents: TokenStats):
     return e * factor, of_p * jnp.exp(-stats.log_sum)
 
 
-def _through_picks(grad, query, stats, cotangents: TokenStats):
+def _through_picks(axis, grad, query, stats, cotangents: TokenStats):
     """Adds what reaches the logits at single ids."""
     picks = [
         (query.candidates[name], stats.candidates[name], cotangent)
@@ -340,36 +410,38 @@ def _through_picks(grad, query, stats, cotangents: TokenStats):
         if is_zero_cotangent(cotangent):
             continue
         kept = query.active[..., None] & (logit != -jnp.inf)
-        grad = _place(grad, ids, jnp.where(kept, cotangent, jnp.zeros_like(cotangent)))
+        values = jnp.where(kept, cotangent, jnp.zeros_like(cotangent))
+        grad = _place(grad, _columns(axis, ids, grad.shape[-1]), values)
     return grad
 
 
-def _place(grad, ids, values):
-    """Adds values [..., Q] to grad [..., V] at ids [..., Q]."""
-    if _compares(ids.shape[-1]):
+def _place(grad, columns, values):
+    """Adds values [..., Q] to grad [..., V] at those columns that it has."""
+    if _compares(columns.shape[-1]):
         every = _ids(grad)
-        for q in range(ids.shape[-1]):
-            here = every == ids[..., q : q + 1]
+        for q in range(columns.shape[-1]):
+            here = every == columns[..., q : q + 1]
             grad += jnp.where(here, values[..., q : q + 1], jnp.zeros_like(grad))
         return grad
-    return grad.at[_indices(ids)].add(values)
+    return grad.at[_indices(columns)].add(values, mode="drop")
 
 
-def _put(grad, ids, values):
-    """Sets grad [..., V] to values [...] at ids [...]."""
+def _put(grad, columns, values):
+    """Sets grad [..., V] to values [...] at those columns that it has."""
     if _compares(1):
-        return jnp.where(_ids(grad) == ids[..., None], values[..., None], grad)
-    return grad.at[_indices(ids[..., None])].set(values[..., None])
+        return jnp.where(_ids(grad) == columns[..., None], values[..., None], grad)
+    return grad.at[_indices(columns[..., None])].set(values[..., None], mode="drop")
 
 
 def _compares(num_ids: int) -> bool:
     return jax.default_backend() != "cpu" and num_ids <= _MOST_COMPARED
 
 
-def _indices(ids):
+def _indices(columns):
+    lead = range(columns.ndim - 1)
     return (
-        *(lax.broadcasted_iota(jnp.int32, ids.shape, k) for k in range(ids.ndim - 1)),
-        ids,
+        *(lax.broadcasted_iota(jnp.int32, columns.shape, k) for k in lead),
+        columns,
     )
 
 

@@ -1,0 +1,142 @@
+"""How a batch and its vocabulary lie on a mesh, and code that runs on every shard.
+
+Integers, means and batch terms are written for whole arrays, which XLA splits as it
+likes. The pass over the tokens is not left to it: it runs on each device's own tokens
+and columns (`Layout.run`), and says itself what crosses the wire.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a mesh the rows, their tokens and the vocabulary lie along.
+
+    Attributes:
+      mesh: the mesh.
+      batch_axes: axes that share the rows, B.
+      sequence_axis: the axis that shares each row's tokens, S.
+      vocab_axis: the axis that shares the vocabulary, V.
+    """
+
+    mesh: Mesh
+    batch_axes: tuple[str, ...] = ()
+    sequence_axis: str | None = None
+    vocab_axis: str | None = None
+
+    def __post_init__(self) -> None:
+        used = [*self.token_axes, *filter(None, [self.vocab_axis])]
+        for name in used:
+            if name not in self.mesh.axis_names:
+                raise ValueError(
+                    f"{name!r} is not an axis of the mesh: it has "
+                    f"{self.mesh.axis_names}"
+                )
+            if used.count(name) > 1:
+                raise ValueError(
+                    f"the mesh axis {name!r} is given twice among batch_axes="
+                    f"{self.batch_axes}, sequence_axis={self.sequence_axis!r} and "
+                    f"vocab_axis={self.vocab_axis!r}: an axis has one purpose"
+                )
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes that share the tokens."""
+        return (*self.batch_axes, *filter(None, [self.sequence_axis]))
+
+    @property
+    def vocab_shards(self) -> int:
+        """In how many parts the vocabulary falls."""
+        return self._count(self.vocab_axis)
+
+    def rows(self, *rest: str | None) -> P:
+        """Returns the spec of arrays [B, ...]."""
+        return P(self.batch_axes or None, *rest)
+
+    def tokens(self, *rest: str | None) -> P:
+        """Returns the spec of arrays [G, B, S, ...]."""
+        return P(None, self.batch_axes or None, self.sequence_axis, *rest)
+
+    def local_shape(self, batch: int, length: int, width: int) -> tuple[int, int, int]:
+        """Returns the rows, tokens and columns of one device, of B, S and V.
+
+        Raises:
+          ValueError: the devices cannot share the rows or tokens evenly.
+        """
+        rows = math.prod(map(self._count, self.batch_axes))
+        parts = self._count(self.sequence_axis)
+        for what, size, count, argument in (
+            ("rows", batch, rows, f"batch_axes={self.batch_axes}"),
+            ("tokens a row", length, parts, f"sequence_axis={self.sequence_axis!r}"),
+        ):
+            if size % count:
+                raise ValueError(
+                    f"the targets have {size} {what}, which the {count} devices of "
+                    f"{argument} cannot share evenly: pad with tokens that "
+                    "attention_mask leaves out"
+                )
+        return batch // rows, length // parts, -(-width // self.vocab_shards)
+
+    def run(
+        self, function: Callable[..., Result], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Result]:
+        """Returns the function of whole arrays that runs `function` on every shard."""
+        context = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            function,
+            # Inside `jax.set_mesh` the axes' types may differ from the mesh's own.
+            mesh=self.mesh if context.empty else None,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            # What is equal on several devices is the result of collectives inside
+            # hand-written gradients, which this check cannot follow.
+            check_vma=False,
+        )
+
+    def _count(self, axis: str | None) -> int:
+        return 1 if axis is None else self.mesh.shape[axis]
+
+
+def make_layout(
+    mesh: Mesh | None,
+    batch_axes: str | Sequence[str],
+    sequence_axis: str | None,
+    vocab_axis: str | None,
+) -> Layout | None:
+    """Returns the layout that a user's arguments describe; None without a mesh.
+
+    Raises:
+      ValueError: axes without a mesh, an unknown axis, or one given twice.
+    """
+    axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    if mesh is not None:
+        return Layout(mesh, axes, sequence_axis, vocab_axis)
+    if axes or sequence_axis or vocab_axis:
+        raise ValueError(
+            "batch_axes, sequence_axis and vocab_axis name axes of a mesh: pass mesh= "
+            "as well"
+        )
+    return None
+
+
+def with_auto_axes(function: Callable[..., Result], *args: Any) -> Result:
+    """Calls a function so that XLA places all it computes, under Explicit axes as well.
+
+    Args:
+      function: returns small arrays, which all devices will hold.
+      *args: pytrees of arrays.
+    """
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
+        return function(*args)
+    automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=P())
+    return cast(Result, automatic(*args))
