@@ -189,7 +189,7 @@ def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
         return _local_sums(objectives, plan, operands)
 
     def of_shard(operands):
-        return lax.psum(_local_sums(objectives, plan, operands), layout.token_axes)
+        return layout.over_tokens(_local_sums(objectives, plan, operands))
 
     return layout.run(of_shard, (_specs(layout, operands),), P())(operands)
 
@@ -202,8 +202,8 @@ def _gradients(objectives, plan: Plan, operands: Operands, wanted: Sums):
 
     def of_shard(operands, wanted):
         sums, own = _local_gradients(objectives, plan, operands, wanted)
-        kernel, bias, shared, sums = lax.psum(
-            (own.kernel, own.bias, own.shared, sums), layout.token_axes
+        kernel, bias, shared, sums = layout.over_tokens(
+            (own.kernel, own.bias, own.shared, sums)
         )
         return sums, dataclasses.replace(own, kernel=kernel, bias=bias, shared=shared)
 

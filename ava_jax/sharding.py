@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +21,8 @@ Result = TypeVar("Result")
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Which axes of a mesh the rows, their tokens and the vocabulary lie along.
+
+    Made by `make_layout`, which leaves out axes of one device.
 
     Attributes:
       mesh: the mesh.
@@ -33,25 +36,10 @@ class Layout:
     sequence_axis: str | None = None
     vocab_axis: str | None = None
 
-    def __post_init__(self) -> None:
-        used = [*self.token_axes, *filter(None, [self.vocab_axis])]
-        for name in used:
-            if name not in self.mesh.axis_names:
-                raise ValueError(
-                    f"{name!r} is not an axis of the mesh: it has "
-                    f"{self.mesh.axis_names}"
-                )
-            if used.count(name) > 1:
-                raise ValueError(
-                    f"the mesh axis {name!r} is given twice among batch_axes="
-                    f"{self.batch_axes}, sequence_axis={self.sequence_axis!r} and "
-                    f"vocab_axis={self.vocab_axis!r}: an axis has one purpose"
-                )
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """The axes that share the tokens."""
-        return (*self.batch_axes, *filter(None, [self.sequence_axis]))
+    def over_tokens(self, sums: Result) -> Result:
+        """Adds up what the shards of the tokens have, inside `run`."""
+        axes = (*self.batch_axes, *filter(None, [self.sequence_axis]))
+        return lax.psum(sums, axes) if axes else sums
 
     @property
     def vocab_shards(self) -> int:
@@ -117,15 +105,31 @@ def make_layout(
     Raises:
       ValueError: axes without a mesh, an unknown axis, or one given twice.
     """
-    axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    if mesh is not None:
-        return Layout(mesh, axes, sequence_axis, vocab_axis)
-    if axes or sequence_axis or vocab_axis:
-        raise ValueError(
-            "batch_axes, sequence_axis and vocab_axis name axes of a mesh: pass mesh= "
-            "as well"
-        )
-    return None
+    rows = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    used = [*rows, *filter(None, [sequence_axis, vocab_axis])]
+    if mesh is None:
+        if used:
+            raise ValueError(
+                "batch_axes, sequence_axis and vocab_axis name axes of a mesh, got "
+                f"{used} and no mesh: pass mesh= as well"
+            )
+        return None
+    for name in used:
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"{name!r} is not an axis of the mesh, which has {mesh.axis_names}"
+            )
+        if used.count(name) > 1:
+            raise ValueError(
+                f"the mesh's axis {name!r} is given twice: batch_axes={rows}, "
+                f"sequence_axis={sequence_axis!r}, vocab_axis={vocab_axis!r}"
+            )
+
+    def shared(axis: str | None) -> str | None:
+        return axis if axis is not None and mesh.shape[axis] > 1 else None
+
+    rows = tuple(filter(shared, rows))
+    return Layout(mesh, rows, shared(sequence_axis), shared(vocab_axis))
 
 
 def with_auto_axes(function: Callable[..., Result], *args: Any) -> Result:

@@ -90,7 +90,7 @@ class UnifiedLoss:
         Returns:
           The loss, a float32 scalar; `aux`, a flat dict of arrays, weights applied to
           the entries that are part of the loss; the new state. A batch in which no
-          token counts changes nothing.
+          token counts, or whose loss is not finite, changes nothing.
 
         Raises:
           TypeError: an unknown argument, or a wrong dtype.
@@ -228,7 +228,7 @@ class UnifiedLoss:
           stats: added up over the step's micro-batches.
 
         Returns:
-          The new state; the old one if no token counted.
+          The new state; the old one if no token counted or the loss is not finite.
         """
         stats = lax.stop_gradient(stats)
         new = dataclasses.replace(state, step=state.step + 1)
@@ -254,8 +254,8 @@ class UnifiedLoss:
             for name, term in ((term.name, term) for term in self.extra_terms)
         }
         new = dataclasses.replace(new, extra=extra)
-        counted = stats.weight != 0
-        return jax.tree.map(lambda a, b: jnp.where(counted, a, b), new, state)
+        counts = (stats.weight != 0) & jnp.isfinite(stats.aux["total_loss"])
+        return jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, state)
 
     def summary(self, state: LossState, stats: StepStats) -> Aux:
         """Returns the `aux` of a step from its added-up stats.

@@ -36,18 +36,18 @@ ADAPTIVE: dict[str, Any] = {
 }
 
 
-def integers(key: int = 0) -> dict[str, Any]:
+def integers(key: int = 0, rows: int = B) -> dict[str, Any]:
     """Targets with repeats and a mask with holes; no row is empty."""
     one, two, three = jax.random.split(jax.random.key(key), 3)
-    mask = (jax.random.uniform(two, (B, S)) < 0.8).at[:, 0].set(True)
+    mask = (jax.random.uniform(two, (rows, S)) < 0.8).at[:, 0].set(True)
     return {
-        "targets": jax.random.randint(one, (B, S), 0, 4),
+        "targets": jax.random.randint(one, (rows, S), 0, 4),
         "attention_mask": mask,
-        "expert_indices": jax.random.randint(three, (B, S, 2), 0, E),
+        "expert_indices": jax.random.randint(three, (rows, S, 2), 0, E),
     }
 
 
-def floats(key: int = 1) -> dict[str, Any]:
+def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
     """The differentiable inputs of `EVERYTHING`, both doors' among them."""
     keys = iter(jax.random.split(jax.random.key(key), 8))
 
@@ -55,10 +55,10 @@ def floats(key: int = 1) -> dict[str, Any]:
         return jax.random.normal(next(keys), shape)
 
     return {
-        "hidden_states": normal(B, S, D),
+        "hidden_states": normal(rows, S, D),
         "lm_head": normal(D, V),
-        "gate_logits": normal(B, S, E),
-        "expert_outputs": normal(E, B, S, 4),
+        "gate_logits": normal(rows, S, E),
+        "expert_outputs": normal(E, rows, S, 4),
         "mtp_params": {
             "norm": {"scale": 1 + 0.1 * normal(D), "bias": normal(D)},
             "heads": {"kernel": normal(K, D, V), "bias": normal(K, V)},

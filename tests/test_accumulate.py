@@ -20,6 +20,7 @@ ADDITIVE = {
     "use_diversity_loss": False,
     "use_contrastive_loss": False,
 }
+ROWS = 8
 BY_ROW = ("hidden_states", "gate_logits", "logits", "confidence_scores")
 
 
@@ -65,20 +66,83 @@ def whole_and_parts(config, arrays, ints, door, count):
 
         return jax.value_and_grad(loss, has_aux=True)(arrays)
 
-    shares = [part(arrays, rows) for rows in jnp.arange(B).reshape(count, -1)]
+    parts = jnp.arange(len(ints["targets"])).reshape(count, -1)
+    shares = [part(arrays, rows) for rows in parts]
     (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
     after = loss_fn.commit(state, stats)
     return whole(arrays), ((total, (loss_fn.summary(after, stats), after)), grads)
 
 
-@pytest.mark.parametrize("source", ["predictions", "targets"])
-@pytest.mark.parametrize(("door", "count"), [("logits", 4), ("fused", 2), ("fused", 4)])
-def test_micro_batches_add_up(door, count, source):
-    ints = integers()
-    ints["attention_mask"] = ints["attention_mask"].at[2].set(False)  # an empty one
+DEFAULT = [
+    ("logits", "predictions", 2),
+    ("logits", "targets", 8),
+    ("fused", "predictions", 4),
+    ("fused", "targets", 1),
+    ("fused", "predictions", 8),
+]
+REST = [
+    pytest.param(door, source, count, marks=pytest.mark.slow)
+    for door in ("logits", "fused")
+    for source in ("predictions", "targets")
+    for count in (1, 2, 4, 8)
+    if (door, source, count) not in DEFAULT
+]
+
+
+@pytest.mark.parametrize(("door", "source", "count"), [*DEFAULT, *REST])
+def test_micro_batches_add_up(door, source, count):
+    ints = integers(rows=ROWS)
+    ints["attention_mask"] = ints["attention_mask"].at[2:4].set(False)  # empty ones
     config = {**ADDITIVE, "penalty_source": source}
-    want, got = whole_and_parts(config, floats(), ints, door, count)
+    want, got = whole_and_parts(config, floats(rows=ROWS), ints, door, count)
     assert_trees_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("door", "count"), [("fused", 4), pytest.param("logits", 8, marks=pytest.mark.slow)]
+)
+def test_micro_batches_add_up_in_float64(door, count):
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda x: x.astype(float), floats(rows=ROWS))
+        want, got = whole_and_parts(ADDITIVE, arrays, integers(rows=ROWS), door, count)
+        assert_trees_close(got, want, 1e-10)
+
+
+def test_the_routing_bias_moves_by_the_sign_of_the_sum():
+    """The sum of the micro-batches' signs would move the first expert up."""
+    config = {
+        "vocab_size": 8,
+        "num_experts": 3,
+        "use_moe_balancing": True,
+        "moe_balancing_type": "bias",
+        "bias_update_rate": 0.5,
+    }
+    loss_fn = ava_jax.create_unified_loss(config)
+    # Loads of the micro-batches: (5, 1, 0), (1, 2, 3), (1, 3, 2).
+    chosen = jnp.array([[0, 0, 0, 0, 0, 1], [0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2]])
+    given: dict[str, Any] = {
+        "logits": jnp.zeros((1, 6, 8)),
+        "targets": jnp.ones((1, 6), int),
+        "gate_logits": jnp.zeros((1, 6, 3)),
+    }
+    state = loss_fn.init()
+    normalizers = loss_fn.normalizers(targets=jnp.ones((3, 6), int))
+    shares = [
+        loss_fn.accumulate(
+            state, **given, expert_indices=c[None, :, None], normalizers=normalizers
+        )[2]
+        for c in chosen
+    ]
+    stats = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+
+    def bias(stats):
+        balance = loss_fn.commit(state, stats).moe_balancing
+        assert isinstance(balance, ava_jax.BiasBalanceState)
+        return balance.bias
+
+    np.testing.assert_allclose(bias(stats), [-0.5, 0.0, 0.5])
+    signs = np.sum([np.sign(bias(share)) for share in shares], axis=0)
+    assert np.sign(signs[0]) == 1
 
 
 def test_adaptive_heads_add_up():

@@ -1,59 +1,297 @@
-"""Under jit on a mesh the loss is the single device's, at both doors."""
+"""On a mesh the loss is the single device's: values, state and all gradients."""
+
+import contextlib
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scenes import B, D, S
+from scenes import EVERYTHING, E, K
 from test_passes import assert_trees_close
 
 import ava_jax
 
-WIDE = 16  # a vocabulary that four devices share
-CONFIG = {
-    "vocab_size": WIDE - 3,
-    "eos_token_id": 2,
-    "ngram_size": 2,
-    "ngram_max_matches": 2,
-    "z_loss_weight": 1e-2,
+B, S, D, V = 8, 8, 8, 13
+COLUMNS = 16  # which eight devices share; 13 of them are classes
+ROWS = ("data", "fsdp")
+
+CONFIG: dict[str, Any] = {**EVERYTHING, "vocab_size": V, "hidden_size": D}
+SEQUENTIAL: dict[str, Any] = {
+    **CONFIG,
+    "mtp_type": "sequential",
+    "moe_balancing_type": "bias",
+    "logit_soft_cap": 5.0,
+    "chunk_size": 3,
+}
+ADAPTIVE: dict[str, Any] = {
+    "vocab_size": V,
+    "primary_loss_type": "adaptive_mtp",
+    "num_future_tokens": K,
+}
+
+# The axes that each array's dimensions lie along, of those that the mesh has.
+PLACES: dict[str, tuple[Any, ...]] = {
+    "targets": (ROWS, "sequence"),
+    "attention_mask": (ROWS, "sequence"),
+    "segment_ids": (ROWS, "sequence"),
+    "expert_indices": (ROWS, "sequence"),
+    "hidden_states": (ROWS, "sequence"),
+    "mtp_hidden_states": (None, ROWS, "sequence"),
+    "gate_logits": (ROWS, "sequence"),
+    "expert_outputs": (None, ROWS, "sequence"),
+    "additional_logits": (None, ROWS, "sequence", "tensor"),
+    "confidence_scores": (ROWS,),
+    "lm_head": ("fsdp", "tensor"),
+    "kernel": (None, "fsdp", "tensor"),
 }
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
-@pytest.mark.parametrize("door", ["logits", "fused"])
-def test_a_mesh_changes_no_number(door, shape):
-    mesh = jax.make_mesh(
-        shape, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
-    keys = jax.random.split(jax.random.key(0), 4)
-    arrays = {
-        "hidden_states": jax.random.normal(keys[0], (B, S, D)),
-        "lm_head": jax.random.normal(keys[1], (D, WIDE)),
-    }
-    ints = {
-        "targets": jax.random.randint(keys[2], (B, S), 0, 4),
-        # Ragged: the shards hold different numbers of tokens.
-        "attention_mask": jnp.arange(S) < jnp.array([[1], [S], [3], [S - 1]]),
-    }
-    loss_fn = ava_jax.create_unified_loss(CONFIG)
+def floats(columns):
+    """All differentiable arguments; `temperature` is the state's."""
+    keys = iter(jax.random.split(jax.random.key(1), 12))
 
-    def step(state, arrays, ints):
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    return {
+        "temperature": jnp.asarray(1.3),
+        "hidden_states": normal(B, S, D),
+        "mtp_hidden_states": normal(K, B, S, D),
+        "lm_head": normal(D, columns),
+        "gate_logits": normal(B, S, E),
+        "expert_outputs": normal(E, B, S, 4),
+        "additional_logits": normal(K, B, S, columns),
+        "confidence_scores": jax.random.uniform(next(keys), (B,)),
+        "mtp_params": {
+            "norm": {"scale": 1 + 0.1 * normal(D), "bias": normal(D)},
+            "heads": {"kernel": normal(K, D, columns), "bias": normal(K, columns)},
+        },
+    }
+
+
+def integers():
+    """Repeats, packed rows that break anywhere, shards with few tokens or none."""
+    one, two = jax.random.split(jax.random.key(0))
+    lengths = jnp.array([1, 0, S, S, 3, S, S - 1, 2])
+    return {
+        "targets": jax.random.randint(one, (B, S), 0, 4),
+        "attention_mask": jnp.arange(S) < lengths[:, None],
+        "segment_ids": 1 + (jnp.arange(S) >= jnp.arange(B)[:, None]).astype(int),
+        "expert_indices": jax.random.randint(two, (B, S, 2), 0, E),
+    }
+
+
+def spec_of(name, mesh):
+    """The array's place on a mesh that lacks some of the axes."""
+
+    def present(axis):
+        if isinstance(axis, tuple):
+            return tuple(a for a in axis if a in mesh.axis_names) or None
+        return axis if axis in mesh.axis_names else None
+
+    return P(*map(present, PLACES.get(name, ())))
+
+
+def placed(mesh, tree, columns):
+    """The arrays on the mesh; a vocabulary that it does not divide is replicated."""
+
+    def place(path, x):
+        spec = spec_of(path[-1].key, mesh)
+        if "tensor" in spec and columns % mesh.shape["tensor"]:
+            spec = P(*(None if axis == "tensor" else axis for axis in spec))
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def make_step(config, door, **layout):
+    """Loss, aux, state and gradients, the temperature's among them."""
+    loss_fn = ava_jax.create_unified_loss(config, **layout)
+
+    def step(arrays, ints):
         def loss(arrays):
             given = dict(arrays)
+            state = loss_fn.init()
+            temperature = given.pop("temperature")
+            if state.temperature is not None:
+                state = ava_jax.LossState(**vars(state) | {"temperature": temperature})
             if door == "logits":
-                given["logits"] = given.pop("hidden_states") @ given.pop("lm_head")
+                given["logits"] = given["hidden_states"] @ given["lm_head"]
+                if config.get("mtp_type") != "sequential":
+                    del given["lm_head"]
             total, aux, after = loss_fn(state, **given, **ints)
             return total, (aux, after)
 
         return jax.value_and_grad(loss, has_aux=True)(arrays)
 
-    want = jax.jit(step)(loss_fn.init(), arrays, ints)
-    rows, columns = (NamedSharding(mesh, P(*p)) for p in (("data",), (None, "tensor")))
-    placed = {
-        "hidden_states": jax.device_put(arrays["hidden_states"], rows),
-        "lm_head": jax.device_put(arrays["lm_head"], columns),
-    }
-    got = jax.jit(step)(loss_fn.init(), placed, jax.device_put(ints, rows))
-    assert got[1]["lm_head"].sharding.spec == columns.spec
-    assert_trees_close(got, want, 2e-5)
+    return jax.jit(step)
+
+
+@functools.cache
+def alone(name, door, columns):
+    """What one device computes."""
+    return make_step(globals()[name], door)(floats(columns), integers())
+
+
+def check(name, door, sizes, types=AxisType.Auto, columns=COLUMNS, *, is_told=True):
+    """Compares a mesh with one device.
+
+    Args:
+      name: of a config above.
+      door: `"logits"` or `"fused"`.
+      sizes: the mesh's axes and their sizes.
+      types: of all the axes.
+      columns: of lm_head and the logits.
+      is_told: whether the loss knows of the mesh.
+    """
+    count = len(sizes)
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(types,) * count
+    )
+    layout: dict[str, Any] = {}
+    if is_told:
+        layout = {"mesh": mesh, "vocab_axis": "tensor"}
+        layout["batch_axes"] = tuple(a for a in ROWS if a in sizes)
+        layout["sequence_axis"] = "sequence" if "sequence" in sizes else None
+    step = make_step(globals()[name], door, **layout)
+    context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
+    with context or contextlib.nullcontext():
+        arrays = placed(mesh, floats(columns), columns)
+        got = step(arrays, placed(mesh, integers(), columns))
+    want = alone(name, door, columns)
+    assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
+    if types is AxisType.Explicit:
+        for one, other in zip(*map(jax.tree.leaves, (got[1], arrays)), strict=True):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
+def over(data, tensor):
+    return {"data": data, "tensor": tensor}
+
+
+@pytest.mark.parametrize(
+    ("door", "sizes", "types"),
+    [
+        ("fused", over(8, 1), AxisType.Auto),
+        ("fused", over(4, 2), AxisType.Explicit),
+        ("fused", over(1, 8), AxisType.Explicit),
+        ("logits", over(4, 2), AxisType.Auto),
+        ("logits", over(2, 4), AxisType.Explicit),
+    ],
+)
+def test_a_mesh_changes_no_number(door, sizes, types):
+    check("CONFIG", door, sizes, types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("sizes", [over(8, 1), over(4, 2), over(2, 4), over(1, 8)])
+@pytest.mark.parametrize("door", ["logits", "fused"])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_every_mesh_changes_no_number(door, sizes, types, is_told):
+    check("CONFIG", door, sizes, types, is_told=is_told)
+
+
+@pytest.mark.parametrize(
+    ("door", "types"), [("logits", AxisType.Auto), ("fused", AxisType.Explicit)]
+)
+def test_the_loss_need_not_be_told(door, types):
+    check("CONFIG", door, over(2, 4), types, is_told=False)
+
+
+@pytest.mark.parametrize(
+    ("door", "columns"), [("fused", V), ("fused", V + 1), ("logits", V)]
+)
+def test_a_vocabulary_that_the_devices_cannot_share_evenly(door, columns):
+    check("SEQUENTIAL", door, over(1, 8), columns=columns)
+
+
+@pytest.mark.parametrize("door", ["logits", "fused"])
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_rows_over_two_axes_and_sharded_parameters(door, types):
+    check("SEQUENTIAL", door, {"data": 2, "fsdp": 2, "tensor": 2}, types)
+
+
+@pytest.mark.parametrize("name", ["CONFIG", "SEQUENTIAL"])
+@pytest.mark.parametrize(
+    ("door", "types"), [("logits", AxisType.Explicit), ("fused", AxisType.Auto)]
+)
+def test_rows_that_devices_share(name, door, types):
+    """Shifts, windows, runs and segments reach over the edges of the shards."""
+    check(name, door, {"data": 2, "sequence": 2, "tensor": 2}, types)
+
+
+def test_adaptive_heads():
+    check("ADAPTIVE", "logits", over(2, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_rows_over_all_devices(types):
+    check("SEQUENTIAL", "fused", {"sequence": 8, "tensor": 1}, types)
+
+
+def test_a_mean_over_shards_is_far_off():
+    """The usual mistake: each device divides by its own number of tokens."""
+    arrays, ints = floats(COLUMNS), integers()
+    loss_fn = ava_jax.create_unified_loss(vocab_size=V)
+    step = jax.jit(
+        lambda h, t, m: loss_fn(
+            loss_fn.init(),
+            hidden_states=h,
+            lm_head=arrays["lm_head"],
+            targets=t,
+            attention_mask=m,
+        )[0]
+    )
+    rows = (arrays["hidden_states"], ints["targets"], ints["attention_mask"])
+    shards = [step(*(x[i : i + 2] for x in rows)) for i in range(0, B, 2)]
+    assert abs(jnp.mean(jnp.stack(shards)) - step(*rows)) > 0.02
+
+
+MESH = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"batch_axes": "data"}, "pass mesh="),
+        ({"mesh": MESH, "batch_axes": ("data", "fsdp")}, "'fsdp' is not an axis"),
+        ({"mesh": MESH, "batch_axes": "data", "vocab_axis": "data"}, "given twice"),
+    ],
+)
+def test_layouts_that_make_no_sense(layout, message):
+    with pytest.raises(ValueError, match=message):
+        ava_jax.create_unified_loss(vocab_size=V, **layout)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"batch_axes": ("data", "tensor")}, "8 rows, which the 8 devices"),
+        ({"sequence_axis": "data"}, "6 tokens a row, which the 4 devices"),
+    ],
+)
+def test_tokens_that_the_devices_cannot_share_evenly(axes, message):
+    loss_fn = ava_jax.create_unified_loss(vocab_size=V, mesh=MESH, **axes)
+    short = 6 if "sequence_axis" in axes else S
+    rows = B if "sequence_axis" in axes else B - 1
+    with pytest.raises(ValueError, match=message.replace("8 rows", "7 rows")):
+        loss_fn(
+            loss_fn.init(),
+            logits=jnp.zeros((rows, short, V)),
+            targets=jnp.zeros((rows, short), int),
+        )
+
+
+def test_a_loss_that_knows_its_mesh_is_hashable_and_equal():
+    one, two = (
+        ava_jax.create_unified_loss(vocab_size=V, mesh=MESH, batch_axes=["data"])
+        for _ in range(2)
+    )
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != ava_jax.create_unified_loss(vocab_size=V)

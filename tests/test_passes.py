@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,8 +205,8 @@ def largest_over_the_vocabulary(config, arrays, integers):
     def loss(arrays: dict[str, Any]):
         return loss_fn(state, **arrays, **integers)[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
-    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", str(compiled.as_text()))
+    program = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
+    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", str(program.as_text()))
     shapes = [tuple(map(int, dims.split(","))) for dims in found]
     return max(np.prod(shape) for shape in shapes if V in shape)
 
@@ -263,33 +264,6 @@ def test_the_gradient_costs_six_and_the_value_two():
     assert dot_flops(with_grad) == 6 * unit
 
 
-def compiled_dot_flops(text):
-    """The same of a compiled program, its loops counted as often as they run."""
-    bodies = {}
-    for part in re.split(r"\n(?=%|ENTRY)", text):
-        name = re.match(r"(?:ENTRY )?%?([\w.-]+)", part)
-        if name:
-            bodies["ENTRY" if part.startswith("ENTRY") else name[1]] = part
-
-    def count(name):
-        total = 0
-        shapes = dict(re.findall(r"%([\w.-]+) = \w+\[([\d,]*)\]", bodies[name]))
-        for line in bodies[name].splitlines():
-            dot = re.search(r"= \w+\[([\d,]*)\]\S* dot\(%([\w.-]+)", line)
-            if dot:
-                axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
-                assert axes is not None
-                lhs = shapes[dot[2]].split(",")
-                inner = np.prod([int(lhs[int(i)]) for i in axes[1].split(",")])
-                total += 2 * inner * np.prod([int(n) for n in dot[1].split(",")])
-            times = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for called in re.findall(r"(?:calls|body|to_apply)=%([\w.-]+)", line):
-                total += count(called) * (int(times[1]) if times else 1)
-        return total
-
-    return count("ENTRY")
-
-
 @pytest.mark.usefixtures("optimized")
 def test_the_compiled_program_multiplies_no_more_than_that():
     keys = jax.random.split(jax.random.key(0), 2)
@@ -303,7 +277,9 @@ def test_the_compiled_program_multiplies_no_more_than_that():
         return loss_fn(state, targets=targets, hidden_states=hidden, lm_head=kernel)[0]
 
     def flops(f):
-        return compiled_dot_flops(jax.jit(f).lower(hidden, kernel).compile().as_text())
+        return compiled.dot_flops(
+            str(jax.jit(f).lower(hidden, kernel).compile().as_text())
+        )
 
     unit = 2 * 64 * 32 * 256
     assert 2 * unit <= flops(loss) <= 2.05 * unit
