@@ -3,6 +3,8 @@
 Nothing runs here, so the sizes are those of a real model.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled import collectives
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ava_jax
+from benchmarks import wire
+from benchmarks.compiled import collectives
 
 B, S, D, V = 8, 1024, 768, 131072
 N = B * S
@@ -107,3 +110,13 @@ def test_a_device_holds_a_fraction_of_its_share_of_the_logits():
         assert memory is not None
         temps.append(memory.temp_size_in_bytes)
     assert temps[0] <= 0.30 * temps[1]
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_can_be_made_again(tmp_path: Path):
+    wire.main(["--width", "32", "--vocab", "6144", "--out", str(tmp_path)])
+    record = json.loads(next(tmp_path.glob("wire-*.json")).read_text())
+    assert len(record["rows"]) == 3 * len(wire.MESHES)
+    told = record["rows"][6]
+    assert told["mesh"] == {"data": 1, "tensor": 8}
+    assert told["token_bytes"] == pytest.approx(4 * 32 + 4 * 19, rel=1e-3)
