@@ -1,0 +1,176 @@
+"""What crosses the wire, read off compiled programs: `python -m benchmarks.wire`.
+
+Nothing is run, so the sizes are those of a real model, on eight fake CPU devices. Each
+row is the gradient for hidden states and `lm_head` of one loss on one mesh.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ava_jax
+from benchmarks import rivals
+from benchmarks.compiled import collectives
+from benchmarks.machine import versions
+
+DEVICES = 8
+BATCH, LENGTH, WIDTH, VOCAB = 8, 1024, 1024, 131072
+MESHES: tuple[dict[str, int], ...] = (
+    {"data": 8, "tensor": 1},
+    {"data": 2, "tensor": 4},
+    {"data": 1, "tensor": 8},
+    {"data": 2, "sequence": 2, "tensor": 2},
+)
+# Tokens of a row at a time, as on an accelerator.
+CHUNK = 128
+MIB = 2**20
+
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Row(TypedDict):
+    """One loss on one mesh; bytes are what one device hands over.
+
+    Attributes:
+      mesh: its axes.
+      loss: whose.
+      token_bytes: per token of the device, without the projection's gradient.
+      projection_bytes: for the projection's gradient.
+      projection_times: how often that crosses the wire.
+      calls: how many collectives run.
+      temp_bytes: XLA's temporaries on a device.
+    """
+
+    mesh: dict[str, int]
+    loss: str
+    token_bytes: float
+    projection_bytes: int
+    projection_times: int
+    calls: int
+    temp_bytes: int | None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles every loss on every mesh, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    options = parser.parse_args(arguments)
+    rows = []
+    print("| mesh | loss | B per token | MiB of dW | calls | temp MiB |")
+    print("|---|---|---|---|---|---|")
+    for sizes in MESHES:
+        for name, loss in losses(sizes, options.vocab).items():
+            rows.append(measure(sizes, name, loss, options.width, options.vocab))
+            print(line(rows[-1]))
+    path = options.out / f"wire-jax{jax.__version__}.json"
+    shape = [BATCH, LENGTH, options.width, options.vocab]
+    record = {"shape": shape, "versions": versions(), "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh that leaves placing to XLA."""
+    automatic = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
+
+
+def losses(sizes: dict[str, int], vocab: int) -> dict[str, Loss]:
+    """The contenders."""
+    config = ava_jax.UnifiedLossConfig(
+        vocab_size=vocab,
+        eos_token_id=vocab - 1,
+        z_loss_weight=1e-4,
+        chunk_size=CHUNK,
+        block_size=CHUNK,
+    )
+    told = ava_jax.unified_loss(
+        config,
+        mesh=make_mesh(sizes),
+        batch_axes="data",
+        sequence_axis="sequence" if "sequence" in sizes else None,
+        vocab_axis="tensor",
+    )
+
+    def everything(loss_fn: ava_jax.UnifiedLoss) -> Loss:
+        def loss(targets: jax.Array, hidden: jax.Array, head: jax.Array) -> jax.Array:
+            total, _, _ = loss_fn(
+                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+            )
+            return total
+
+        return loss
+
+    return {
+        "everything, told of the mesh": everything(told),
+        "everything, left to XLA": everything(ava_jax.unified_loss(config)),
+        "naive, plain": rivals.naive,
+    }
+
+
+def measure(
+    sizes: dict[str, int], name: str, loss: Loss, width: int, vocab: int
+) -> Row:
+    """Compiles the gradient and reads its program."""
+    mesh = make_mesh(sizes)
+    rows = ("data", "sequence") if "sequence" in sizes else ("data", None)
+
+    def place(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, P(*axes))
+
+    def given(
+        shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
+
+    arrays = (
+        given((BATCH, LENGTH), jnp.dtype("int32"), *rows),
+        given((BATCH, LENGTH, width), jnp.dtype("float32"), *rows),
+        given((width, vocab), jnp.dtype("float32"), None, "tensor"),
+    )
+    places = (place(), (place(*rows), place(None, "tensor")))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), out_shardings=places)
+    program = step.lower(*arrays).compile()
+    told = collectives(str(program.as_text()))
+    columns = vocab // sizes["tensor"]
+    projection = [c for c in told if columns in c.shape]
+    rest = sum(c.size * c.times for c in told if columns not in c.shape)
+    memory = program.memory_analysis()
+    return Row(
+        mesh=sizes,
+        loss=name,
+        token_bytes=rest / (BATCH * LENGTH * sizes["tensor"] / DEVICES),
+        projection_bytes=sum(c.size * c.times for c in projection),
+        projection_times=sum(c.times for c in projection),
+        calls=sum(c.times for c in told),
+        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+def line(row: Row) -> str:
+    """The row as Markdown."""
+    mesh = ", ".join(f"{name}={size}" for name, size in row["mesh"].items())
+    temp = row["temp_bytes"]
+    cells = (
+        mesh,
+        row["loss"],
+        f"{row['token_bytes']:,.0f}",
+        f"{row['projection_bytes'] / MIB:,.0f}",
+        f"{row['calls']:,}",
+        "-" if temp is None else f"{temp / MIB:,.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    main()
