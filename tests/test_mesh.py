@@ -45,6 +45,7 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "additional_logits": (None, ROWS, "sequence", "tensor"),
     "confidence_scores": (ROWS,),
     "lm_head": ("fsdp", "tensor"),
+    "lm_head_bias": ("tensor",),
     "kernel": (None, "fsdp", "tensor"),
 }
 
@@ -61,6 +62,7 @@ def floats(columns):
         "hidden_states": normal(B, S, D),
         "mtp_hidden_states": normal(K, B, S, D),
         "lm_head": normal(D, columns),
+        "lm_head_bias": normal(columns),
         "gate_logits": normal(B, S, E),
         "expert_outputs": normal(E, B, S, 4),
         "additional_logits": normal(K, B, S, columns),
@@ -119,9 +121,10 @@ def make_step(config, door, **layout):
             if state.temperature is not None:
                 state = ava_jax.LossState(**vars(state) | {"temperature": temperature})
             if door == "logits":
-                given["logits"] = given["hidden_states"] @ given["lm_head"]
+                product = given["hidden_states"] @ given["lm_head"]
+                given["logits"] = product + given["lm_head_bias"]
                 if config.get("mtp_type") != "sequential":
-                    del given["lm_head"]
+                    del given["lm_head"], given["lm_head_bias"]
             total, aux, after = loss_fn(state, **given, **ints)
             return total, (aux, after)
 
