@@ -4,18 +4,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := $(VENV)/bench
+MODELS := $(VENV)/models
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-models lint bench clean
 
 help:
-	@echo "make demo      train a small language model on this Python's own source"
-	@echo "make test      the test suite, without the slow tests"
-	@echo "make test-all  the test suite, slow tests included"
-	@echo "make lint      formatting, lint and types"
-	@echo "make bench     times and memory against other implementations"
-	@echo "make clean     remove .venv and the caches; runs/ stays"
+	@echo "make demo         train a small language model on this Python's own source"
+	@echo "make test         the test suite, without the slow tests"
+	@echo "make test-all     the test suite, slow tests included"
+	@echo "make test-models  train other people's models with this loss"
+	@echo "make lint         formatting, lint and types"
+	@echo "make bench        times and memory against other implementations"
+	@echo "make clean        remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
@@ -25,6 +27,10 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --doctest-modules ava_jax tests $(ARGS)
+
+# Each file on one worker: its tests share the runs that they compare with.
+test-models: $(VENV)/.models
+	$(MODELS)/bin/python -m pytest -n 2 --dist loadfile tests/models $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -59,4 +65,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 $(VENV)/.bench: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/bin/python
 	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	@touch $@
+
+# An environment of its own: transformers has to be an old one, and tunix brings much.
+$(VENV)/.models: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(MODELS) $(MODELS)/bin/python
+	$(MODELS)/bin/python -m pip install --disable-pip-version-check -q -e '.[models]'
 	@touch $@

@@ -93,10 +93,19 @@ def codes(cell: str) -> list[str]:
 
 # Snippets ------------------------------------------------------------------------
 
+MODELS = re.compile(r"^from (penzai|transformers|tunix)\b", re.MULTILINE)
+
+
+def models_of(page: Path, name: str) -> list[str]:
+    """The packages of the models extra that a section imports."""
+    return [m for s in sections(page)[name] for m in MODELS.findall(s.source)]
+
+
 SECTIONS = [
     pytest.param(page, name, id=f"{page.stem}: {name}")
     for page in PAGES
     for name in sections(page)
+    if not models_of(page, name)  # tests/models runs the others
 ]
 
 
@@ -193,7 +202,7 @@ def all_aux_keys() -> frozenset[str]:
     """The keys of losses that together have everything on."""
     keys: set[str] = set()
     for options in EVERYTHING:
-        loss_fn = ava_jax.create_unified_loss(COMMON, **options)
+        loss_fn = ava_jax.create_unified_loss(COMMON | options)
         _, aux, _ = jax.eval_shape(
             lambda inputs, loss_fn=loss_fn: loss_fn(loss_fn.init(), **inputs),
             all_inputs(),

@@ -1,0 +1,104 @@
+"""Penzai's Llama-like transformer in its own trainer: only the loss line is swapped."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from model_checks import (
+    EVERYTHING_SETTINGS,
+    PLAIN_SETTINGS,
+    REASON,
+    STEPS,
+    Batch,
+    D,
+    Line,
+    Run,
+    S,
+    Setting,
+    V,
+    batch_of,
+    check_everything_learns,
+    check_plain_is_optax,
+    check_smoothing_is_told_apart,
+    mtp_params,
+    run_of,
+)
+
+pz = pytest.importorskip("penzai.pz", reason=REASON)
+llama = pytest.importorskip(
+    "penzai.models.transformer.variants.llamalike_common", reason=REASON
+)
+training = pytest.importorskip("penzai.toolshed.basic_training", reason=REASON)
+
+
+def make(setting: Setting) -> dict[str, Any]:
+    """The model beside the heads' parameters."""
+    config = llama.LlamalikeTransformerConfig(
+        num_kv_heads=1,
+        query_head_multiplier=2,
+        embedding_dim=D,
+        projection_dim=D // 2,
+        mlp_hidden_dim=2 * D,
+        num_decoder_blocks=2,
+        vocab_size=V,
+        mlp_variant="swiglu",
+        tie_embedder_and_logits=setting.tied,
+        activation_dtype=jnp.dtype(setting.dtype),
+    )
+    built = llama.build_llamalike_transformer(config, jax.random.key(0))
+    model = {"model": built}
+    if setting.mtp:
+        model["mtp"] = pz.Parameter(value=mtp_params(), label="mtp")
+    for parameter in pz.unbind_params(model)[1]:
+        cast = jax.tree.map(lambda x: x.astype(setting.dtype), parameter.value)
+        parameter.value = cast
+    return model
+
+
+def outputs_of(model: dict[str, Any], ids: jax.Array, setting: Setting) -> Any:
+    """What the model gives to the loss line; it is causal and takes no mask."""
+    tokens, positions = pz.nx.wrap(ids[:, :-1], "batch", "seq"), pz.nx.arange("seq", S)
+    *body, last = model["model"].body.sublayers
+    named = pz.nn.Sequential(body)(tokens, token_positions=positions)
+    hidden = {"hidden_states": named.unwrap("batch", "seq", "embedding")}
+    mtp = hidden | {"mtp_params": model["mtp"].value} if setting.mtp else {}
+    if setting.door == "logits":
+        logits = model["model"](tokens).unwrap("batch", "seq", "vocabulary")
+        return {"logits": logits} | mtp
+    table = last.table.embeddings if setting.tied else last.weights
+    return hidden | {"lm_head": table.value.unwrap("embedding", "vocabulary")} | mtp
+
+
+def train(line: Line, state: Any, setting: Setting) -> Run:
+    model = make(setting)
+
+    def loss_fn(*, model: Any, state: Any, rng: jax.Array, batch: Batch) -> Any:
+        outputs = outputs_of(model, batch.ids, setting)
+        loss, aux, state = line(state, *batch, **outputs)
+        return loss, state, (loss, aux)
+
+    trainer = training.StatefulTrainer.build(
+        root_rng=jax.random.key(1),
+        model=model,
+        optimizer_def=setting.optimizer,
+        loss_fn=loss_fn,
+        initial_loss_fn_state=state,
+    )
+    history = [trainer.step(batch=batch_of(step, setting)) for step in range(STEPS)]
+    params = {p.label: p.value for p in pz.unbind_params(model, freeze=True)[1]}
+    return run_of(history, params, trainer.state.value.loss_fn_state)
+
+
+@PLAIN_SETTINGS
+def test_plain_is_optax(setting: Setting) -> None:
+    check_plain_is_optax(train, setting)
+
+
+def test_smoothing_is_told_apart() -> None:
+    check_smoothing_is_told_apart(train)
+
+
+@EVERYTHING_SETTINGS
+def test_everything_learns(setting: Setting) -> None:
+    check_everything_learns(train, setting)
