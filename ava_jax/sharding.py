@@ -32,9 +32,9 @@ class Layout:
     """
 
     mesh: Mesh
-    batch_axes: tuple[str, ...] = ()
-    sequence_axis: str | None = None
-    vocab_axis: str | None = None
+    batch_axes: tuple[str, ...]
+    sequence_axis: str | None
+    vocab_axis: str | None
 
     def over_tokens(self, sums: Result) -> Result:
         """Adds up what the shards of the tokens have, inside `run`."""
@@ -46,9 +46,9 @@ class Layout:
         """In how many parts the vocabulary falls."""
         return self._count(self.vocab_axis)
 
-    def rows(self, *rest: str | None) -> P:
+    def rows(self) -> P:
         """Returns the spec of arrays [B, ...]."""
-        return P(self.batch_axes or None, *rest)
+        return P(self.batch_axes or None)
 
     def tokens(self, *rest: str | None) -> P:
         """Returns the spec of arrays [G, B, S, ...]."""
@@ -100,7 +100,7 @@ def make_layout(
     sequence_axis: str | None,
     vocab_axis: str | None,
 ) -> Layout | None:
-    """Returns the layout that a user's arguments describe; None without a mesh.
+    """Returns the layout that a user's arguments describe; None if nothing is shared.
 
     Raises:
       ValueError: axes without a mesh, an unknown axis, or one given twice.
@@ -129,7 +129,10 @@ def make_layout(
         return axis if axis is not None and mesh.shape[axis] > 1 else None
 
     rows = tuple(filter(shared, rows))
-    return Layout(mesh, rows, shared(sequence_axis), shared(vocab_axis))
+    tokens, columns = shared(sequence_axis), shared(vocab_axis)
+    if not (rows or tokens or columns):
+        return None
+    return Layout(mesh, rows, tokens, columns)
 
 
 def with_auto_axes(function: Callable[..., Result], *args: Any) -> Result:
