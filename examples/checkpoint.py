@@ -2,26 +2,32 @@
 
 `<folder>/step_00000200/` holds `state/` (orbax), `data.json` (the data iterator) and
 `sha256.json`: the checksum of every other file, because a flipped bit otherwise loads
-without a word. A checkpoint is written under another name and renamed when complete.
+without a word. A checkpoint is written under another name and renamed when complete,
+and renamed again before it is removed, so that no kill leaves half of one behind.
 """
 
-import hashlib
+import errno
+import functools
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import TypeVar, cast
 
+import absl.logging
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
+from data import DataState
 from errors import TrainingError
-from jax.experimental import multihost_utils
+from files import find_damage, make_empty, seal, write_whole, writing
+from processes import from_first
 
 T = TypeVar("T")
 PREFIX = "step_"
 PARTIAL = "partial_"
-MANIFEST = "sha256.json"
-DataState = dict[str, object]
+NONE = -1
 
 
 class Checkpoints:
@@ -30,40 +36,62 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder.resolve()
         self._keep = keep
+        _quieten_orbax()
         self._writer = ocp.StandardCheckpointer()
         self._pending: int | None = None
+        from_first(self._clear)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        # After an error the other processes may never come to where this one waits.
+        if error is None or jax.process_count() == 1:
+            self.finish()
 
     def latest(self) -> int | None:
         """Returns the step of the newest whole checkpoint."""
-        return max(self._steps(), default=None)
+        step = from_first(lambda: max(self._steps(), default=NONE))
+        return None if step == NONE else step
 
     def save(self, step: int, state: object, data_state: DataState) -> None:
-        """Starts to save; the state may be donated as soon as this returns."""
+        """Starts to save; the state may be donated as soon as this returns.
+
+        Raises:
+          TrainingError: the disk is full or the folder cannot be written.
+        """
         self.finish()
-        if step in self._steps():
+        if from_first(lambda: int(step in self._steps())):
             return
         partial = self._path(step, PARTIAL)
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "data.json").write_text(json.dumps(data_state))
-        _wait_for_all("checkpoint folder")
-        self._writer.save(partial / "state", flax.serialization.to_state_dict(state))
+        tree = flax.serialization.to_state_dict(state)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        from_first(lambda: self._begin(step, data_state, size))
+        try:
+            self._writer.save(partial / "state", tree)
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
         self._pending = step
 
     def finish(self) -> None:
-        """Waits for a save under way, seals it, and drops the oldest checkpoints."""
+        """Waits for a save under way, seals it, and drops the oldest checkpoints.
+
+        Raises:
+          TrainingError: as for `save`.
+        """
         if self._pending is None:
             return
-        self._writer.wait_until_finished()
         step, self._pending = self._pending, None
-        if jax.process_index() == 0:
-            partial = self._path(step, PARTIAL)
-            (partial / MANIFEST).write_text(json.dumps(_checksums(partial), indent=1))
-            partial.rename(self._path(step))
-            for old in sorted(self._steps())[: -self._keep]:
-                shutil.rmtree(self._path(old))
-        _wait_for_all("checkpoint sealed")
+        try:
+            self._writer.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
+        from_first(lambda: self._seal(step))
 
     def restore(self, step: int, state: T) -> tuple[T, DataState]:
         """Loads a checkpoint into a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -72,38 +100,90 @@ class Checkpoints:
           TrainingError: the checkpoint is damaged or of another model.
         """
         path = self._path(step)
-        self._verify(step)
+        from_first(lambda: self._verify(step))
         target = flax.serialization.to_state_dict(state)
         try:
+            self._check_shapes(step, target)
             loaded = self._writer.restore(path / "state", target)
+            data_state = json.loads((path / "data.json").read_text())
         except (ValueError, KeyError, OSError) as error:
             raise TrainingError(f"checkpoint {path} does not load: {error}") from error
-        data_state = json.loads((path / "data.json").read_text())
         restored = cast(T, flax.serialization.from_state_dict(state, loaded))
         return restored, data_state
 
-    def _verify(self, step: int) -> None:
-        path = self._path(step)
-        try:
-            expected = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise self._damaged(step, f"{MANIFEST}: {error}") from error
-        found = _checksums(path)
-        if expected != found:
-            names = sorted(set(expected) | set(found))
-            wrong = [name for name in names if expected.get(name) != found.get(name)]
-            raise self._damaged(step, ", ".join(wrong))
+    def _begin(self, step: int, data_state: DataState, size: int) -> int:
+        partial = self._path(step, PARTIAL)
+        make_empty(partial)
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            short = (
+                f"No space left on device: it takes {size:,} bytes, {free:,} are free"
+            )
+            raise self._failed(step, OSError(errno.ENOSPC, short))
+        write_whole(partial / "data.json", json.dumps(data_state))
+        return step
 
-    def _damaged(self, step: int, what: str) -> TrainingError:
-        older = max((s for s in self._steps() if s < step), default=None)
-        way_out = (
-            f"delete that folder to go on from step {older}"
-            if older is not None
-            else "there is no older one: start again with a new --out"
-        )
+    def _seal(self, step: int) -> int:
+        partial = self._path(step, PARTIAL)
+        with writing(partial):
+            seal(partial)
+            partial.rename(self._path(step))
+            for old in sorted(self._steps())[: -self._keep]:
+                aside = self._path(old, PARTIAL)
+                self._path(old).rename(aside)
+                shutil.rmtree(aside)
+        return step
+
+    def _clear(self) -> int:
+        """Removes what a kill has left behind."""
+        leftovers = list(self._folder.glob(f"{PARTIAL}*"))
+        for partial in leftovers:
+            with writing(partial):
+                shutil.rmtree(partial)
+        return len(leftovers)
+
+    def _failed(self, step: int, error: Exception) -> TrainingError:
+        """The message for a save that failed; its rest is removed to make room."""
+        partial = self._path(step, PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        last = max(self._steps(), default=None)
+        kept = "there is none yet" if last is None else f"that of step {last} stays"
         return TrainingError(
-            f"checkpoint {self._path(step)} is damaged ({what}); {way_out}"
+            f"cannot write the checkpoint of step {step} to {self._folder} "
+            f"({_reason(error)}); {kept}: make room or make it writable, and the same "
+            "command goes on"
         )
+
+    def _verify(self, step: int) -> int:
+        damage = find_damage(self._path(step))
+        if not damage:
+            return step
+        older = [s for s in sorted(self._steps(), reverse=True) if s < step]
+        sound = [s for s in older if not find_damage(self._path(s))]
+        broken = [s for s in older if s > (sound[0] if sound else NONE)]
+        names = " and ".join(str(self._path(s)) for s in [step, *broken])
+        way_out = (
+            f"delete {names} to go on from step {sound[0]}, which is sound"
+            if sound
+            else "there is no sound older one: start again with a new --out"
+        )
+        raise TrainingError(
+            f"checkpoint {self._path(step)} is damaged ({', '.join(damage)}); {way_out}"
+        )
+
+    def _check_shapes(self, step: int, target: object) -> None:
+        """Orbax says little about a shape and nothing about a dtype that differs."""
+        path = self._path(step)
+        stored = self._writer.metadata(path / "state").item_metadata
+        found = _signatures(None if stored is None else stored.tree)
+        wanted = _signatures(target)
+        for name in sorted(set(found) | set(wanted)):
+            if found.get(name) != wanted.get(name):
+                raise TrainingError(
+                    f"checkpoint {path} is of another model: {name} is "
+                    f"{found.get(name, 'absent')} there and "
+                    f"{wanted.get(name, 'absent')} here; choose another --out"
+                )
 
     def _steps(self) -> list[int]:
         return [
@@ -116,17 +196,36 @@ class Checkpoints:
         return self._folder / f"{prefix}{step:08d}"
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest itself, by relative path."""
-    sums: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST:
-            with path.open("rb") as file:
-                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+@functools.cache
+def _quieten_orbax() -> None:
+    """Leaves the message to us: every failure reaches us as an exception.
+
+    Orbax also logs its traceback; and when a write fails, its other writers outlive the
+    loop that they report to, and each says so.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    tell = sys.unraisablehook
+
+    def tell_unless_closed(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_unless_closed
 
 
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _signatures(tree: object) -> dict[str, str]:
+    """Dtype and shape of every array, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}{list(leaf.shape)}"
+        )
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words, out of a message of many lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).splitlines()[0]
+    return text.rpartition(": ")[2].partition(" [")[0]

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, shardings by parameter name, batches on all hosts."""
+"""Where arrays live: the mesh, shardings by parameter name, this process's rows."""
 
 import math
 import os
@@ -12,28 +12,16 @@ from jax.sharding import PartitionSpec as P
 from layers import Batch
 from model import partition_spec
 
+import ava_jax
+
 T = TypeVar("T")
 AXES = ("data", "tensor")
 
 
-def join_pod() -> None:
-    """Connects the processes of a pod or cluster; alone, there is nothing to do.
-
-    TPU pods, Slurm, Open MPI and others are recognised by JAX. Elsewhere, set
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
-    """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        count, own = (
-            int(os.environ[name]) if name in os.environ else None
-            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        )
-        jax.distributed.initialize(num_processes=count, process_id=own)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError:
-        # JAX found no cluster around it: one process owns every device.
-        return
+def use_deterministic_operations() -> None:
+    """Makes GPUs give the same bits every time; comes before the first array."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def make_mesh(text: str, rows: int) -> Mesh:
@@ -78,6 +66,12 @@ def _default_size(count: int, rows: int) -> int:
     return max(size for size in range(1, count + 1) if rows % size == 0)
 
 
+def loss_on(mesh: Mesh, loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLoss:
+    """The loss, told where rows and the vocabulary lie."""
+    data, tensor = AXES
+    return ava_jax.unified_loss(loss, mesh=mesh, batch_axes=data, vocab_axis=tensor)
+
+
 def shardings_of(tree: T, mesh: Mesh) -> T:
     """Returns a sharding per array: by name, replicated where an axis does not fit."""
 
@@ -93,15 +87,35 @@ def shardings_of(tree: T, mesh: Mesh) -> T:
     return jax.tree.map_with_path(place, tree)
 
 
-def put_batch(rows: Rows, mesh: Mesh) -> Batch:
-    """Splits a batch over the data axis.
+class RowShare:
+    """The rows of every batch that this process's devices need, and their way there.
 
-    Every host holds the whole batch and gives its devices their rows, so that what a
-    run sees does not depend on the number of hosts.
+    Attributes:
+      places: their numbers in the batch, rising. All rows, where the devices along the
+        tensor axis belong to several processes.
     """
-    sharding = NamedSharding(mesh, P("data"))
 
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+    def __init__(self, mesh: Mesh, size: int) -> None:
+        self._size = size
+        self._sharding = NamedSharding(mesh, P("data"))
+        indices = self._sharding.addressable_devices_indices_map((size,)).values()
+        owned = {row for index in indices for row in self._rows_of(index)}
+        self.places = sorted(owned)
 
-    return Batch(*(put(array) for array in rows))
+    def _rows_of(self, index: tuple[slice, ...] | None) -> range:
+        rows = range(self._size)
+        return rows if index is None else rows[index[0]]
+
+    def put(self, rows: Rows) -> Batch:
+        """Gives each device its rows of those at `places`."""
+
+        def put(array: np.ndarray) -> jax.Array:
+            def pick(index: tuple[slice, ...] | None) -> np.ndarray:
+                rows = self._rows_of(index)
+                first = self.places.index(rows[0])
+                return array[first : first + len(rows)]
+
+            shape = (self._size, *array.shape[1:])
+            return jax.make_array_from_callback(shape, self._sharding, pick)
+
+        return Batch(*map(put, rows))

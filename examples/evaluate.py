@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from devices import loss_on
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from layers import Batch
 from metrics import Record
@@ -25,9 +27,9 @@ def routing_bias(state: ava_jax.LossState) -> Float[Array, "L E"] | None:
     return balance.bias if isinstance(balance, BiasBalanceState) else None
 
 
-def plain_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLoss:
+def plain_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLossConfig:
     """The cross-entropy alone: no temperature, no smoothing, no penalties."""
-    config = ava_jax.UnifiedLossConfig(
+    return ava_jax.UnifiedLossConfig(
         vocab_size=loss.vocab_size,
         logit_soft_cap=loss.logit_soft_cap,
         primary_loss_type="standard",
@@ -35,7 +37,6 @@ def plain_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLoss:
         use_ngram_penalty=False,
         use_immediate_repetition_penalty=False,
     )
-    return ava_jax.unified_loss(config)
 
 
 def evaluate(
@@ -43,9 +44,10 @@ def evaluate(
     params: optax.Params,
     bias: Float[Array, "L E"] | None,
     batches: Iterable[Batch],
+    mesh: Mesh,
 ) -> Record:
     """Returns nll, perplexity and accuracy over all tokens of the batches."""
-    loss_fn = plain_loss(model.loss)
+    loss_fn = loss_on(mesh, plain_loss(model.loss))
     state = loss_fn.init()
 
     @jax.jit

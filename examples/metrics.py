@@ -1,5 +1,6 @@
-"""Metrics: off the device in one transfer, one step late, and into files."""
+"""Metrics: off the device in one transfer, one step late, and into a file."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from errors import TrainingError
+from files import write_whole, writing
 from jaxtyping import Array, Float
-from tensorboardX import SummaryWriter
 
 Record = dict[str, float]
 
@@ -43,96 +44,81 @@ class Metrics:
         return dict(zip(self.names, values, strict=True))
 
 
-def check(step: int, record: Record) -> None:
-    """Refuses a step whose numbers say that going on makes no sense.
-
-    Raises:
-      TrainingError: a target outside the vocabulary, or a loss that is not finite.
-    """
-    if record["num_invalid_targets"] > 0:
-        raise TrainingError(
-            f"step {step}: {record['num_invalid_targets']:.0f} targets lie outside the "
-            "vocabulary: the tokens and the tokenizer do not belong together (empty "
-            "the --cache folder)"
-        )
-    for name in ("total_loss", "grad_norm"):
-        if not math.isfinite(record[name]):
-            raise TrainingError(
-                f"step {step}: {name} is {record[name]}; nothing was saved after the "
-                "last good checkpoint: lower --learning-rate and begin with a new --out"
-            )
-
-
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of one run.
+    """`metrics.jsonl` of one run, a line at a time.
 
     Args:
-      out: folder of the run.
+      path: of the file.
       start: the step that the run goes on from; later lines, which a run that was
         killed may have left, are dropped.
-      is_writer: False on all hosts but the first.
+      is_writer: False on all processes but the first.
     """
 
-    def __init__(self, out: Path, start: int, is_writer: bool) -> None:
-        self._path = out / "metrics.jsonl"
+    def __init__(self, path: Path, start: int, is_writer: bool) -> None:
+        self._path = path
         self._file = None
-        self._board = None
-        kept = [
-            record for record in read_records(self._path) if record["step"] <= start
-        ]
+        kept = [record for record in read_records(path) if record["step"] <= start]
         self._base = kept[-1]["seconds"] if kept else 0.0
         self._begun = time.perf_counter()
         if is_writer:
-            _write_records(self._path, kept)
-            self._file = self._path.open("a")
-            self._board = SummaryWriter(
-                str(out / "tensorboard"), purge_step=start + 1 if start else None
-            )
+            _write_records(path, kept)
+            with writing(path):
+                self._file = path.open("a")
 
     def seconds(self) -> float:
         """Seconds of training, over all the sessions of the run."""
         return self._base + time.perf_counter() - self._begun
 
     def write(self, step: int, tokens: int, record: Record) -> None:
-        """Appends one step."""
-        if self._file is None or self._board is None:
+        """Appends one step; it has reached the system when this returns."""
+        if self._file is None:
             return
         line = {"step": step, "tokens": tokens, "seconds": self.seconds()} | record
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        with writing(self._path):
+            self._file.write(_to_line(line))
+            self._file.flush()
 
     def close(self) -> None:
-        """Writes what is still buffered."""
+        """Closes the file; what could not be written has been said already."""
         if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads a .jsonl of numbers; a last line cut short by a kill is left out."""
+    """Reads a .jsonl of numbers; a last line cut short by a kill is left out.
+
+    JSON knows no NaN and no infinity: both are written as null and read as NaN.
+    """
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            entries = json.loads(line).items()
+        except (json.JSONDecodeError, AttributeError) as error:
             if number < len(lines):
                 raise TrainingError(f"{path}, line {number}: {error}") from error
+            continue
+        records.append({k: math.nan if v is None else v for k, v in entries})
     return records
 
 
+def steps_of(path: Path) -> set[float]:
+    """Returns the steps that a .jsonl has records of."""
+    return {record["step"] for record in read_records(path)}
+
+
 def append_record(path: Path, record: Record) -> None:
-    """Appends one line to a .jsonl."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Adds one record to a short .jsonl."""
+    _write_records(path, [*read_records(path), record])
 
 
 def _write_records(path: Path, records: list[Record]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
-    part.replace(path)
+    write_whole(path, "".join(map(_to_line, records)))
+
+
+def _to_line(record: Record) -> str:
+    finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -32,7 +32,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Gradient norm": ("grad_norm",),
 }
 # Counts; nothing to look at unless they are wrong, and then training stops.
-HIDDEN = ("step", "tokens", "seconds", "num_tokens", "num_invalid_targets")
+HIDDEN = (
+    "step",
+    "tokens",
+    "seconds",
+    "num_tokens",
+    "num_invalid_targets",
+    "skipped_steps",
+    "skipped_in_a_row",
+)
 LOGARITHMIC = ("Perplexity", "Gradient norm")
 SMOOTH_ALREADY = ("Temperature", "Learning rate")
 MOST_LINES = 12
@@ -98,8 +106,11 @@ def _draw(axis: Axes, title: str, names: list[str], records: list[Record]) -> No
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, of fewer at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
+    """Mean of the last `window` finite values, of fewer at the start."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))
+    counts = np.cumsum(np.concatenate([[0], known]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    total, count = sums[ends] - sums[starts], counts[ends] - counts[starts]
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

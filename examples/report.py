@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 from metrics import Record
+from plot import HIDDEN
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +24,6 @@ SHOWN = {
     "accuracy": "acc",
     "temperature": "T",
 }
-COUNTS = ("step", "tokens", "seconds", "num_tokens", "num_invalid_targets")
 
 
 class ProgressReport:
@@ -101,7 +101,7 @@ def show_table(console: Console, records: list[Record], heldout: list[Record]) -
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
     for name in last:
-        if name not in COUNTS:
+        if name not in HIDDEN:
             table.add_row(name, _format(first.get(name)), _format(last[name]))
     if heldout:
         table.add_section()

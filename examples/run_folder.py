@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from corpus import Corpus
 from errors import TrainingError
+from files import write_whole, writing
+from processes import check_same, from_first
 from settings import Settings
 
 import ava_jax
@@ -17,10 +19,12 @@ FREE = {
     "cache",
     "checkpoint_every",
     "data",
+    "deterministic",
     "eval_batches",
     "keep",
     "log_every",
     "loss_config",
+    "max_skipped_steps",
     "mesh",
     "out",
     "preset",
@@ -30,28 +34,68 @@ FREE = {
 }
 
 
+# What processes may be told differently: folders of their own machine.
+LOCAL = {"cache", "data", "loss_config"}
+
+
 def open_run(
     settings: Settings, loss: ava_jax.UnifiedLossConfig, corpus: Corpus
 ) -> None:
     """Makes the folder and its config.json, or checks that they are of this run.
 
     Raises:
-      TrainingError: the folder holds a run with other settings, loss or data.
+      TrainingError: the folder holds a run with other settings, loss or data, or it
+        cannot be written, or the processes were started differently.
     """
-    path = settings.out / "config.json"
     config = _record(settings, loss, corpus)
+    shared = {k: v for k, v in config["settings"].items() if k not in LOCAL}
+    check_same(
+        {
+            "settings": json.dumps([shared, config["loss"]], sort_keys=True),
+            "text in --data": corpus.sha256,
+        }
+    )
+    path = settings.out / "config.json"
+    from_first(lambda: _open(path, config))
+    if not path.exists():
+        raise TrainingError(
+            f"{path} was made by the first process and is not here: --out must be a "
+            "folder that all processes share"
+        )
+
+
+def _open(path: Path, config: dict[str, dict[str, object]]) -> int:
     if path.exists():
         _refuse_changes(path, config)
-    elif (settings.out / "checkpoints").exists():
+    elif (path.parent / "checkpoints").exists():
         raise TrainingError(
-            f"{settings.out} has checkpoints but no config.json, so nobody can say "
+            f"{path.parent} has checkpoints but no config.json, so nobody can say "
             "whether they fit: choose another --out"
         )
-    if jax.process_index() == 0:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(path)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(config, indent=2) + "\n")
+    return 0
+
+
+def refuse_other_data(out: Path, corpus: Corpus) -> None:
+    """Refuses text that is not the run's, before any time is spent on it.
+
+    Raises:
+      TrainingError: the text has changed since the run began.
+    """
+    try:
+        before = json.loads((out / "config.json").read_text())["data"]
+        same, size = before["sha256"] == corpus.sha256, before["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # There is no run yet, or open_run says what is wrong with it.
+        return
+    if not same:
+        raise TrainingError(
+            f"the text of {corpus.name} is not that of the run in {out}: it had "
+            f"{size:,} bytes and now has {corpus.size:,}. Bring it back to go on, or "
+            "choose another --out; what was saved stays"
+        )
 
 
 def _record(
@@ -84,9 +128,7 @@ def _refuse_changes(path: Path, config: dict[str, dict[str, object]]) -> None:
         if name not in FREE and old.get(name) != new.get(name)
     ]
     if old_data != config["data"]["sha256"]:
-        changes.append(
-            f"the data had sha256 {old_data} and now have {config['data']['sha256']}"
-        )
+        changes.append("the text in --data")
     if changes:
         raise TrainingError(
             f"{path.parent} holds a run with other settings, which cannot be resumed "

@@ -68,6 +68,13 @@ class Settings:
     """Of AdamW, on matrices only."""
     clip_norm: float = 1.0
     """Largest norm of a gradient."""
+    max_skipped_steps: int = 5
+    """Steps in a row that may be skipped because the loss, the gradient or the new
+    parameters are not finite. A skipped step changes nothing but the position in the
+    data; one more than this many stops the run."""
+    deterministic: bool = False
+    """On GPUs, use only operations that give the same bits every time (sets
+    --xla_gpu_deterministic_ops=true): slower. CPUs and TPUs do so anyway."""
     heldout: float = 0.02
     """Share of the rows that is held out for evaluation."""
     eval_batches: int = 40
@@ -111,6 +118,11 @@ class Settings:
             raise ValueError(
                 "--warmup-steps must lie between 0 and --schedule-steps - 1 = "
                 f"{self.schedule_steps - 1}, got {self.warmup_steps}"
+            )
+        if self.max_skipped_steps < 0:
+            raise ValueError(
+                "--max-skipped-steps must be at least 0, which stops at the first, "
+                f"got {self.max_skipped_steps}"
             )
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout must lie in (0, 1), got {self.heldout}")

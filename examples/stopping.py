@@ -5,19 +5,28 @@ import types
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 Handler = Callable[[int, types.FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GO_ON, STOP, FAILED = range(3)
 
 
 class StopRequest:
-    """Says whether somebody asked to stop; a second signal stops at once."""
+    """Says whether to stop; a second signal stops at once.
+
+    All processes must leave the loop at the same step, so each casts a vote before a
+    step and reads the outcome after having started it: nobody waits for the others.
+    """
 
     def __init__(self) -> None:
         self._asked = False
         self._before: dict[signal.Signals, Handler] = {}
+        self._outcome: Int[Array, ""] | int = GO_ON
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
@@ -37,9 +46,28 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def vote(self, *, failed: bool) -> None:
+        """Casts the vote of this process on the step after the one about to start."""
+        own = FAILED if failed else STOP if self._asked else GO_ON
+        self._outcome = own if jax.process_count() == 1 else _gather(own)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a process voted that it cannot go on."""
+        return int(self._outcome) == FAILED
+
     def __bool__(self) -> bool:
-        if jax.process_count() == 1:
-            return self._asked
-        # All hosts of a pod must leave the loop at the same step.
-        asked = multihost_utils.process_allgather(np.array(self._asked))
-        return bool(np.any(asked))
+        if jax.process_count() == 1 and self._asked:
+            return True
+        return int(self._outcome) != GO_ON
+
+
+def _gather(vote: int) -> Int[Array, ""]:
+    """The largest vote of all processes; the devices are asked, the host goes on."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    votes = jax.make_array_from_callback(
+        (jax.device_count(),),
+        NamedSharding(mesh, P("all")),
+        lambda index: np.full(1, vote, np.int32),
+    )
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(votes)

@@ -3,10 +3,11 @@
     python examples/train_tpu.py --preset demo
     python examples/train_tpu.py --help
 
-It reads from top to bottom: the data, the loss, the model, the step, the loop. The same
-file runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host.
-Exit code 0: done, or stopped by Ctrl-C or SIGTERM with everything saved. 1: an error,
-explained on stderr. 130: Ctrl-C outside of training, or a second one during it.
+It reads from top to bottom: the optimizer, the step, the run, the loop. The same file
+runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host;
+`launch_local.py` starts several processes on one machine. Exit code 0: done, or stopped
+by Ctrl-C or SIGTERM with everything saved. 1: an error, explained on stderr. 130:
+Ctrl-C outside of training, or a second one during it.
 """
 
 import functools
@@ -21,19 +22,29 @@ import optax
 from checkpoint import Checkpoints
 from corpus import load_corpus
 from data import prepare_data
-from devices import join_pod, make_mesh, put_batch, shardings_of
+from devices import (
+    RowShare,
+    loss_on,
+    make_mesh,
+    shardings_of,
+    use_deterministic_operations,
+)
 from errors import TrainingError
 from evaluate import evaluate, generate, routing_bias
+from files import write_whole, writing
+from guard import Skips, choose, is_finite
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 from layers import Batch
-from metrics import Metrics, MetricsLog, append_record, check, read_records
+from metrics import Metrics, append_record, read_records, steps_of
 from model import LanguageModel, loss_inputs
 from plot import plot_losses
-from report import ProgressReport, show_paths, show_table
+from processes import from_first, is_first, join_pod, run_to_the_end
+from recorder import Recorder
+from report import show_paths, show_table
 from rich.console import Console
-from run_folder import open_run
+from run_folder import open_run, refuse_other_data
 from settings import LossFields, Settings, make_loss_config, parse_settings
 from stopping import StopRequest
 
@@ -47,11 +58,13 @@ class TrainState(NamedTuple):
     params: optax.Params
     optimizer: optax.OptState
     loss: ava_jax.LossState
+    skipped: Skips
 
 
 # The vocabulary's columns come in multiples of this, as matrix units like them.
 COLUMNS = 128
 
+Gradient = Callable[[TrainState, Batch], tuple[optax.Params, ava_jax.StepStats]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -84,13 +97,24 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw), schedule
 
 
-def make_train_step(
-    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
-) -> TrainStep:
-    """One optimizer step over all micro-batches: a single jitted, donated function."""
-    optimizer, schedule = make_optimizer(settings)
-    parts = settings.microbatches
+def split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """Splits rows [B, S] into micro-batches [parts, B / parts, S].
+
+    Row b goes to part b % parts, so that no row leaves its device.
+    """
     rows_over_data = NamedSharding(mesh, P(None, "data"))
+
+    def part(array: Array) -> Array:
+        window = array.reshape(-1, parts, array.shape[-1]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(window, rows_over_data)
+
+    return Batch(*map(part, batch))
+
+
+def make_gradient(
+    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
+) -> Gradient:
+    """The gradient of a batch and its stats, added up over the micro-batches."""
 
     def micro_loss(
         params: optax.Params,
@@ -102,12 +126,10 @@ def make_train_step(
         loss, _, stats = loss_fn.accumulate(state, normalizers=normalizers, **inputs)
         return loss, stats
 
-    def split(array: Array) -> Array:
-        window = array.reshape(parts, -1, array.shape[-1])
-        return jax.lax.with_sharding_constraint(window, rows_over_data)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        window = Batch(*map(split, batch))
+    def gradient(
+        state: TrainState, batch: Batch
+    ) -> tuple[optax.Params, ava_jax.StepStats]:
+        window = split(batch, settings.microbatches, mesh)
         normalizers = loss_fn.normalizers(
             targets=window.targets,
             attention_mask=window.segment_ids > 0,
@@ -117,28 +139,49 @@ def make_train_step(
         def add(
             grads: optax.Params, micro: Batch
         ) -> tuple[optax.Params, ava_jax.StepStats]:
-            gradient = jax.grad(micro_loss, has_aux=True)
-            more, stats = gradient(state.params, state.loss, micro, normalizers)
+            own = jax.grad(micro_loss, has_aux=True)
+            more, stats = own(state.params, state.loss, micro, normalizers)
             return jax.tree.map(jnp.add, grads, more), stats
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, stats = jax.lax.scan(add, zeros, window)
-        stats = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), stats)
+        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), stats)
 
-        updates, optimizer_state = optimizer.update(
-            grads, state.optimizer, state.params
-        )
-        after = TrainState(
+    return gradient
+
+
+def make_train_step(
+    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
+) -> TrainStep:
+    """One optimizer step: a single jitted, donated function.
+
+    A step whose loss, gradient or new parameters are not finite is skipped: all stays
+    as it was, but for the step's number and the counts of skipped steps.
+    """
+    optimizer, schedule = make_optimizer(settings)
+    gradient = make_gradient(settings, model, loss_fn, mesh)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, stats = gradient(state, batch)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        is_good = is_finite((stats.aux["total_loss"], grad_norm, params))
+        skipped = state.skipped.after(is_good)
+        new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
-            loss=loss_fn.commit(state.loss, stats),
+            params=choose(is_good, params, state.params),
+            optimizer=choose(is_good, moments, state.optimizer),
+            loss=choose(is_good, loss_fn.commit(state.loss, stats), state.loss),
+            skipped=skipped,
         )
-        metrics = loss_fn.summary(after.loss, stats) | {
-            "learning_rate": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
+        metrics = loss_fn.summary(new.loss, stats) | {
+            "learning_rate": schedule(state.step - state.skipped.total),
+            "grad_norm": grad_norm,
+            "skipped_steps": skipped.total,
+            "skipped_in_a_row": skipped.in_a_row,
         }
-        return after, Metrics.pack(metrics)
+        return new, Metrics.pack(metrics)
 
     shapes = jax.eval_shape(functools.partial(new_state, settings, model, loss_fn))
     placed = shardings_of(shapes, mesh)
@@ -159,6 +202,7 @@ def new_state(
         params=variables["params"],
         optimizer=optimizer.init(variables["params"]),
         loss=loss_fn.init(),
+        skipped=Skips.none(),
     )
 
 
@@ -170,6 +214,7 @@ class Run:
     ) -> None:
         corpus = load_corpus(settings.data)
         console.print(corpus.describe(), highlight=False, soft_wrap=True)
+        refuse_other_data(settings.out, corpus)
         text = prepare_data(
             corpus,
             settings.cache,
@@ -180,9 +225,8 @@ class Run:
         loss = make_loss_config(settings, fields, text.vocab_size, text.eos)
         open_run(settings, loss, corpus)
         self.settings, self.console, self.text = settings, console, text
-        self.is_first_host = jax.process_index() == 0
-        if self.is_first_host:
-            text.tokenizer.save(str(settings.out / "tokenizer.json"))
+        if is_first():
+            write_whole(settings.out / "tokenizer.json", text.tokenizer.to_str())
         self.mesh = make_mesh(
             settings.mesh, settings.batch_size // settings.microbatches
         )
@@ -193,10 +237,13 @@ class Run:
             dtype=jnp.dtype(settings.dtype),
             fused=settings.fused,
         )
-        self.loss_fn = ava_jax.unified_loss(loss)
+        self.loss_fn = loss_on(self.mesh, loss)
         self.train_step = make_train_step(settings, self.model, self.loss_fn, self.mesh)
         self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
-        self.batches = text.batches(settings.batch_size, settings.seed)
+        self.share = RowShare(self.mesh, settings.batch_size)
+        self.batches = text.batches(
+            settings.batch_size, settings.seed, self.share.places
+        )
         self.state = self._begin()
         self.start = self.step = int(self.state.step)
         self.describe()
@@ -240,60 +287,60 @@ class Run:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def train(self) -> bool:
-        """Runs the loop; returns False if somebody stopped it early."""
+        """Runs the loop; returns False if somebody stopped it early.
+
+        Raises:
+          TrainingError: too many steps were skipped, or something could not be written;
+            or data could not be read, and then everything was saved before.
+        """
         settings = self.settings
-        tokens = settings.batch_size * settings.sequence_length
-        log = MetricsLog(settings.out, self.start, self.is_first_host)
         pending: Metrics | None = None
-
-        def settle() -> None:
-            """Deals with the last step while its successor is under way."""
-            if pending is None:
-                return
-            self.checkpoints.finish()
-            record = pending.fetch()
-            check(self.step, record)
-            if self.step % settings.log_every == 0 or self.step == settings.steps:
-                log.write(self.step, self.step * tokens, record)
-            progress.show(self.step, log.seconds(), record)
-
-        report = ProgressReport(self.console, self.start, settings.steps, tokens)
-        try:
-            with StopRequest() as stop, report as progress:
-                while self.step < settings.steps and not stop:
-                    batch = put_batch(next(self.batches), self.mesh)
-                    self.state, metrics = self.train_step(self.state, batch)
-                    settle()
-                    pending = metrics
-                    self.step += 1
-                    if self.step % settings.checkpoint_every == 0:
-                        check(self.step, pending.fetch())
+        recorder = Recorder(settings, self.start, self.console)
+        with self.checkpoints, recorder, StopRequest() as stop:
+            while self.step < settings.steps and not stop:
+                batch = self.share.put(next(self.batches))
+                stop.vote(failed=self.batches.failure is not None)
+                self.state, metrics = self.train_step(self.state, batch)
+                # The step before is dealt with while its successor is under way.
+                recorder.settle(self.step, pending)
+                self.checkpoints.finish()
+                pending = metrics
+                self.step += 1
+                if self.step % settings.checkpoint_every == 0:
+                    recorder.settle(self.step, pending)
+                    pending = None
+                    if not recorder.is_skipping:
                         self.save()
-                settle()
-                self.save()
-        finally:
-            self.checkpoints.finish()
-            log.close()
-        return self.step >= settings.steps
+            recorder.settle(self.step, pending)
+            self.save()
+        is_done = self.step >= settings.steps
+        if stop.has_failed and not is_done:
+            raise self.batches.failure or TrainingError(
+                "another process cannot read its data, and says why; everything was "
+                f"saved at step {self.step}"
+            )
+        return is_done
 
     def save(self) -> None:
         """Starts to write a checkpoint of everything that a step changes."""
         self.checkpoints.save(self.step, self.state, self.batches.get_state())
 
     def evaluate(self) -> None:
-        """Appends the held-out metrics of this step, unless they are there already."""
-        path = self.settings.out / "heldout.jsonl"
-        if any(record["step"] == self.step for record in read_records(path)):
+        """Adds the held-out metrics of this step, unless they are there already."""
+        path, settings = self.settings.out / "heldout.jsonl", self.settings
+        if from_first(lambda: int(self.step in steps_of(path))):
             return
-        settings = self.settings
-        batches = self.text.heldout_batches(settings.batch_size, settings.eval_batches)
+        batches = self.text.heldout_batches(
+            settings.batch_size, settings.eval_batches, self.share.places
+        )
         record = evaluate(
             self.model,
             self.state.params,
             routing_bias(self.state.loss),
-            (put_batch(batch, self.mesh) for batch in batches),
+            map(self.share.put, batches),
+            self.mesh,
         )
-        if self.is_first_host:
+        if is_first():
             append_record(path, {"step": self.step} | record)
 
     def sample(self) -> str:
@@ -307,7 +354,7 @@ class Run:
             self.model,
             self.state.params,
             self.state.loss,
-            jnp.asarray(row),
+            row,
             jax.random.key(settings.seed),
             prompt_length=len(prompt),
         )
@@ -318,8 +365,9 @@ class Run:
         out, console = self.settings.out, self.console
         records = read_records(out / "metrics.jsonl")
         heldout = read_records(out / "heldout.jsonl")
-        if records:
-            plot_losses(records, heldout, out / "losses.png")
+        if records and is_first():
+            with writing(out / "losses.png"):
+                plot_losses(records, heldout, out / "losses.png")
         if not is_done:
             self._say(
                 f"stopped and saved at step {self.step}: the same command goes on there"
@@ -328,9 +376,13 @@ class Run:
         if records:
             show_table(console, records, heldout)
             self._say(f"{records[-1]['seconds']:.0f} s of training")
+            if skipped := records[-1]["skipped_steps"]:
+                self._say(f"{skipped:.0f} steps were skipped: they were not finite")
         if self.settings.sample_tokens:
+            # Every process takes part in the sample; the first one's console shows it.
+            sample = self.sample()
             console.rule("sample")
-            console.print(self.sample(), markup=False, highlight=False, soft_wrap=True)
+            console.print(sample, markup=False, highlight=False, soft_wrap=True)
             console.rule()
         show_paths(console, out)
 
@@ -341,15 +393,22 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
         settings, fields = parse_settings(arguments)
         # Fails on a wrong field now, not after the data have been read.
         make_loss_config(settings, fields, settings.vocab_size, settings.vocab_size - 1)
-        run = Run(settings, fields, console or Console(quiet=jax.process_index() != 0))
-        run.evaluate()
+        if settings.deterministic:
+            use_deterministic_operations()
+        run = Run(settings, fields, console or Console(quiet=not is_first()))
+        if run.step == 0:
+            run.evaluate()
         is_done = run.train()
         if is_done:
             run.evaluate()
-        if run.is_first_host:
-            run.report(is_done=is_done)
-    except (TrainingError, ValueError, TypeError) as error:
+        run.report(is_done=is_done)
+    except (TrainingError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: another process ended: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was saved before stays", file=sys.stderr)
@@ -357,6 +416,15 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
+def start() -> int:
+    """Joins the other processes, if there are any, and runs the command line."""
+    try:
+        join_pod()
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    join_pod()
-    sys.exit(main(sys.argv[1:]))
+    run_to_the_end(start)

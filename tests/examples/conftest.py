@@ -1,17 +1,15 @@
 """The trainer's modules live beside their script, so they are imported by folder."""
 
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from texts import make_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,21 +19,21 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for compiled programs, shared by all runs here."""
+    return tmp_path_factory.getbasetemp().parent / "xla"
+
+
 @pytest.fixture(scope="package", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def quick_compilation(programs: Path) -> Iterator[None]:
     """Many runs here compile the same step: once, without much optimization."""
-    folder = tmp_path_factory.getbasetemp().parent / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
-
-
-def make_text(words: int, seed: int = 0) -> str:
-    chosen = random.Random(seed).choices(WORDS, k=words)
-    return " ".join(chosen)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import Corpus, load_corpus
-from data import PackedRows, TextData, prepare_data
+from data import Feed, PackedRows, TextData, prepare_data
 from errors import TrainingError
+from tokens import TokenFile
 
 EOS = 9
 
@@ -94,6 +95,59 @@ def test_the_iterator_goes_on_where_its_state_says(tmp_path: Path) -> None:
     assert not np.array_equal(next(data.batches(4, seed=3)).inputs, next(other).inputs)
 
 
+def test_processes_read_their_own_rows_of_the_same_batches(tmp_path: Path) -> None:
+    data = prepare(corpus_of(*["some words of text " * 9] * 20), tmp_path)
+    whole = data.batches(4, seed=3)
+    parts = [data.batches(4, seed=3, places=places) for places in ([0, 1], [2], [3])]
+    for _ in range(30):
+        rows = [next(part).targets for part in parts]
+        np.testing.assert_array_equal(np.concatenate(rows), next(whole).targets)
+        assert all(part.get_state() == whole.get_state() for part in parts)
+
+
+def test_processes_share_the_heldout_rows_too(tmp_path: Path) -> None:
+    data = prepare(corpus_of(*["a b c d e f g h"] * 20), tmp_path)
+    whole = data.heldout_batches(4, limit=100)
+    parts = [data.heldout_batches(4, 100, places) for places in ([0, 1, 2], [3])]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for name in batch._fields:
+            joined = np.concatenate([getattr(share, name) for share in shares])
+            np.testing.assert_array_equal(joined, getattr(batch, name))
+
+
+def test_a_row_reads_its_own_tokens_alone(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(np.arange(1000, dtype="<i4").tobytes())
+    rows = PackedRows(TokenFile(path), 999, 10)
+    with path.open("r+b") as file:
+        file.truncate(4 * 111)
+    assert rows[10].targets.tolist() == list(range(101, 111))
+    with pytest.raises(TrainingError, match=r"tokens\.bin: it has shrunk below 1000"):
+        rows[11]
+
+
+def test_a_failure_waits_until_the_batches_before_it_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(np.arange(1001, dtype="<i4").tobytes())
+    rows = PackedRows(TokenFile(path), 0, 10)
+    sound, broken = Feed(rows, 2, 0, None), Feed(rows, 2, 0, None)
+    order = [next(sound).inputs[:, 0] // 10 for _ in range(50)]
+    with path.open("r+b") as file:
+        file.truncate(4 * 1000)
+    bad = next(i for i, batch in enumerate(order) if batch.max() == 99)
+    seen = 0
+    while broken.failure is None:
+        np.testing.assert_array_equal(next(broken).inputs[:, 0] // 10, order[seen])
+        seen += 1
+    assert seen == bad > 0
+    state = broken.get_state()
+    with pytest.raises(TrainingError, match="shrunk"):
+        next(broken)
+    sound.set_state(state)
+    path.write_bytes(np.arange(1001, dtype="<i4").tobytes())
+    np.testing.assert_array_equal(next(sound).inputs[:, 0] // 10, order[bad])
+
+
 def test_text_survives_the_tokenizer_and_cannot_spell_the_end(tmp_path: Path) -> None:
     text = "héllo <|endoftext|> wörld"
     data = prepare(corpus_of(text, *["padding words here"] * 9), tmp_path)
@@ -103,15 +157,21 @@ def test_text_survives_the_tokenizer_and_cannot_spell_the_end(tmp_path: Path) ->
     assert data.tokenizer.decode(ids) == text
 
 
-def test_the_cache_gives_the_same_and_survives_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json", "sha256.json"])
+def test_the_cache_gives_the_same_and_survives_a_flipped_bit(
+    tmp_path: Path, name: str
+) -> None:
     corpus = corpus_of(*["one two three four five"] * 20)
-    fresh = prepare(corpus, tmp_path)
-    (stored,) = tmp_path.rglob("tokens.npz")
-    again = prepare(corpus, tmp_path)
-    stored.write_bytes(b"damaged")
-    repaired = prepare(corpus, tmp_path)
-    for data in (again, repaired):
-        np.testing.assert_array_equal(data.train[1].inputs, fresh.train[1].inputs)
+    expected = prepare(corpus, tmp_path).train[1].inputs
+    (stored,) = tmp_path.rglob(name)
+    written = stored.stat().st_mtime_ns
+    np.testing.assert_array_equal(prepare(corpus, tmp_path).train[1].inputs, expected)
+    assert stored.stat().st_mtime_ns == written, "made again without need"
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(content)
+    np.testing.assert_array_equal(prepare(corpus, tmp_path).train[1].inputs, expected)
+    assert stored.stat().st_mtime_ns != written
 
 
 def test_too_little_text_says_so(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Metrics on their way from the device to files, curves and the screen."""
 
+import errno
 import io
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from board import Board
+from errors import TrainingError
 from metrics import Metrics, MetricsLog, Record, read_records
 from plot import group_names, plot_losses
 from report import ProgressReport, show_table
@@ -38,7 +41,7 @@ def test_metrics_travel_as_one_vector_with_their_names() -> None:
 
 def test_the_log_goes_on_from_a_step_and_a_time(tmp_path: Path) -> None:
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = MetricsLog(tmp_path, start, is_writer=True)
+        log = MetricsLog(tmp_path / "metrics.jsonl", start, is_writer=True)
         for step in steps:
             log.write(step, 10 * step, {"loss": float(start)})
         log.close()
@@ -49,10 +52,28 @@ def test_the_log_goes_on_from_a_step_and_a_time(tmp_path: Path) -> None:
 
 
 def test_only_the_first_host_writes(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, is_writer=False)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, is_writer=False)
     log.write(1, 10, {"loss": 1.0})
     log.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_board_on_a_full_disk_names_itself_and_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Board(tmp_path, 0)
+    board.write(1, {"loss": 1.0})
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(board._writer, "flush", refuse)
+        with pytest.raises(TrainingError, match=f"write {tmp_path}: No space left"):
+            board.write(2, {"loss": 1.0})
+        # A second complaint would hide the first.
+        board.close()
+    board.close()
 
 
 def test_every_term_has_a_panel_and_only_one() -> None:

@@ -6,50 +6,15 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from devices import make_mesh, put_batch
-from metrics import Record, read_records
+from devices import make_mesh
+from jax.sharding import NamedSharding, PartitionSpec
+from layers import Batch
+from metrics import read_records
 from rich.console import Console
+from run_helpers import assert_close, checkpoint, train, without_seconds
 from settings import PRESETS, parse_settings
-from train_tpu import Run, main
-
-
-def train(
-    tiny: list[str], out: Path, *flags: str, preset: str = "demo"
-) -> list[Record]:
-    """Runs the trainer and returns its metrics; later flags win."""
-    taken = {flag for flag in flags if flag.startswith("--")}
-    kept = [
-        part
-        for name, value in zip(tiny[::2], tiny[1::2], strict=True)
-        if name not in taken
-        for part in (name, value)
-    ]
-    arguments = ["--preset", preset, "--out", str(out), *kept, *flags]
-    assert main(arguments) == 0
-    return read_records(out / "metrics.jsonl")
-
-
-def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:
-    folder = out.resolve() / "checkpoints" / f"step_{step:08d}"
-    state = ocp.StandardCheckpointer().restore(folder / "state")
-    return state, json.loads((folder / "data.json").read_text())
-
-
-def without_seconds(records: list[Record]) -> list[Record]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-
-
-def assert_close(left: list[Record], right: list[Record], rtol: float) -> None:
-    assert len(left) == len(right)
-    for one, two in zip(left, right, strict=True):
-        assert one.keys() == two.keys()
-        for name in one:
-            if name != "seconds":
-                np.testing.assert_allclose(
-                    one[name], two[name], rtol=rtol, atol=1e-5, err_msg=name
-                )
+from train_tpu import Run, main, split
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -68,7 +33,7 @@ def test_six_steps_equal_three_and_three(tiny: list[str], tmp_path: Path) -> Non
     assert without_seconds(records) == without_seconds(expected)
     chex.assert_trees_all_equal(checkpoint(halves, 6), checkpoint(whole, 6))
     state = checkpoint(whole, 6)[0]
-    assert set(state) == {"step", "params", "optimizer", "loss"}
+    assert set(state) == {"step", "params", "optimizer", "loss", "skipped"}
 
 
 def test_what_a_run_writes(
@@ -131,6 +96,21 @@ def test_microbatches_change_nothing(
     whole = train(tiny, tmp_path / "a", *flags, preset=preset)
     parts = train(tiny, tmp_path / "b", "--microbatches", "4", *flags, preset=preset)
     assert_close(parts, whole, rtol=2e-4)
+
+
+def test_no_row_leaves_its_device_for_a_micro_batch() -> None:
+    mesh = make_mesh("data=4", 8)
+    over_data = NamedSharding(mesh, PartitionSpec("data"))
+    rows = jax.device_put(np.arange(64, dtype=np.int32).reshape(16, 4), over_data)
+    batch = Batch(rows, rows, rows, rows)
+    compiled = jax.jit(split, static_argnums=(1, 2)).lower(batch, 2, mesh).compile()
+    program = str(compiled.as_text())
+    assert "ENTRY" in program
+    assert "all-" not in program
+    assert "permute" not in program
+    window = compiled(batch).inputs
+    assert window.shape == (2, 8, 4)
+    np.testing.assert_array_equal(np.sort(window.ravel()), np.arange(64))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +215,6 @@ def test_single_fields_of_the_loss_add_their_terms(
 ) -> None:
     settings, fields = parse_settings([*tiny, "--out", str(tmp_path), *flags])
     run = Run(settings, fields, Console(quiet=True))
-    batch = put_batch(next(run.batches), run.mesh)
+    batch = run.share.put(next(run.batches))
     _, metrics = jax.eval_shape(run.train_step, run.state, batch)
     assert name in metrics.names

@@ -1,0 +1,102 @@
+"""Running the trainer in tests, here and in processes of its own; reading its files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+from metrics import Record, read_records
+from train_tpu import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def with_flags(tiny: list[str], *flags: str) -> list[str]:
+    """The tiny run's flags; later flags win."""
+    taken = {flag for flag in flags if flag.startswith("--")}
+    kept = [
+        part
+        for name, value in zip(tiny[::2], tiny[1::2], strict=True)
+        if name not in taken
+        for part in (name, value)
+    ]
+    return [*kept, *flags]
+
+
+def train(
+    tiny: list[str], out: Path, *flags: str, preset: str = "demo"
+) -> list[Record]:
+    """Runs the trainer in this process and returns its metrics."""
+    arguments = ["--preset", preset, "--out", str(out), *with_flags(tiny, *flags)]
+    assert main(arguments) == 0
+    return read_records(out / "metrics.jsonl")
+
+
+def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:
+    """The arrays and the data state of a checkpoint."""
+    folder = out.resolve() / "checkpoints" / f"step_{step:08d}"
+    state = ocp.StandardCheckpointer().restore(folder / "state")
+    return state, json.loads((folder / "data.json").read_text())
+
+
+def without_seconds(records: list[Record]) -> list[Record]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def assert_close(
+    left: list[Record], right: list[Record], rtol: float, atol: float = 1e-5
+) -> None:
+    assert len(left) == len(right)
+    for one, two in zip(left, right, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if name != "seconds":
+                np.testing.assert_allclose(
+                    one[name], two[name], rtol=rtol, atol=atol, err_msg=name
+                )
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """That of a process of its own: its devices, and compiled programs from `cache`."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(
+    arguments: list[str], cache: Path, devices: int = 1, processes: int = 1
+) -> subprocess.Popen[str]:
+    """Starts the trainer, by the launcher if there are several processes."""
+    script = [str(EXAMPLES / "train_tpu.py")]
+    if processes > 1:
+        script = [str(EXAMPLES / "launch_local.py"), str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *script, *arguments],
+        env=environment(cache, devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(
+    is_so: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240
+) -> None:
+    """Returns when it is so, or when the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not is_so() and process.poll() is None:
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.005)
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,106 @@
+"""The same run gives the same bits, every time."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from devices import use_deterministic_operations
+from rich.console import Console
+from run_folder import FREE
+from run_helpers import EXAMPLES, environment, with_flags
+from settings import parse_settings
+from train_tpu import Run, make_gradient
+
+RUNS = 20
+
+
+def digest(tree: optax.Params) -> str:
+    """Of every bit of a tree."""
+    sums = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        sums.update(np.asarray(leaf).tobytes())
+    return sums.hexdigest()
+
+
+def gradients(arguments: list[str], count: int) -> list[str]:
+    """Digests of the first batch's gradient, taken anew each time."""
+    run = Run(*parse_settings(arguments), console=Console(quiet=True))
+    rows = next(run.batches)
+    gradient = jax.jit(make_gradient(run.settings, run.model, run.loss_fn, run.mesh))
+    return [digest(gradient(run.state, run.share.put(rows))[0]) for _ in range(count)]
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize(
+    "mesh", ["data=1", pytest.param("data=4,tensor=2", marks=pytest.mark.slow)]
+)
+def test_twenty_gradients_are_the_same_to_the_bit(
+    tiny: list[str], tmp_path: Path, mesh: str
+) -> None:
+    flags = with_flags(tiny, "--mesh", mesh, "--out", str(tmp_path))
+    flags += ["--loss.unlikelihood-weight", "0.1"]
+    found = gradients(flags, RUNS)
+    assert len(set(found)) == 1
+    other = gradients(with_flags(flags, "--out", str(tmp_path / "b"), "--seed", "1"), 1)
+    assert other[0] != found[0]
+
+
+@pytest.mark.slow
+def test_fresh_processes_give_the_same_gradient(
+    tiny: list[str], tmp_path: Path, programs: Path
+) -> None:
+    found: set[str] = set()
+    for index in range(4):
+        arguments = with_flags(tiny, "--out", str(tmp_path / str(index)))
+        code = (
+            "import test_train_determinism as tests\n"
+            f"print(*tests.gradients({arguments!r}, {RUNS // 4}))"
+        )
+        path = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
+        own = environment(programs) | {
+            "PYTHONPATH": path,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        }
+        if index == 0:
+            # This one compiles the program itself.
+            own["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+        end = subprocess.run(
+            [sys.executable, "-c", code],
+            env=own,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert end.returncode == 0, end.stderr
+        found.update(end.stdout.split())
+    assert len(found) == 1
+
+
+def test_the_flag_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something=1")
+    use_deterministic_operations()
+    expected = "--xla_something=1 --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"] == expected
+    assert "deterministic" in FREE
+
+
+@pytest.mark.slow
+def test_a_run_with_the_flag_trains(
+    tiny: list[str], tmp_path: Path, programs: Path
+) -> None:
+    flags = with_flags(tiny, "--out", str(tmp_path), "--steps", "1")
+    end = subprocess.run(
+        [sys.executable, str(EXAMPLES / "train_tpu.py"), *flags, "--deterministic"],
+        env=environment(programs),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert end.returncode == 0, end.stderr
+    assert '"deterministic": true' in (tmp_path / "config.json").read_text()
