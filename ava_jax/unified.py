@@ -137,17 +137,19 @@ class UnifiedLoss:
           >>> float(n.tokens)
           40.0
         """
-        rows: LossInputs = {"targets": targets.reshape(-1, targets.shape[-1])}
-        if attention_mask is not None:
-            rows["attention_mask"] = attention_mask.reshape(rows["targets"].shape)
-        if segment_ids is not None:
-            rows["segment_ids"] = segment_ids.reshape(rows["targets"].shape)
+        window: LossInputs = {
+            "targets": targets,
+            "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
+        }
 
-        def count(rows: LossInputs) -> Normalizers:
+        def count(window: LossInputs) -> Normalizers:
+            width = targets.shape[-1]
+            rows = jax.tree.map(lambda x: x.reshape(-1, width), window)
             tokens = tokens_of(self.config, rows)
             return measure(self.config, tokens, self.config.num_future_tokens)
 
-        return with_auto_axes(count, rows)
+        return with_auto_axes(count, window)
 
     def accumulate(
         self,
@@ -161,7 +163,8 @@ class UnifiedLoss:
 
         Losses, gradients and stats of the micro-batches add up to the window's. Balance
         terms, contrastive losses and the confidence weight couple the whole batch: each
-        micro-batch computes its own, and they are averaged by tokens.
+        micro-batch computes its own, and they are averaged by tokens. The load that
+        moves the routing bias is that of all micro-batches.
 
         Args:
           state: the state before the optimizer step, the same for all micro-batches.

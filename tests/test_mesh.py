@@ -18,18 +18,21 @@ B, S, D, V = 8, 8, 8, 13
 COLUMNS = 16  # which eight devices share; 13 of them are classes
 ROWS = ("data", "fsdp")
 
-CONFIG: dict[str, Any] = {**EVERYTHING, "vocab_size": V, "hidden_size": D}
-SEQUENTIAL: dict[str, Any] = {
-    **CONFIG,
-    "mtp_type": "sequential",
-    "moe_balancing_type": "bias",
-    "logit_soft_cap": 5.0,
-    "chunk_size": 3,
-}
-ADAPTIVE: dict[str, Any] = {
-    "vocab_size": V,
-    "primary_loss_type": "adaptive_mtp",
-    "num_future_tokens": K,
+PARALLEL: dict[str, Any] = {**EVERYTHING, "vocab_size": V, "hidden_size": D}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "parallel": PARALLEL,
+    "sequential": {
+        **PARALLEL,
+        "mtp_type": "sequential",
+        "moe_balancing_type": "bias",
+        "logit_soft_cap": 5.0,
+        "chunk_size": 3,
+    },
+    "adaptive": {
+        "vocab_size": V,
+        "primary_loss_type": "adaptive_mtp",
+        "num_future_tokens": K,
+    },
 }
 
 # The axes that each array's dimensions lie along, of those that the mesh has.
@@ -136,14 +139,14 @@ def make_step(config, door, **layout):
 @functools.cache
 def alone(name, door, columns):
     """What one device computes."""
-    return make_step(globals()[name], door)(floats(columns), integers())
+    return make_step(CONFIGS[name], door)(floats(columns), integers())
 
 
 def check(name, door, sizes, types=AxisType.Auto, columns=COLUMNS, *, is_told=True):
     """Compares a mesh with one device.
 
     Args:
-      name: of a config above.
+      name: of the config.
       door: `"logits"` or `"fused"`.
       sizes: the mesh's axes and their sizes.
       types: of all the axes.
@@ -159,7 +162,7 @@ def check(name, door, sizes, types=AxisType.Auto, columns=COLUMNS, *, is_told=Tr
         layout = {"mesh": mesh, "vocab_axis": "tensor"}
         layout["batch_axes"] = tuple(a for a in ROWS if a in sizes)
         layout["sequence_axis"] = "sequence" if "sequence" in sizes else None
-    step = make_step(globals()[name], door, **layout)
+    step = make_step(CONFIGS[name], door, **layout)
     context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
     with context or contextlib.nullcontext():
         arrays = placed(mesh, floats(columns), columns)
@@ -186,7 +189,7 @@ def over(data, tensor):
     ],
 )
 def test_a_mesh_changes_no_number(door, sizes, types):
-    check("CONFIG", door, sizes, types)
+    check("parallel", door, sizes, types)
 
 
 @pytest.mark.slow
@@ -195,30 +198,30 @@ def test_a_mesh_changes_no_number(door, sizes, types):
 @pytest.mark.parametrize("door", ["logits", "fused"])
 @pytest.mark.parametrize("is_told", [True, False])
 def test_every_mesh_changes_no_number(door, sizes, types, is_told):
-    check("CONFIG", door, sizes, types, is_told=is_told)
+    check("parallel", door, sizes, types, is_told=is_told)
 
 
 @pytest.mark.parametrize(
     ("door", "types"), [("logits", AxisType.Auto), ("fused", AxisType.Explicit)]
 )
 def test_the_loss_need_not_be_told(door, types):
-    check("CONFIG", door, over(2, 4), types, is_told=False)
+    check("parallel", door, over(2, 4), types, is_told=False)
 
 
 @pytest.mark.parametrize(
     ("door", "columns"), [("fused", V), ("fused", V + 1), ("logits", V)]
 )
 def test_a_vocabulary_that_the_devices_cannot_share_evenly(door, columns):
-    check("SEQUENTIAL", door, over(1, 8), columns=columns)
+    check("sequential", door, over(1, 8), columns=columns)
 
 
 @pytest.mark.parametrize("door", ["logits", "fused"])
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_rows_over_two_axes_and_sharded_parameters(door, types):
-    check("SEQUENTIAL", door, {"data": 2, "fsdp": 2, "tensor": 2}, types)
+    check("sequential", door, {"data": 2, "fsdp": 2, "tensor": 2}, types)
 
 
-@pytest.mark.parametrize("name", ["CONFIG", "SEQUENTIAL"])
+@pytest.mark.parametrize("name", ["parallel", "sequential"])
 @pytest.mark.parametrize(
     ("door", "types"), [("logits", AxisType.Explicit), ("fused", AxisType.Auto)]
 )
@@ -228,13 +231,66 @@ def test_rows_that_devices_share(name, door, types):
 
 
 def test_adaptive_heads():
-    check("ADAPTIVE", "logits", over(2, 4))
+    check("adaptive", "logits", over(2, 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_rows_over_all_devices(types):
-    check("SEQUENTIAL", "fused", {"sequence": 8, "tensor": 1}, types)
+    check("sequential", "fused", {"sequence": 8, "tensor": 1}, types)
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_micro_batches_on_a_mesh(types):
+    """The routing bias moves by the loads of all devices and micro-batches, once."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(types,) * 2)
+    config = {
+        "vocab_size": V,
+        "num_experts": E,
+        "use_moe_balancing": True,
+        "moe_balancing_type": "bias",
+        "bias_update_rate": 0.25,
+    }
+    names = ("hidden_states", "gate_logits")
+    arrays = {k: v for k, v in floats(COLUMNS).items() if k in names}
+    ints = {k: v for k, v in integers().items() if k != "segment_ids"}
+    rows = {**arrays, **ints}
+    head = floats(COLUMNS)["lm_head"]
+
+    def window(loss_fn, head, rows):
+        masks = {k: rows[k] for k in ("targets", "attention_mask")}
+        normalizers = loss_fn.normalizers(**masks)
+        state = loss_fn.init()
+
+        def loss(head, micro):
+            total, _, stats = loss_fn.accumulate(
+                state, lm_head=head, normalizers=normalizers, **micro
+            )
+            return total, stats
+
+        def add(grads, micro):
+            more, stats = jax.grad(loss, has_aux=True)(head, micro)
+            return grads + more, stats
+
+        grads, stats = jax.lax.scan(add, jnp.zeros_like(head), rows)
+        stats = jax.tree.map(lambda x: jnp.sum(x, 0), stats)
+        after = loss_fn.commit(state, stats)
+        return grads, loss_fn.summary(after, stats), after
+
+    alone = ava_jax.create_unified_loss(config)
+    whole = {k: v[None] for k, v in rows.items()}
+    want = jax.jit(window, static_argnums=0)(alone, head, whole)
+    told = ava_jax.create_unified_loss(
+        config, mesh=mesh, batch_axes="data", vocab_axis="tensor"
+    )
+    halves = {k: v.reshape(2, B // 2, *v.shape[1:]) for k, v in rows.items()}
+    context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
+    with context or contextlib.nullcontext():
+        placed_head = jax.device_put(head, NamedSharding(mesh, P(None, "tensor")))
+        halves = jax.device_put(halves, NamedSharding(mesh, P(None, "data")))
+        got = jax.jit(window, static_argnums=0)(told, placed_head, halves)
+    assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
+    assert jnp.any(want[2].moe_balancing.bias != 0)
 
 
 def test_a_mean_over_shards_is_far_off():

@@ -145,6 +145,28 @@ def test_masked_positions_may_hold_anything(door, bad):
         assert (np.asarray(got[1][name][1]) == 0).all()
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_leaves_the_state_alone(bad):
+    """A NaN in the history would hold the temperature for as long as it stays there."""
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=V, num_experts=2, use_moe_balancing=True
+    )
+    inputs = {
+        "logits": jnp.zeros((1, 3, V)),
+        "targets": jnp.array([[1, 2, 3]]),
+        "gate_logits": jnp.zeros((1, 3, 2)),
+        "expert_indices": jnp.zeros((1, 3, 1), int),
+    }
+    step = jitted(loss_fn)
+    _, _, before = step(loss_fn.init(), inputs)
+    broken = {**inputs, "logits": inputs["logits"].at[0, 1, 5].set(bad)}
+    loss, _, after = step(before, broken)
+    assert not np.isfinite(loss)
+    chex.assert_trees_all_equal(after, before)
+    _, _, following = step(after, inputs)
+    assert int(following.step) == 2
+
+
 def test_masked_targets_may_hold_anything():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     ints = integers()

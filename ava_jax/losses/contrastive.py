@@ -128,7 +128,7 @@ def contrastive_margin_loss(
     """Pulls positive pairs together and pushes negative ones a margin apart.
 
     `(mean d₊² + mean max(0, margin − d₋)²) / 2`, with `d` the Euclidean distance. An
-    empty side is 0.
+    empty side is 0. Pairs couple the batch: a micro-batch sees its own only.
 
     Args:
       embeddings: `[N, D]`.
@@ -193,7 +193,8 @@ def contrastive_triplet_loss(
     """Asks a row's farthest positive to be a margin nearer than its nearest negative.
 
     `max(0, margin + max d₊ − min d₋)`, with `d` the Euclidean distance; the mean over
-    the anchors that have both a positive and a negative, 0 if none has.
+    the anchors that have both a positive and a negative, 0 if none has. Distances
+    couple the batch: a micro-batch sees its own rows only.
 
     Args:
       embeddings: `[N, D]`.
@@ -289,7 +290,8 @@ def contrastive_infonce_loss(
 
     `−mean_{p ∈ P(i)} log( exp(s_ip / τ) / Σ_{a ≠ i} exp(s_ia / τ) )` per anchor `i`,
     with `s` the dot product; the mean over the anchors that have a positive, 0 if none
-    has. A row is never its own negative.
+    has. A row is never its own negative. Negatives couple the batch: a micro-batch has
+    its own only.
 
     Args:
       embeddings: `[N, D]`.
@@ -349,7 +351,9 @@ def simctg_loss(
     """Keeps the hidden states of a row's tokens apart from each other.
 
     `max(0, margin − 1 + cos(h_i, h_j))`, the mean over all ordered pairs `i ≠ j` of
-    counted tokens of one row, 0 if there is none. Holds one `[B, S, S]` array.
+    counted tokens of one row, 0 if there is none. Holds one `[B, S, S]` array. The mean
+    is over pairs, the unified loss averages micro-batches by tokens: where rows differ
+    in length, that is not the whole batch's.
 
     Args:
       hidden_states: `[B, S, D]`.

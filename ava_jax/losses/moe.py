@@ -70,7 +70,8 @@ def gradient_balance_loss(
     """Pulls gate logits against the running imbalance of their expert.
 
     `weight · mean((g − stop_gradient(g + a))²)` over the counted tokens' entries, with
-    `a = −weight · (counts − tokens / E) / tokens`. Logits of −inf get no gradient.
+    `a = −weight · (counts − tokens / E) / tokens`. Logits of −inf get no gradient. The
+    running load couples the batch: micro-batches each pull by their own.
 
     Args:
       gate_logits: `[N, E]`, `g`.
@@ -292,7 +293,8 @@ def expert_diversity_loss(
     The mean over pairs of `"cosine"`: the token mean of the cosine, norms clamped at
     1e-8; `"l2"`: `1 / (1 + token mean of the distance)`; `"dot"`: the token mean of the
     dot product. A zero vector (an expert that a token skipped) is at cosine 0 and gets
-    no gradient through it.
+    no gradient through it. `"l2"` couples the batch: over micro-batches it is not the
+    whole batch's.
 
     Args:
       expert_outputs: `[E, N, D]`, or with more token axes.

@@ -118,7 +118,8 @@ def load_balancing_loss(
     """Switch balance loss: probability mass on the experts that are already busy.
 
     `E · Σ_e f_e · P_e`, with `f` the share of all `N · k` assignments and `P` the mean
-    probability. 1 at uniform routing, E when all goes to one expert.
+    probability. 1 at uniform routing, E when all goes to one expert. The product
+    couples the batch: over micro-batches, each balances its own tokens.
 
     Args:
       gate_logits: `[N, E]`.
@@ -157,7 +158,8 @@ def auxiliary_load_balancing_loss(
     """Balance loss of the Ava pipeline: `min(10, E · Σ_e P_e · c_e / (N · k)²)`.
 
     `P_e` sums probabilities, `c_e` counts assignments: the Switch loss divided by k.
-    Past the cap there is no gradient.
+    Past the cap there is no gradient. The product couples the batch: over
+    micro-batches, each balances its own tokens.
 
     Args:
       gate_logits: `[N, E]`.
