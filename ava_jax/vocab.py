@@ -105,7 +105,11 @@ def _possible_logits(vocabulary: Vocabulary, logits, ids=None):
         if z.shape[-1] * num_shards(vocabulary.axis) == vocabulary.size:
             return z
         ids = _ids(z) + first_id(vocabulary.axis, z.shape[-1])
-    return jnp.where(ids < vocabulary.size, z, -jnp.inf)
+    return jnp.where(_is_class(vocabulary, ids), z, -jnp.inf)
+
+
+def _is_class(vocabulary: Vocabulary, ids):
+    return (ids >= 0) & (ids < vocabulary.size)
 
 
 def _ids(z):
@@ -118,11 +122,6 @@ def _columns(axis, ids, width: int):
         return ids
     local = ids - first_id(axis, width)
     return jnp.where((local >= 0) & (local < width), local, width)
-
-
-def _take(x, columns):
-    """The entries at columns [..., Q]; those beyond the last may be anything."""
-    return jnp.take_along_axis(x, jnp.minimum(columns, x.shape[-1] - 1), -1)
 
 
 def _num_segments(width: int) -> int:
@@ -226,10 +225,12 @@ def _reduce(vocabulary, tempered, logits, query, temperature):
 
     def pick(ids):
         columns = _columns(axis, ids, z.shape[-1])
-        picked = _possible_logits(vocabulary, _take(logits, columns), ids)
-        picked -= shift[..., None]
-        here = columns < z.shape[-1]
-        return picked if axis is None else jnp.where(here, picked, 0.0)
+        picked = jnp.take_along_axis(logits, columns, -1)
+        picked = _possible_logits(vocabulary, picked, ids) - shift[..., None]
+        if axis is None:
+            return picked
+        elsewhere = (columns == z.shape[-1]) & _is_class(vocabulary, ids)
+        return jnp.where(elsewhere, jnp.zeros_like(picked), picked)
 
     sums = {
         "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),

@@ -106,6 +106,22 @@ def finite(tree):
     return jax.tree.map(lambda x: jnp.nan_to_num(x.astype(float), posinf=7e5), tree)
 
 
+@pytest.mark.parametrize("target", [-1, 14, WIDTH, 10**6])
+def test_an_id_that_is_no_class_has_no_probability(target):
+    """Neither the last class, nor one whose logit is taken for 0."""
+    vocabulary = {axis: Vocabulary(WIDTH - 2, None, axis) for axis in (None, "vocab")}
+    query = Query(targets=jnp.array([target]), active=jnp.ones(1, bool))
+    z = rows()[:1]
+    spec = {"in_specs": P(None, "vocab"), "out_specs": P(), "check_vma": False}
+    shared = jax.shard_map(
+        lambda z: token_statistics(z, query, vocabulary["vocab"]).nll,
+        mesh=MESH,
+        **spec,
+    )
+    assert token_statistics(z, query, vocabulary[None]).nll == jnp.inf
+    assert jax.jit(shared)(z) == jnp.inf
+
+
 def test_a_shard_alone_is_far_off():
     """What smoothing and entropy would see, were the slice taken for the whole."""
     query = make_query()
