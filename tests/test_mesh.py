@@ -183,8 +183,6 @@ def over(data, tensor):
     [
         ("fused", over(8, 1), AxisType.Auto),
         ("fused", over(4, 2), AxisType.Explicit),
-        ("fused", over(1, 8), AxisType.Explicit),
-        ("logits", over(4, 2), AxisType.Auto),
         ("logits", over(2, 4), AxisType.Explicit),
     ],
 )
@@ -209,21 +207,38 @@ def test_the_loss_need_not_be_told(door, types):
 
 
 @pytest.mark.parametrize(
-    ("door", "columns"), [("fused", V), ("fused", V + 1), ("logits", V)]
+    ("door", "columns"),
+    [
+        ("fused", V),
+        ("logits", V),
+        pytest.param("fused", V + 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_vocabulary_that_the_devices_cannot_share_evenly(door, columns):
     check("sequential", door, over(1, 8), columns=columns)
 
 
-@pytest.mark.parametrize("door", ["logits", "fused"])
-@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("door", "types"),
+    [
+        ("logits", AxisType.Explicit),
+        ("fused", AxisType.Auto),
+        pytest.param("logits", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("fused", AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_over_two_axes_and_sharded_parameters(door, types):
     check("sequential", door, {"data": 2, "fsdp": 2, "tensor": 2}, types)
 
 
-@pytest.mark.parametrize("name", ["parallel", "sequential"])
 @pytest.mark.parametrize(
-    ("door", "types"), [("logits", AxisType.Explicit), ("fused", AxisType.Auto)]
+    ("name", "door", "types"),
+    [
+        ("parallel", "logits", AxisType.Explicit),
+        ("sequential", "fused", AxisType.Auto),
+        pytest.param("parallel", "fused", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("sequential", "logits", AxisType.Explicit, marks=pytest.mark.slow),
+    ],
 )
 def test_rows_that_devices_share(name, door, types):
     """Shifts, windows, runs and segments reach over the edges of the shards."""

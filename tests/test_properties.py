@@ -55,7 +55,13 @@ DIFFERENTIABLE = (
     "embeddings",
 )
 
-PRECISIONS = pytest.mark.parametrize("wide", [False, True], ids=["float32", "x64"])
+PRECISIONS = pytest.mark.parametrize(
+    "wide",
+    [
+        pytest.param(False, id="float32"),
+        pytest.param(True, id="x64", marks=pytest.mark.slow),
+    ],
+)
 
 
 def examples(count: int) -> settings:

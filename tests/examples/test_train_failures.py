@@ -17,7 +17,9 @@ def with_steps(tiny: list[str], steps: int) -> list[str]:
     return with_flags(tiny, "--steps", str(steps))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_cleanly(
     tiny: list[str], tmp_path: Path, programs: Path, number: signal.Signals
 ) -> None:

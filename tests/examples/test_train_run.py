@@ -16,8 +16,13 @@ from run_helpers import assert_close, checkpoint, train, without_seconds
 from settings import PRESETS, parse_settings
 from train_tpu import Run, main, split
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("preset", PRESETS)
+
+@pytest.mark.parametrize(
+    "preset",
+    [p if p in ("demo", "moe") else pytest.param(p, marks=SLOW) for p in PRESETS],
+)
 def test_every_preset_runs(tiny: list[str], tmp_path: Path, preset: str) -> None:
     records = train(tiny, tmp_path / "run", "--steps", "2", preset=preset)
     assert [record["step"] for record in records] == [1, 2]
@@ -87,7 +92,7 @@ def test_lines_past_the_checkpoint_are_dropped(tiny: list[str], tmp_path: Path) 
     assert without_seconds(train(tiny, out)) == without_seconds(expected)
 
 
-@pytest.mark.parametrize("preset", ["demo", "moe"])
+@pytest.mark.parametrize("preset", ["demo", pytest.param("moe", marks=SLOW)])
 def test_microbatches_change_nothing(
     tiny: list[str], tmp_path: Path, preset: str
 ) -> None:
@@ -115,7 +120,11 @@ def test_no_row_leaves_its_device_for_a_micro_batch() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "mesh"),
-    [("demo", "data=4,tensor=2"), ("demo", "tensor=2"), ("moe", "data=2,tensor=2")],
+    [
+        ("demo", "data=4,tensor=2"),
+        pytest.param("demo", "tensor=2", marks=SLOW),
+        pytest.param("moe", "data=2,tensor=2", marks=SLOW),
+    ],
 )
 def test_a_mesh_changes_nothing(
     tiny: list[str], tmp_path: Path, preset: str, mesh: str
@@ -125,6 +134,7 @@ def test_a_mesh_changes_nothing(
     assert_close(shared, alone, rtol=5e-4)
 
 
+@SLOW
 def test_a_run_goes_on_under_another_mesh(tiny: list[str], tmp_path: Path) -> None:
     expected = train(tiny, tmp_path / "a")
     train(tiny, tmp_path / "b", "--steps", "3")
@@ -182,6 +192,7 @@ def test_logits_and_the_fused_door_train_alike(tiny: list[str], tmp_path: Path) 
     assert_close(plain, fused, rtol=2e-4)
 
 
+@SLOW
 def test_bfloat16_is_near_float32(tiny: list[str], tmp_path: Path) -> None:
     exact = train(tiny, tmp_path / "a")
     short = train(tiny, tmp_path / "b", "--dtype", "bfloat16")

@@ -103,6 +103,7 @@ def test_twenty_kills_change_nothing(
     assert_same_run(killed, whole, STEPS)
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_behind_is_cleared_away(
     tiny: list[str], tmp_path: Path
 ) -> None:
@@ -190,7 +191,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 @pytest.mark.parametrize("notices", [True, False])
-@pytest.mark.parametrize("free", [40, 1500])
+@pytest.mark.parametrize("free", [pytest.param(40, marks=pytest.mark.slow), 1500])
 def test_a_full_disk_loses_nothing(
     tiny: list[str],
     tmp_path: Path,
@@ -272,6 +273,7 @@ def test_text_that_changed_between_sessions_says_so(
     assert main(arguments) == 0
 
 
+@pytest.mark.slow
 def test_a_stream_that_shrinks_mid_run_stops_with_everything_saved(
     tiny: list[str], tmp_path: Path, programs: Path
 ) -> None:
@@ -300,6 +302,7 @@ def test_a_stream_that_shrinks_mid_run_stops_with_everything_saved(
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_named(
     tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
