@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
 
 import ava_jax
 from benchmarks import rivals
@@ -31,6 +32,9 @@ MESHES: tuple[dict[str, int], ...] = (
 # Tokens of a row at a time, as on an accelerator.
 CHUNK = 128
 MIB = 2**20
+TOLD = "everything, told of the mesh"
+LEFT = "everything, left to XLA"
+NAIVE = "naive, plain"
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -110,16 +114,16 @@ def losses(sizes: dict[str, int], vocab: int) -> dict[str, Loss]:
         return loss
 
     return {
-        "everything, told of the mesh": everything(told),
-        "everything, left to XLA": everything(ava_jax.unified_loss(config)),
-        "naive, plain": rivals.naive,
+        TOLD: everything(told),
+        LEFT: everything(ava_jax.unified_loss(config)),
+        NAIVE: rivals.naive,
     }
 
 
-def measure(
-    sizes: dict[str, int], name: str, loss: Loss, width: int, vocab: int
-) -> Row:
-    """Compiles the gradient and reads its program."""
+def compile_gradient(
+    sizes: dict[str, int], loss: Loss, width: int, columns: int
+) -> Compiled:
+    """Compiles the gradient for hidden states and `lm_head` [width, columns]."""
     mesh = make_mesh(sizes)
     rows = ("data", "sequence") if "sequence" in sizes else ("data", None)
 
@@ -134,11 +138,18 @@ def measure(
     arrays = (
         given((BATCH, LENGTH), jnp.dtype("int32"), *rows),
         given((BATCH, LENGTH, width), jnp.dtype("float32"), *rows),
-        given((width, vocab), jnp.dtype("float32"), None, "tensor"),
+        given((width, columns), jnp.dtype("float32"), None, "tensor"),
     )
     places = (place(), (place(*rows), place(None, "tensor")))
     step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), out_shardings=places)
-    program = step.lower(*arrays).compile()
+    return step.lower(*arrays).compile()
+
+
+def measure(
+    sizes: dict[str, int], name: str, loss: Loss, width: int, vocab: int
+) -> Row:
+    """Compiles the gradient and reads its program."""
+    program = compile_gradient(sizes, loss, width, vocab)
     told = collectives(str(program.as_text()))
     columns = vocab // sizes["tensor"]
     projection = [c for c in told if columns in c.shape]
