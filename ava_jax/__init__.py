@@ -2,6 +2,7 @@
 
 from ava_jax import heads as heads
 from ava_jax import losses as losses
+from ava_jax import metrics as metrics
 from ava_jax.assemble import StepStats as StepStats
 from ava_jax.config import UnifiedLossConfig as UnifiedLossConfig
 from ava_jax.debug import checked as checked

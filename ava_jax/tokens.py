@@ -56,9 +56,7 @@ def read_tokens(
     `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` weigh 0; if that is
     the EOS id too, the first one of the row's trailing run keeps its weight.
     """
-    if targets.dtype not in (jnp.int32, jnp.int64):
-        # Narrow and unsigned types cannot hold ignore_index or vocab_size.
-        targets = targets.astype(jnp.int32)
+    targets = _signed(targets)
     if attention_mask is not None:
         given = as_float(attention_mask)
     else:
@@ -82,6 +80,11 @@ def read_tokens(
     )
 
 
+def _signed(ids: Integer[Array, "B S"]) -> Int[Array, "B S"]:
+    """Gives ids a type that holds ignore_index and vocab_size; none become equal."""
+    return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
+
+
 def _padding(
     targets: Int[Array, "B S"], pad_token_id: int | None, eos_token_id: int | None
 ) -> Bool[Array, "B S"]:
@@ -96,7 +99,7 @@ def _padding(
 
 def previous(x: Shaped[Array, "B S"], fill: int | bool) -> Shaped[Array, "B S"]:
     """Shifts one to the right along the sequence; position 0 gets `fill`."""
-    first = jnp.full((x.shape[0], 1), fill, x.dtype)
+    first = jnp.full((x.shape[0], min(x.shape[1], 1)), fill, x.dtype)
     return jnp.concatenate([first, x[:, :-1]], axis=1)
 
 
@@ -140,12 +143,17 @@ def stack_ahead(tokens: Tokens, num_heads: int) -> Tokens:
     return jax.tree.map(lambda *x: jnp.stack(x), *heads)
 
 
-def whole_windows(tokens: Tokens, size: int) -> Bool[Array, "B S"]:
-    """Says where a window of `size` counted targets of one segment ends."""
+def stretch_lengths(tokens: Tokens) -> Int[Array, "B S"]:
+    """Returns how many counted targets of one segment end, without a gap, here."""
     index = _index(tokens.active.shape)
     last_gap = lax.cummax(jnp.where(tokens.active, -1, index), axis=1)
     first = jnp.maximum(last_gap + 1, index - tokens.positions)
-    return tokens.active & (index - first + 1 >= size)
+    return index - first + 1
+
+
+def whole_windows(tokens: Tokens, size: int) -> Bool[Array, "B S"]:
+    """Says where a window of `size` counted targets of one segment ends."""
+    return tokens.active & (stretch_lengths(tokens) >= size)
 
 
 @flax.struct.dataclass
@@ -175,9 +183,22 @@ class SortedWindows:
 
 
 def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
-    """Sorts the windows of `size` targets of each row, by their last position."""
+    """Sorts the windows of `size` targets of each row, by their last position.
+
+    Raises:
+      ValueError: `size`, which callers know as `ngram_size`, is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"ngram_size must be at least 1, got {size}")
     keys = (tokens.segments, *_ending_at(tokens, size, 0))
     return _sort_windows(whole_windows(tokens, size), keys)
+
+
+def count_ngrams(tokens: Tokens, size: int) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """Returns how many distinct windows of `size` targets each row has, and of all."""
+    windows = sort_ngrams(tokens, size)
+    distinct = windows.whole & (windows.rank == 0)
+    return jnp.sum(distinct, axis=1), jnp.sum(windows.whole, axis=1)
 
 
 def _sort_windows(
@@ -238,11 +259,14 @@ def run_lengths(tokens: Tokens, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     return counted - lax.cummax(jnp.where(breaks, counted, 0), axis=1) + 1
 
 
-def plain_tokens(ids: Int[Array, "B S"], active: Bool[Array, "B S"]) -> Tokens:
+def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Tokens:
     """Wraps ids of any range, one segment per row, for counting windows."""
+    signed = _signed(ids)
+    # XLA would scan over a mask of ones while compiling, which takes seconds.
+    active = lax.optimization_barrier(active)
     return Tokens(
-        targets=ids.astype(jnp.int32),
-        raw=ids,
+        targets=signed,
+        raw=signed,
         weights=as_float(active),
         active=active,
         invalid=jnp.zeros_like(active),

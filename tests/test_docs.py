@@ -19,7 +19,7 @@ import pytest
 from golden_cases import compiler_options
 
 import ava_jax
-from ava_jax import heads, losses
+from ava_jax import heads, losses, metrics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -240,11 +240,22 @@ def assert_defined_in(name: str, path: Path) -> None:
     assert Path(inspect.getfile(source)).resolve() == path.resolve(), name
 
 
+def names_of_metrics() -> set[str]:
+    """What `ava_jax.metrics` defines or re-exports for callers."""
+    own = {
+        name
+        for name, value in vars(metrics).items()
+        if getattr(value, "__module__", "") == metrics.__name__ and name[0] != "_"
+    }
+    return own | {"max_violation"}
+
+
 def test_terms_find_everything() -> None:
     page = DOCS / "terms.md"
     named = set(codes(split(page)[0]))
     public = {f"losses.{n}" for n in dir(losses) if callable(getattr(losses, n))}
     public |= {f"heads.{n}" for n in heads.__dict__ if n[0].isupper()}
+    public |= {f"metrics.{n}" for n in names_of_metrics()}
     wanted = set(ALL_FIELDS) | all_aux_keys() | public
     assert wanted - named == set()
 

@@ -1,5 +1,6 @@
 """Weights, shifts, windows, matches and runs, by hand-made rows."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,14 @@ def test_targets_may_have_any_integer_type(kind):
     tokens = read_tokens(ids, vocab_size=50257)
     np.testing.assert_array_equal(tokens.targets, [[1, 2, 100]])
     np.testing.assert_array_equal(tokens.weights, [[1, 1, 1]])
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint64"])
+def test_ids_of_64_bits_are_not_cut_to_the_vocabulary(kind):
+    with jax.enable_x64(True):
+        tokens = read_tokens(jnp.array([[1, 2**32 + 5]], kind), vocab_size=10)
+        np.testing.assert_array_equal(tokens.weights, [[1, 0]])
+        np.testing.assert_array_equal(tokens.invalid, [[False, True]])
 
 
 def test_padding_without_a_mask():

@@ -16,6 +16,7 @@ from ava_jax.stats import Query, TokenStats, Vocabulary
 from ava_jax.tokens import (
     History,
     Tokens,
+    count_ngrams,
     earlier_continuations,
     earlier_ids,
     longest_runs,
@@ -48,7 +49,7 @@ def sequence_unlikelihood(
       The mean over w, a scalar; 0 where no token counts.
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -289,7 +290,7 @@ def anti_repetition_loss(
       (unweighted scores, means over the batch) and `total_loss`.
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -327,18 +328,12 @@ def _row_scores(labels, mask, eos_token_id, pad_token_id, ngram_size):
     nowhere = jnp.zeros_like(inside)
     pad = nowhere if pad_token_id is None else labels == pad_token_id
     eos = nowhere if eos_token_id is None else (labels == eos_token_id) & inside
-    repetition = 1 - _distinct_share(labels, inside & ~pad, ngram_size, empty=1.0)
-    diversity = _distinct_share(labels, inside & ~pad & ~eos, 1, empty=0.0)
+    distinct, total = count_ngrams(plain_tokens(labels, inside & ~pad), ngram_size)
+    repetition = safe_divide(total - distinct, total)
+    distinct, total = count_ngrams(plain_tokens(labels, inside & ~pad & ~eos), 1)
+    diversity = safe_divide(distinct, total)
     count = jnp.sum(as_float(eos), 1)
     is_last = jnp.any(eos & (index == length - 1), 1)
     once = jnp.where((count == 1) & ~is_last, 0.5, 0.0)
     misuse = safe_divide(jnp.where(count > 1, count, once), length[:, 0])
     return repetition, misuse, diversity
-
-
-def _distinct_share(ids, active, size, *, empty):
-    """Distinct n-grams over all n-grams that lie wholly in `active`, per row."""
-    windows = sort_ngrams(plain_tokens(ids, active), size)
-    total = jnp.sum(as_float(windows.whole), 1)
-    distinct = jnp.sum(as_float(windows.whole & (windows.rank == 0)), 1)
-    return jnp.where(total == 0, empty, safe_divide(distinct, total))

@@ -132,6 +132,9 @@ def test_bad_arguments():
         losses.repetition_decay_loss(logits, ids, span_length=2, decay=2.0)
     with pytest.raises(ValueError, match=r"token ids must be \[B, S\]"):
         losses.sequence_unlikelihood(logits, ids[:, :4])
+    for loss in (losses.sequence_unlikelihood, losses.anti_repetition_loss):
+        with pytest.raises(ValueError, match="ngram_size must be at least 1, got 0"):
+            loss(logits, ids, ngram_size=0)
     with pytest.raises(ValueError, match="length must be at least 1"):
         losses.repeat_spans(ids, 0)
 
