@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -27,21 +28,28 @@ class Metrics:
 
     @classmethod
     def pack(cls, scalars: dict[str, Array]) -> "Metrics":
-        """Packs scalars and arrays; entry i of an array `x` is called `x_i`, from 1."""
-        flat: dict[str, Array] = {}
-        for name, value in scalars.items():
-            if value.ndim == 0:
-                flat[name] = value
-                continue
-            for index, entry in enumerate(value.reshape(-1), start=1):
-                flat[f"{name}_{index}"] = entry
-        values = [value.astype(jnp.float32) for value in flat.values()]
-        return cls(jnp.stack(values), tuple(flat))
+        """Packs scalars, vectors and arrays of layers × experts.
+
+        Entry i of a vector `x` is called `x_i`, layer l and expert e of an array `x`
+        `x_Ll_Ee`, all from 1.
+        """
+        names = [_entry_names(name, value.shape) for name, value in scalars.items()]
+        values = [value.astype(jnp.float32).reshape(-1) for value in scalars.values()]
+        return cls(jnp.concatenate(values), tuple(itertools.chain(*names)))
 
     def fetch(self) -> Record:
         """Returns numbers of the host; waits for the device if it must."""
         values = np.asarray(self.values).tolist()
         return dict(zip(self.names, values, strict=True))
+
+
+def _entry_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    letters = {0: (), 1: ("",), 2: ("L", "E")}[len(shape)]
+    places = itertools.product(*(range(1, size + 1) for size in shape))
+    return [
+        "_".join([name, *(f"{x}{i}" for x, i in zip(letters, place, strict=True))])
+        for place in places
+    ]
 
 
 class MetricsLog:
@@ -90,19 +98,33 @@ def read_records(path: Path) -> list[Record]:
 
     JSON knows no NaN and no infinity: both are written as null and read as NaN.
     """
+    return [
+        {name: _number(path, name, value) for name, value in line.items()}
+        for line in read_lines(path)
+    ]
+
+
+def _number(path: Path, name: str, value: object) -> float:
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float):
+        raise TrainingError(f"{path}: {name} must be a number, got {value!r}")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    """Reads a .jsonl of objects; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    records: list[Record] = []
+    objects: list[dict[str, object]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries = json.loads(line).items()
+            objects.append(dict(json.loads(line).items()))
         except (json.JSONDecodeError, AttributeError) as error:
             if number < len(lines):
                 raise TrainingError(f"{path}, line {number}: {error}") from error
-            continue
-        records.append({k: math.nan if v is None else v for k, v in entries})
-    return records
+    return objects
 
 
 def steps_of(path: Path) -> set[float]:

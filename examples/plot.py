@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Adaptive multi-token": ("main_", "adaptive_mtp"),
     "Experts: balance": ("moe_", "diversity_loss"),
     "Experts: auxiliary": ("aux_",),
+    "Experts: load": ("expert_load_",),
     "Accuracy": ("accuracy",),
     "Entropy (nats)": ("entropy",),
     "Perplexity": ("perplexity",),
@@ -41,6 +42,8 @@ HIDDEN = (
     "skipped_steps",
     "skipped_in_a_row",
 )
+# One number per layer and expert: a picture, not lines of a table.
+PICTURED = ("expert_load_",)
 LOGARITHMIC = ("Perplexity", "Gradient norm")
 SMOOTH_ALREADY = ("Temperature", "Learning rate")
 MOST_LINES = 12
@@ -89,10 +92,10 @@ def _draw(axis: Axes, title: str, names: list[str], records: list[Record]) -> No
         values = np.array([record.get(name, np.nan) for record in records])
         color = f"C{index % 10}"
         style = "-" if index < 10 else "--"
-        window = 1 if title in SMOOTH_ALREADY else max(1, len(values) // 50)
+        window = smoothing_window(title, len(values))
         if window > 1:
             axis.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
-        axis.plot(steps, _smooth(values, window), style, color=color, label=name)
+        axis.plot(steps, smooth(values, window), style, color=color, label=name)
     more = len(names) - MOST_LINES
     axis.set_title(
         title + (f" (first {MOST_LINES} of {len(names)})" if more > 0 else "")
@@ -105,7 +108,12 @@ def _draw(axis: Axes, title: str, names: list[str], records: list[Record]) -> No
         axis.legend(fontsize=8)
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smoothing_window(title: str, count: int) -> int:
+    """How many of a panel's records one point of its curves is the mean of."""
+    return 1 if title in SMOOTH_ALREADY else max(1, count // 50)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` finite values, of fewer at the start."""
     known = np.isfinite(values)
     sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))

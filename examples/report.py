@@ -4,7 +4,7 @@ import types
 from pathlib import Path
 
 from metrics import Record
-from plot import HIDDEN
+from plot import HIDDEN, PICTURED
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -101,7 +101,7 @@ def show_table(console: Console, records: list[Record], heldout: list[Record]) -
     table.add_column("first", justify="right")
     table.add_column("last", justify="right")
     for name in last:
-        if name not in HIDDEN:
+        if name not in HIDDEN and not name.startswith(PICTURED):
             table.add_row(name, _format(first.get(name)), _format(last[name]))
     if heldout:
         table.add_section()
@@ -120,13 +120,21 @@ def _format(value: float | None) -> str:
 def show_paths(console: Console, out: Path) -> None:
     """Prints where everything is."""
     console.print("Written:")
-    for name in (
+    names = (
         "config.json",
         "metrics.jsonl",
         "heldout.jsonl",
+        "samples.jsonl",
         "losses.png",
         "tokenizer.json",
         "checkpoints",
         "tensorboard",
-    ):
-        console.print(f"  {out / name}", highlight=False, soft_wrap=True)
+    )
+    for path in (out / name for name in names):
+        if path.exists():
+            console.print(f"  {path}", highlight=False, soft_wrap=True)
+    console.print(
+        f"All of it as one page: python examples/show_run.py {out}",
+        highlight=False,
+        soft_wrap=True,
+    )

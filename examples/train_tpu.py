@@ -31,6 +31,7 @@ from devices import (
 )
 from errors import TrainingError
 from evaluate import evaluate, generate, routing_bias
+from expert_load import count_choices, relative_load
 from files import write_whole, writing
 from guard import Skips, choose, is_finite
 from jax.sharding import Mesh, NamedSharding
@@ -45,6 +46,7 @@ from recorder import Recorder
 from report import show_paths, show_table
 from rich.console import Console
 from run_folder import open_run, refuse_other_data
+from samples import Sample, keep_sample
 from settings import LossFields, Settings, make_loss_config, parse_settings
 from stopping import StopRequest
 
@@ -61,10 +63,17 @@ class TrainState(NamedTuple):
     skipped: Skips
 
 
+class StepSums(NamedTuple):
+    """What the micro-batches of a step add up to, besides the gradient."""
+
+    stats: ava_jax.StepStats
+    choices: Int[Array, "L E"] | None
+
+
 # The vocabulary's columns come in multiples of this, as matrix units like them.
 COLUMNS = 128
 
-Gradient = Callable[[TrainState, Batch], tuple[optax.Params, ava_jax.StepStats]]
+Gradient = Callable[[TrainState, Batch], tuple[optax.Params, StepSums]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -114,21 +123,19 @@ def split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 def make_gradient(
     settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
 ) -> Gradient:
-    """The gradient of a batch and its stats, added up over the micro-batches."""
+    """The gradient of a batch and its sums, added up over the micro-batches."""
 
     def micro_loss(
         params: optax.Params,
         state: ava_jax.LossState,
         micro: Batch,
         normalizers: ava_jax.Normalizers,
-    ) -> tuple[Array, ava_jax.StepStats]:
+    ) -> tuple[Array, StepSums]:
         inputs = loss_inputs(model, params, micro, routing_bias(state))
         loss, _, stats = loss_fn.accumulate(state, normalizers=normalizers, **inputs)
-        return loss, stats
+        return loss, StepSums(stats, count_choices(inputs, model.config.experts))
 
-    def gradient(
-        state: TrainState, batch: Batch
-    ) -> tuple[optax.Params, ava_jax.StepStats]:
+    def gradient(state: TrainState, batch: Batch) -> tuple[optax.Params, StepSums]:
         window = split(batch, settings.microbatches, mesh)
         normalizers = loss_fn.normalizers(
             targets=window.targets,
@@ -136,16 +143,14 @@ def make_gradient(
             segment_ids=window.segment_ids,
         )
 
-        def add(
-            grads: optax.Params, micro: Batch
-        ) -> tuple[optax.Params, ava_jax.StepStats]:
+        def add(grads: optax.Params, micro: Batch) -> tuple[optax.Params, StepSums]:
             own = jax.grad(micro_loss, has_aux=True)
-            more, stats = own(state.params, state.loss, micro, normalizers)
-            return jax.tree.map(jnp.add, grads, more), stats
+            more, sums = own(state.params, state.loss, micro, normalizers)
+            return jax.tree.map(jnp.add, grads, more), sums
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, stats = jax.lax.scan(add, zeros, window)
-        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), stats)
+        grads, sums = jax.lax.scan(add, zeros, window)
+        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
 
     return gradient
 
@@ -162,7 +167,7 @@ def make_train_step(
     gradient = make_gradient(settings, model, loss_fn, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, stats = gradient(state, batch)
+        grads, (stats, choices) = gradient(state, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
@@ -181,6 +186,8 @@ def make_train_step(
             "skipped_steps": skipped.total,
             "skipped_in_a_row": skipped.in_a_row,
         }
+        if choices is not None:
+            metrics["expert_load"] = relative_load(choices)
         return new, Metrics.pack(metrics)
 
     shapes = jax.eval_shape(functools.partial(new_state, settings, model, loss_fn))
@@ -380,10 +387,12 @@ class Run:
                 self._say(f"{skipped:.0f} steps were skipped: they were not finite")
         if self.settings.sample_tokens:
             # Every process takes part in the sample; the first one's console shows it.
-            sample = self.sample()
+            sample = Sample(self.step, self.settings.prompt, self.sample())
             console.rule("sample")
-            console.print(sample, markup=False, highlight=False, soft_wrap=True)
+            console.print(sample.text, markup=False, highlight=False, soft_wrap=True)
             console.rule()
+            if is_first():
+                keep_sample(out / "samples.jsonl", sample)
         show_paths(console, out)
 
 

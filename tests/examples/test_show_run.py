@@ -1,0 +1,483 @@
+"""A run's folder as one page: whole, safe, and honest about what is missing."""
+
+import dataclasses
+import html.parser
+import itertools
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heat_map import average, columns_for, heat_map, level_names
+from markup import Html, element
+from metrics import Record
+from run_helpers import train
+from sections import duration
+from settings import PRESETS, make_loss_config
+from show_run import main
+from svg import Line, Scale, line_chart, short, thin
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+EVIL = "<script>alert('&amp;')</script>"
+VOID = ("meta",)
+
+
+class Page(html.parser.HTMLParser):
+    """Reads a page and refuses one that is not well formed.
+
+    Attributes:
+      tags: every element's name and attributes, in order.
+      text: what can be read.
+    """
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        assert page.startswith("<!DOCTYPE html>\n<html ")
+        self.feed(page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(set(names)) == len(names)
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] not in (["script"], ["style"]):
+            self.text += data
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        """The attributes of all elements of a name."""
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    def classed(self, name: str) -> list[dict[str, str]]:
+        """The attributes of all elements of a class."""
+        found = (attributes for _, attributes in self.tags)
+        return [a for a in found if name in a.get("class", "").split()]
+
+
+def make_records(steps: int) -> list[Record]:
+    return [
+        {
+            "step": step,
+            "tokens": 64 * step,
+            "seconds": 0.5 * step,
+            "total_loss": 7.0 / step,
+            "nll": 6.0 / step,
+            "mtp_head_losses_1": 1.0 / step,
+            "temperature": 1.0,
+            "learning_rate": 1e-3,
+            "grad_norm": 2.0,
+            "perplexity": math.exp(6 / step),
+            "brand_new": 0.25,
+            "skipped_steps": 0.0,
+        }
+        | {
+            f"expert_load_L{layer}_E{expert}": 2.0 * (expert == step % 4 + 1)
+            for layer in (1, 2)
+            for expert in (1, 2, 3, 4)
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+HELDOUT: list[Record] = [
+    {"step": 0, "nll": 7.5, "accuracy": 0.01, "head_accuracy_1": math.nan},
+    {"step": 6, "nll": 3.25, "accuracy": 0.375, "head_accuracy_1": 0.125},
+]
+
+
+def write_lines(path: Path, records: Sequence[Record]) -> None:
+    lines = (
+        {k: None if math.isnan(v) else v for k, v in record.items()}
+        for record in records
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_run(folder: Path, *, experts: int = 4, data: str = "some text") -> Path:
+    """A run of six steps, with all files."""
+    settings, fields = PRESETS["moe"]
+    model = dataclasses.replace(settings.model, experts=experts, experts_per_token=1)
+    settings = dataclasses.replace(settings, steps=6, model=model)
+    fields = fields if experts else PRESETS["demo"][1]
+    config = {
+        "settings": dataclasses.asdict(settings),
+        "loss": dataclasses.asdict(make_loss_config(settings, fields, 300, 299)),
+        "data": {"name": data, "sha256": "0" * 64, "size": 123456},
+        "versions": {"python": "3.11.0", "jax": "0.10.2"},
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    write_lines(folder / "metrics.jsonl", make_records(6))
+    write_lines(folder / "heldout.jsonl", HELDOUT)
+    sample = {"step": 6, "prompt": "def ", "text": "def f(x):\n    return x"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    return folder
+
+
+def show(folder: Path) -> Page:
+    assert main([str(folder)]) == 0
+    return Page((folder / "report.html").read_text())
+
+
+def test_a_page_has_everything_and_loads_nothing(tmp_path: Path) -> None:
+    page = show(make_run(tmp_path / "my run"))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(set(ids)) == len(ids)
+    parts = ["terms", "schedules", "experts", "heads", "heldout", "samples"]
+    assert [a["id"] for a in page.all("section")] == parts
+    assert [a["href"] for a in page.all("a")] == [f"#{part}" for part in parts]
+    labels = [a["aria-labelledby"] for a in page.all("section")]
+    assert all(label in ids for label in labels)
+    text = (tmp_path / "my run" / "report.html").read_text()
+    for outside in ("http:", "https:", "//", "url(", "@import", "src="):
+        assert outside not in text.replace("// ", ""), outside
+    assert not page.all("link")
+    assert len(page.all("script")) == 1
+    assert "default-src 'none'" in page.all("meta")[1]["content"]
+    assert "Not yet" not in page.text
+    for words in ("my run", "finished: step 6 of 6", "384", "0:00:03", "123,456 bytes"):
+        assert words in page.text
+    for words in ("python 3.11.0, jax 0.10.2", "7.5 → 3.25", "37.50%", "brand_new"):
+        assert words in page.text
+
+
+def test_every_chart_says_what_it_shows(tmp_path: Path) -> None:
+    page = show(make_run(tmp_path / "run"))
+    charts = page.classed("chart") + page.classed("heat")
+    assert len(charts) == len(page.all("figure"))
+    assert all(chart["role"] == "img" for chart in charts)
+    labels = [chart["aria-label"] for chart in charts]
+    assert "nll: 6 at step 1, 1 at step 6" in labels[0]
+    assert "held-out nll: 7.5 at step 0, 3.25 at step 6" in labels[0]
+    assert any("busiest is E3 with 2.00" in label for label in labels)
+    assert all("scope" in cell for cell in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    drawn = {a["data-label"] for a in page.classed("line") if "data-label" in a}
+    assert {"total_loss", "temperature", "grad_norm", "brand_new"} <= drawn
+    assert not any(name.startswith("expert_load") for name in drawn)
+
+
+def test_what_a_run_chose_comes_before_the_defaults(tmp_path: Path) -> None:
+    text = show(make_run(tmp_path / "run")).text
+    chosen, _, others = text.partition("All other settings")
+    for name in ("steps6 default 800", "loss.moe_balancing_typebias default gradient"):
+        assert name in chosen
+        assert name not in others
+    for name in ("batch_size8", "loss.label_smoothing0.1", "loss.vocab_size300"):
+        assert name in others
+        assert name not in chosen
+    # A space at the end is part of the prompt.
+    assert "prompt'def '" in others
+
+
+def test_a_dense_run_has_no_section_on_experts(tmp_path: Path) -> None:
+    page = show(make_run(tmp_path / "run", experts=0))
+    assert "experts" not in [a["id"] for a in page.all("section")]
+    assert not page.classed("heat")
+
+
+@pytest.mark.parametrize(
+    ("files", "sections"),
+    [
+        (["heldout.jsonl"], 2),
+        (["samples.jsonl"], 1),
+        (["metrics.jsonl"], 3),
+        (["metrics.jsonl", "heldout.jsonl", "samples.jsonl"], 6),
+    ],
+)
+@pytest.mark.parametrize("left", ["", '{"step": 1, "nl'])
+def test_what_is_missing_or_cut_off_is_said(
+    tmp_path: Path, files: list[str], sections: int, left: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    for name in files:
+        (run / name).unlink()
+        if left:
+            (run / name).write_text(left)
+    page = show(run)
+    assert page.text.count("Not yet:") == len(page.classed("missing")) == sections
+    if "metrics.jsonl" in files:
+        assert "going on, or stopped: step 0 of 6" in page.text
+
+
+def test_a_run_of_before_these_metrics_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_lines(
+        run / "metrics.jsonl", [{"step": 1, "tokens": 1, "seconds": 1.0, "nll": 1.0}]
+    )
+    write_lines(run / "heldout.jsonl", [{"step": 0, "nll": 1.0, "accuracy": 0.5}])
+    text = show(run).text
+    assert "Not yet: metrics.jsonl has no expert_load" in text
+    assert "Not yet: heldout.jsonl has no head_accuracy" in text
+
+
+def test_a_last_line_cut_off_leaves_the_others(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-30])
+    assert "going on, or stopped: step 5 of 6" in show(run).text
+
+
+def test_what_comes_from_files_is_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<b>run", data=f'{EVIL}"')
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"prompt": EVIL, "preset": EVIL, EVIL: EVIL}
+    config["versions"][EVIL] = EVIL
+    (run / "config.json").write_text(json.dumps(config))
+    records = [record | {EVIL: 1.0, '" onload="x': 2.0} for record in make_records(6)]
+    write_lines(run / "metrics.jsonl", records)
+    write_lines(run / "heldout.jsonl", [record | {EVIL: 1.0} for record in HELDOUT])
+    samples = [
+        {"step": 1, "prompt": EVIL, "text": f"{EVIL} more"},
+        {"step": 2, "prompt": EVIL, "text": "\ud800 something else </pre>"},
+    ]
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (run / "samples.jsonl").write_text(lines)
+    page = show(run)
+    assert len(page.all("script")) == 1
+    assert not page.all("b")
+    assert not any("onload" in attributes for _, attributes in page.tags)
+    assert page.text.count(EVIL) > 10
+    assert f"{EVIL} more" in page.text
+    # Decoding has changed the second prompt, so it stands before the text.
+    assert f"{EVIL}\n? something else </pre>" in page.text
+    assert len(page.all("mark")) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "is no run of the trainer: it has no config.json"),
+        ("{", "cannot read "),
+        ("[]", "was not written by the trainer"),
+        ('{"settings": {}, "loss": {}, "data": {}}', "was not written by the trainer"),
+        (
+            '{"settings": {}, "loss": {}, "data": {}, "versions": {}}',
+            "does not say how many steps",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: str | None,
+    message: str,
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert main([str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"nll": 1.0}\n', "a line without a step"),
+        ('{"step": 1}\noops\n{"step": 2}\n', "metrics.jsonl, line 2"),
+        ('{"step": "1"}\n', "step must be a number, got '1'"),
+    ],
+)
+def test_damaged_metrics_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, message: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(lines)
+    assert main([str(run)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_goes_where_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    out = tmp_path / "other.html"
+    assert main([str(run), "--out", str(out)]) == 0
+    assert not (run / "report.html").exists()
+    assert out.read_text().startswith("<!DOCTYPE html>")
+    assert main([str(run), "--out", str(tmp_path / "nowhere" / "x.html")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def curve(chart: Html, label: str, kind: str = "line") -> dict[str, str]:
+    page = Page(f"<!DOCTYPE html>\n<html >{chart}</html>")
+    (found,) = [a for a in page.classed(kind) if a["data-label"] == label]
+    return found
+
+
+def test_numbers_that_are_missing_are_gaps() -> None:
+    steps = np.arange(7.0)
+    values = np.array([1, 2, np.nan, 4, np.nan, 6, 7])
+    drawn = curve(line_chart("x", [Line("a", steps, values, 0)]), "a")
+    strokes = drawn["d"].split("M")[1:]
+    assert [stroke.count("L") for stroke in strokes] == [1, 0, 1]
+    # A stroke of one point is still to be seen.
+    assert strokes[1].endswith("h0")
+    assert drawn["data-x"] == "0,1,3,5,6"
+    assert drawn["data-y"] == "1,2,4,6,7"
+    empty = line_chart("x", [Line("a", steps, np.full(7, np.nan), 0)])
+    assert curve(empty, "a")["d"] == ""
+    assert "nan" not in empty
+
+
+def test_a_logarithmic_scale_leaves_out_what_has_no_logarithm() -> None:
+    values = np.array([0.0, 1.0, 10.0, 100.0])
+    lines = [Line("a", np.arange(4.0), values, 0)]
+    drawn = curve(line_chart("x", lines, is_log=True), "a")
+    assert drawn["data-y"] == "1,10,100"
+    heights = [float(point.split()[1]) for point in drawn["d"][1:].split("L")]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
+    negative = [Line("a", np.arange(2.0), np.array([-1.0, -2.0]), 0)]
+    assert curve(line_chart("x", negative, is_log=True), "a")["data-y"] == "-1,-2"
+
+
+def test_dots_are_where_the_curve_is() -> None:
+    x, y = np.array([1.0, 2, 3]), np.array([5.0, np.nan, 6])
+    chart = line_chart("x", [Line("a", x, y, 0), Line("b", x, y, 1, "dots")])
+    page = Page(f"<!DOCTYPE html>\n<html >{chart}</html>")
+    places = [f"{float(a['cx']):.1f} {float(a['cy']):.1f}" for a in page.all("circle")]
+    assert curve(chart, "a")["d"] == "M" + "M".join(f"{place}h0" for place in places)
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 100_000])
+def test_long_curves_keep_their_spikes(count: int) -> None:
+    values = np.sin(np.arange(count) / 50)
+    spike, dip, gap = (count * k // 7 for k in (2, 4, 6))
+    values[[spike, dip, gap]] = 9.0, -9.0, np.nan
+    kept = thin(values)
+    assert len(kept) <= 1003
+    assert (np.diff(kept) > 0).all()
+    assert {0, count - 1, spike, dip, gap} <= set(kept.tolist())
+    if count <= 1000:
+        assert len(kept) == count
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "texts"),
+    [
+        (0.9, 6.2, True, "1 2 3 4 5 6"),
+        (0.4, 1.6, True, "1"),
+        (-0.01, 0.052, False, "0 0.02 0.04"),
+        (-200, 24000, True, "0 5k 10k 15k 20k"),
+        (1.1e-5, 4.4e-5, False, "2e-05 3e-05 4e-05"),
+        (99.9991, 100.0009, False, "99.9995 100.0000 100.0005"),
+        (0, 3e6, False, "0 0.5M 1.0M 1.5M 2.0M 2.5M 3.0M"),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, whole: bool, texts: str) -> None:
+    ticks = Scale(low, high, 0, 1).ticks(whole=whole)
+    assert list(ticks.values()) == texts.split()
+    assert all(low <= tick <= high for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.9, 2000, "1 10 100 1000"),
+        (0.9, 60, "1 2 5 10 20 50"),
+        (2.1, 4.9, "2.5 3.0 3.5 4.0 4.5"),
+    ],
+)
+def test_logarithmic_ticks_are_round(low: float, high: float, texts: str) -> None:
+    ticks = Scale(low, high, 0, 1, is_log=True).ticks()
+    assert list(ticks.values()) == texts.split()
+
+
+def test_a_scale_has_room_around_a_single_number() -> None:
+    for value in (0.0, 3.0, -1e-9):
+        scale = Scale.around(np.array([value, np.nan]), 0, 10)
+        assert scale.low < value < scale.high
+        assert float(scale.place(np.array(value))) == pytest.approx(5)
+
+
+def test_short_numbers() -> None:
+    numbers = (0, 1234.5678, 0.00012345, 25_300, 4.5e6, 2e9, math.nan)
+    texts = ["0", "1235", "0.0001234", "25.3k", "4.5M", "2G", "\N{EN DASH}"]
+    assert [short(number) for number in numbers] == texts
+    assert [duration(x) for x in (59.6, 3723, math.nan)] == [
+        "0:01:00",
+        "1:02:03",
+        "\N{EN DASH}",
+    ]
+
+
+def test_loads_are_averaged_over_stretches_of_steps() -> None:
+    steps = np.array([10.0, 20, 30, 40, 70, 80])
+    loads = np.stack([[1.0, 3, np.nan, 2, 5, np.nan], np.full(6, np.nan)], axis=1)
+    columns = average(steps, loads, 4)
+    np.testing.assert_allclose(columns.edges, [3, 24, 45, 66, 87])
+    np.testing.assert_allclose(columns.means[:, 0], [2, 2, np.nan, 5])
+    assert np.isnan(columns.means[:, 1]).all()
+    one = average(np.array([5.0]), np.array([[1.5]]), 10)
+    np.testing.assert_allclose(one.edges, [4.5, 5.5])
+    assert columns_for(1, 8) == 120
+    assert columns_for(24, 64) * 24 * 64 <= 40_000
+    assert columns_for(64, 256) == 24
+
+
+def test_a_heat_map_colours_by_factors_of_an_even_share() -> None:
+    loads = np.array([[0.0, 1.0, 2.5], [0.1, 1.0, np.nan], [9.0, 0.6, np.nan]])
+    picture = heat_map("x", average(np.array([1.0, 2, 3]), loads, 120))
+    page = Page(f"<!DOCTYPE html>\n<html >{picture}</html>")
+    boxes = {a["class"]: a["d"].count("M") for a in page.all("path")}
+    # Neighbours of one level in a row are one box; what is not known is none.
+    assert boxes == {"h0": 1, "h3": 1, "h5": 1, "h8": 1, "h10": 1}
+    assert page.classed("heat")[0]["data-loads"] == "0,0.1,9;1,1,0.6;2.5,nan,nan"
+    assert len(level_names()) == 11
+    assert dict(level_names())["h5"] == "0.9 to 1.1"
+
+
+def test_markup_escapes_text_and_keeps_markup() -> None:
+    made = element("p", "<", element("b", "&"), class_="a\"'", data_x=1.23456)
+    expected = '<p class="a&quot;&#x27;" data-x="1.23">&lt;<b>&amp;</b></p>'
+    assert made == expected
+
+
+def test_a_real_run_makes_a_page(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny, out, "--steps", "2", "--prompt", "<i>")
+    page = show(out)
+    assert page.text.count("Not yet:") == page.text.count("has no sample") == 1
+    assert not page.all("i")
+    assert "finished: step 2 of 2" in page.text
+    first = (out / "report.html").read_bytes()
+    show(out)
+    assert (out / "report.html").read_bytes() == first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_runs_the_script_and_complains_of_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", data=EVIL)
+    show(run)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    flags += " --disable-background-networking --disable-component-update"
+    flags += " --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    page = (run / "report.html").as_uri()
+    end = subprocess.run(
+        [str(CHROMIUM), *flags.split(), profile, page],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "CONSOLE" not in end.stderr
+    # The script has added it.
+    assert 'class="tip"' in end.stdout
