@@ -1,6 +1,5 @@
 """Held-out metrics at temperature 1, and a sample of the model's text."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -13,14 +12,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from layers import Batch
 from metrics import Record
-from model import LanguageModel, hidden_and_head, is_adaptive, loss_inputs
+from model import LanguageModel, is_adaptive, loss_inputs
 
 import ava_jax
 from ava_jax import BiasBalanceState
 from ava_jax.losses import layer_norm
-
-# Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
-CANDIDATES = 40
 
 
 def routing_bias(state: ava_jax.LossState) -> Float[Array, "L E"] | None:
@@ -133,37 +129,3 @@ def look_ahead(x: Int[Array, "B S"], count: int) -> Int[Array, "K B S"]:
     length = x.shape[1]
     steps = [min(step, length) for step in range(1, count + 1)]
     return jnp.stack([jnp.pad(x[:, step:], ((0, 0), (0, step))) for step in steps])
-
-
-@functools.partial(jax.jit, static_argnames=("model", "prompt_length"))
-def generate(
-    model: LanguageModel,
-    params: optax.Params,
-    state: ava_jax.LossState,
-    tokens: Int[Array, "S"],
-    key: Array,
-    *,
-    prompt_length: int,
-) -> Int[Array, "S"]:
-    """Fills `tokens` after the prompt, sampling at the temperature of the loss state.
-
-    Every token runs the whole row again, which is short; attention is causal, so what
-    lies after the token does not matter.
-    """
-    length = tokens.shape[0]
-    temperature = 1.0 if state.temperature is None else state.temperature
-    padding = jnp.arange(model.columns) >= model.loss.vocab_size
-
-    def extend(index: Int[Array, ""], tokens: Int[Array, "S"]) -> Int[Array, "S"]:
-        row = tokens[None]
-        batch = Batch(row, row, jnp.ones_like(row), jnp.arange(length)[None])
-        hidden, head = hidden_and_head(model, params, batch, routing_bias(state))
-        logits = (hidden[0, index - 1] @ head).astype(jnp.float32)
-        if (cap := model.loss.logit_soft_cap) is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        logits = jnp.where(padding, -jnp.inf, logits / temperature)
-        best, ids = jax.lax.top_k(logits, min(CANDIDATES, model.loss.vocab_size))
-        chosen = ids[jax.random.categorical(jax.random.fold_in(key, index), best)]
-        return tokens.at[index].set(chosen.astype(tokens.dtype))
-
-    return jax.lax.fori_loop(prompt_length, length, extend, tokens)

@@ -92,10 +92,17 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Causal attention that stays inside a segment."""
+    """Causal attention that stays inside a segment.
+
+    With a `cache_length` it reads on where it stopped: keys and values are kept in the
+    collection "cache", each at its position, and a token sees all up to its own. What
+    lies at later positions is ignored, so going back is reading again from there. A row
+    is one segment then; positions past the cache are not kept.
+    """
 
     heads: int
     dtype: DTypeLike
+    cache_length: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
@@ -107,15 +114,54 @@ class Attention(nn.Module):
 
         query = rotate(project("query"), batch.positions)
         key = rotate(project("key"), batch.positions)
-        segments = batch.segment_ids
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(
-            query, key, project("value"), mask=same, is_causal=True
-        )
+        value = project("value")
+        if self.cache_length is None:
+            segments = batch.segment_ids
+            same = segments[:, None, :, None] == segments[:, None, None, :]
+            mixed = jax.nn.dot_product_attention(
+                query, key, value, mask=same, is_causal=True
+            )
+        else:
+            places = batch.positions
+            mixed = self._read_on(query, key, value, places, self.cache_length)
         out = nn.Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=ZEROS, name="merge"
         )
         return out(mixed.reshape(x.shape))
+
+    def _read_on(
+        self,
+        query: Float[Array, "B S H W"],
+        key: Float[Array, "B S H W"],
+        value: Float[Array, "B S H W"],
+        positions: Int[Array, "B S"],
+        length: int,
+    ) -> Float[Array, "B S H W"]:
+        """Keeps keys and values, and mixes what is kept up to each position.
+
+        Rows and heads share an axis, and keys have their positions last: XLA multiplies
+        a cache that lies so as it is, and copies any other at every token.
+        """
+        rows, _, heads, width = query.shape
+        lies = (rows * heads, width, length), (rows * heads, length, width)
+        keys = self.variable("cache", "keys", jnp.zeros, lies[0], key.dtype)
+        values = self.variable("cache", "values", jnp.zeros, lies[1], value.dtype)
+        row = jnp.arange(rows)[:, None]
+        by_row = keys.value.reshape(rows, heads, width, length)
+        by_row = by_row.at[row, :, :, positions].set(key, mode="drop")
+        keys.value = by_row.reshape(lies[0])
+        by_row = values.value.reshape(rows, heads, length, width)
+        by_row = by_row.at[row, :, positions].set(value, mode="drop")
+        values.value = by_row.reshape(lies[1])
+        asked = query.swapaxes(1, 2).reshape(rows * heads, -1, width)
+        scores = jnp.einsum(
+            "nsw,nwc->nsc", asked, keys.value, preferred_element_type=jnp.float32
+        ).reshape(rows, heads, -1, length)
+        seen = jnp.arange(length) <= positions[:, None, :, None]
+        shares = jax.nn.softmax(jnp.where(seen, scores / width**0.5, -jnp.inf))
+        shares = shares.astype(value.dtype).reshape(rows * heads, -1, length)
+        mixed = jnp.einsum("nsc,ncw->nsw", shares, values.value)
+        return mixed.reshape(rows, heads, -1, width).swapaxes(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -143,12 +189,14 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: DTypeLike
+    cache_length: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
         config, dtype = self.config, self.dtype
         normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
-        x = x + Attention(config.heads, dtype, name="attention")(normed, batch)
+        attend = Attention(config.heads, dtype, self.cache_length, name="attention")
+        x = x + attend(normed, batch)
         normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
         return x + SwiGLU(config.inner, dtype, name="mixer")(normed)
 
@@ -159,6 +207,7 @@ class ExpertBlock(nn.Module):
     config: ModelConfig
     dtype: DTypeLike
     run_all: bool
+    cache_length: int | None = None
 
     @nn.compact
     def __call__(
@@ -166,7 +215,8 @@ class ExpertBlock(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Routing]:
         config, dtype = self.config, self.dtype
         normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
-        x = x + Attention(config.heads, dtype, name="attention")(normed, batch)
+        attend = Attention(config.heads, dtype, self.cache_length, name="attention")
+        x = x + attend(normed, batch)
         normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
         experts = Experts(
             config.experts,

@@ -15,12 +15,13 @@ import optax
 from flax.typing import VariableDict
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from layers import Batch, Block, ExpertBlock, ModelConfig
 from moe import Routing
 
 import ava_jax
 from ava_jax import heads
+from ava_jax.losses import layer_norm
 
 # Which axis of a parameter lies along the mesh's "tensor" axis, by the end of its path.
 # The optimizer's moments end in the same names. Everything else is replicated.
@@ -65,6 +66,7 @@ class LanguageModel(nn.Module):
       columns: V with padding: rows of the embedding, columns of `lm_head`.
       dtype: arithmetic of the matrix products; parameters stay float32.
       fused: hand over `hidden_states` and `lm_head` rather than logits.
+      cache_length: positions that attention keeps, to read on; see `Attention`.
     """
 
     config: ModelConfig
@@ -72,6 +74,7 @@ class LanguageModel(nn.Module):
     columns: int
     dtype: DTypeLike
     fused: bool
+    cache_length: int | None = None
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
@@ -82,9 +85,10 @@ class LanguageModel(nn.Module):
         dense = nn.remat(Block) if config.remat else Block
         sparse = nn.remat(ExpertBlock) if config.remat else ExpertBlock
         dense_layers = config.layers - config.expert_layers
-        self.blocks = [dense(config, dtype) for _ in range(dense_layers)]
+        cache = self.cache_length
+        self.blocks = [dense(config, dtype, cache) for _ in range(dense_layers)]
         self.expert_blocks = [
-            sparse(config, dtype, self.loss.use_diversity_loss)
+            sparse(config, dtype, self.loss.use_diversity_loss, cache)
             for _ in range(config.expert_layers)
         ]
         self.final_norm = nn.RMSNorm(dtype=dtype)
@@ -102,10 +106,12 @@ class LanguageModel(nn.Module):
                 num_heads=count,
                 vocab_size=self.columns,
                 gate_hidden_dims=(self.config.width, self.config.width // 2),
+                # In decoding there is no whole row to judge by.
+                per_token=True,
                 dtype=dtype,
             )
         if loss.use_mtp and loss.mtp_type == "sequential":
-            block = functools.partial(Block, self.config, dtype)
+            block = functools.partial(Block, self.config, dtype, self.cache_length)
             return heads.SequentialMTP(
                 num_depths=count, block=block, use_final_norm=True, dtype=dtype
             )
@@ -150,6 +156,45 @@ class LanguageModel(nn.Module):
         """Returns hidden states and `lm_head`, without the further heads."""
         hidden, _ = self._run_blocks(self.embed(batch.inputs), batch, routing_bias)
         return hidden, self.lm_head.astype(self.dtype)
+
+    def is_confident(self, hidden: Float[Array, "B D"]) -> Bool[Array, "B"]:
+        """Says where the gate of the adaptive heads would run them."""
+        gated = cast(heads.AdaptiveMTPHeads, self.mtp)
+        return gated.gate(hidden[:, None])[:, 0, 0] >= gated.confidence_threshold
+
+    def parallel_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "K B V"]:
+        """Returns what the parallel heads make of one token per row, gate or not.
+
+        As `MTPHeads`, but as K products with K copies: of one product with all kernels
+        side by side, XLA makes a copy of the kernels each time.
+        """
+        mtp = self.mtp
+        module = mtp.heads if isinstance(mtp, heads.AdaptiveMTPHeads) else mtp
+        norm, layer = (
+            cast(nn.Module, module).variables["params"][n] for n in ("norm", "heads")
+        )
+        normed = layer_norm(hidden, norm["scale"], norm["bias"]).astype(self.dtype)
+        kernel, shift = (layer[n].astype(self.dtype) for n in ("kernel", "bias"))
+        copies = jnp.broadcast_to(normed, (len(kernel), *normed.shape))
+        return copies @ kernel + shift[:, None]
+
+    def look_deeper(
+        self,
+        depth: int,
+        hidden: Float[Array, "B S D"],
+        ahead: Int[Array, "B S"],
+        batch: Batch,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """Runs one depth of the sequential heads: see `SequentialMTP.depth`.
+
+        Args:
+          depth: j, from 1.
+          hidden: of the depth before; at depth 1 those of `hidden_states`.
+          ahead: the token j places on.
+          batch: says by its positions where `hidden` lies in the row.
+        """
+        sequential = cast(heads.SequentialMTP, self.mtp)
+        return sequential.depth(depth, hidden, self.embed(ahead), batch)
 
     def _run_blocks(
         self,
@@ -202,7 +247,7 @@ def loss_inputs(
     routing_bias: Float[Array, "L E"] | None,
 ) -> ava_jax.LossInputs:
     """Applies the model to a batch; returns all that the loss takes."""
-    out = model.apply(_variables(params), batch, routing_bias)
+    out = model.apply(with_params(params), batch, routing_bias)
     inputs: ava_jax.LossInputs = {
         "targets": batch.targets,
         "attention_mask": batch.segment_ids > 0,
@@ -219,10 +264,11 @@ def hidden_and_head(
 ) -> tuple[Float[Array, "B S D"], Float[Array, "D V"]]:
     """Applies the transformer alone, for evaluation and sampling."""
     out = model.apply(
-        _variables(params), batch, routing_bias, method=LanguageModel.hidden_states
+        with_params(params), batch, routing_bias, method=LanguageModel.hidden_states
     )
     return cast(tuple[Array, Array], out)
 
 
-def _variables(params: optax.Params) -> VariableDict:
+def with_params(params: optax.Params) -> VariableDict:
+    """The variables of a model that has parameters alone."""
     return cast(VariableDict, {"params": params})

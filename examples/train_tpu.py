@@ -22,6 +22,7 @@ import optax
 from checkpoint import Checkpoints
 from corpus import load_corpus
 from data import prepare_data
+from decode import Sampling, generate
 from devices import (
     RowShare,
     loss_on,
@@ -30,7 +31,7 @@ from devices import (
     use_deterministic_operations,
 )
 from errors import TrainingError
-from evaluate import evaluate, generate, routing_bias
+from evaluate import evaluate, routing_bias
 from expert_load import count_choices, relative_load
 from files import write_whole, writing
 from guard import Skips, choose, is_finite
@@ -70,6 +71,8 @@ class StepSums(NamedTuple):
     choices: Int[Array, "L E"] | None
 
 
+# Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
+CANDIDATES = 40
 # The vocabulary's columns come in multiples of this, as matrix units like them.
 COLUMNS = 128
 
@@ -197,6 +200,17 @@ def make_train_step(
     )
 
 
+def make_model(settings: Settings, loss: ava_jax.UnifiedLossConfig) -> LanguageModel:
+    """The model, with the heads that its loss asks for."""
+    return LanguageModel(
+        config=settings.model,
+        loss=loss,
+        columns=-(-loss.vocab_size // COLUMNS) * COLUMNS,
+        dtype=jnp.dtype(settings.dtype),
+        fused=settings.fused,
+    )
+
+
 def new_state(
     settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss
 ) -> TrainState:
@@ -237,13 +251,7 @@ class Run:
         self.mesh = make_mesh(
             settings.mesh, settings.batch_size // settings.microbatches
         )
-        self.model = LanguageModel(
-            config=settings.model,
-            loss=loss,
-            columns=-(-text.vocab_size // COLUMNS) * COLUMNS,
-            dtype=jnp.dtype(settings.dtype),
-            fused=settings.fused,
-        )
+        self.model = make_model(settings, loss)
         self.loss_fn = loss_on(self.mesh, loss)
         self.train_step = make_train_step(settings, self.model, self.loss_fn, self.mesh)
         self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
@@ -354,18 +362,24 @@ class Run:
         """Returns the prompt and what the model makes of it."""
         settings, text = self.settings, self.text
         prompt = [text.eos, *text.tokenizer.encode(settings.prompt).ids]
-        length = min(len(prompt) + settings.sample_tokens, settings.sequence_length)
-        row = np.full(length, text.eos, np.int32)
-        row[: len(prompt)] = prompt
-        filled = generate(
+        count = min(settings.sequence_length - len(prompt), settings.sample_tokens)
+        if count < 1:
+            return settings.prompt
+        temperature = self.state.loss.temperature
+        made = generate(
             self.model,
             self.state.params,
-            self.state.loss,
-            row,
+            routing_bias(self.state.loss),
+            np.array([prompt], np.int32),
+            np.array([len(prompt)], np.int32),
             jax.random.key(settings.seed),
-            prompt_length=len(prompt),
+            count=count,
+            sampling=Sampling(
+                temperature=1.0 if temperature is None else float(temperature),
+                top_k=CANDIDATES,
+            ),
         )
-        return text.tokenizer.decode(np.asarray(filled)[1:].tolist())
+        return text.tokenizer.decode([*prompt[1:], *np.asarray(made)[0].tolist()])
 
     def report(self, *, is_done: bool) -> None:
         """Draws the curves, and prints the table, a sample and the paths."""

@@ -75,7 +75,6 @@ class SequentialMTP(nn.Module):
         )
         super().__post_init__()
 
-    @nn.compact
     def __call__(
         self,
         hidden_states: Float[Array, "B S D"],
@@ -103,7 +102,6 @@ class SequentialMTP(nn.Module):
           ValueError: if shapes do not match or a block does not keep the shape.
         """
         require_shape("token_embeddings", token_embeddings, hidden_states.shape)
-        dtype = compute_dtype(self.dtype, hidden_states)
         x = hidden_states
         if segment_ids is not None:
             require_shape("segment_ids", segment_ids, x.shape[:2])
@@ -111,27 +109,70 @@ class SequentialMTP(nn.Module):
         outputs = []
         for depth in range(1, self.num_depths + 1):
             ahead = _shift_left(token_embeddings, depth, segment_ids)
-            pair = (
-                self._norm(f"norm_hidden_{depth}", x),
-                self._norm(f"norm_embedding_{depth}", ahead),
-            )
-            project = nn.Dense(
-                x.shape[-1],
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=self.param_dtype,
-                name=f"project_{depth}",
-            )
-            projected = project(jnp.concatenate(pair, axis=-1).astype(dtype))
-            block = self.block(name=f"block_{depth}")
-            x = block(projected, *block_args, **block_kwargs)
-            require_shape("the output of block", x, projected.shape)
-            outputs.append(
-                self._norm(f"norm_final_{depth}", x).astype(dtype)
-                if self.use_final_norm
-                else x
-            )
+            x, output = self.depth(depth, x, ahead, *block_args, **block_kwargs)
+            outputs.append(output)
         return jnp.stack(outputs)
+
+    @nn.compact
+    def depth(
+        self,
+        depth: int,
+        hidden_states: Float[Array, "B S D"],
+        ahead_embeddings: Float[Array, "B S D"],
+        *block_args: object,
+        **block_kwargs: object,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
+        """Runs one depth alone, for drafting while tokens are still being made.
+
+        `hʲ_t = Block_j(M_j [RMSNorm(hʲ⁻¹_t); RMSNorm(e_{t+j})])`.
+
+        Args:
+          depth: j, from 1 to K.
+          hidden_states: [B, S, D], hʲ⁻¹ of any stretch of the row, as long as the block
+            knows where it lies; depth 1 reads the main model's.
+          ahead_embeddings: [B, S, D], at position t that of the token at t+j.
+          *block_args: passed to the block after its input.
+          **block_kwargs: passed to the block.
+
+        Returns:
+          hʲ for the next depth, and what this depth hands out: the same, or its
+          RMSNorm with `use_final_norm`.
+
+        Raises:
+          ValueError: if shapes do not match or a block does not keep the shape.
+
+        Example:
+          >>> import functools, jax, jax.numpy as jnp
+          >>> import flax.linen as nn
+          >>> from ava_jax.heads import SequentialMTP
+          >>> mtp = SequentialMTP(2, functools.partial(nn.Dense, 4))
+          >>> h = e = jnp.ones((1, 3, 4))
+          >>> variables = mtp.init(jax.random.key(0), h, e)
+          >>> first, _ = mtp.apply(variables, 1, h, e, method=SequentialMTP.depth)
+          >>> bool(jnp.allclose(first[:, :2], mtp.apply(variables, h, e)[0, :, :2]))
+          True
+        """
+        depths = self.num_depths
+        require(1 <= depth <= depths, "depth", depth, f"between 1 and {depths}")
+        require_shape("ahead_embeddings", ahead_embeddings, hidden_states.shape)
+        dtype = compute_dtype(self.dtype, hidden_states)
+        pair = (
+            self._norm(f"norm_hidden_{depth}", hidden_states),
+            self._norm(f"norm_embedding_{depth}", ahead_embeddings),
+        )
+        project = nn.Dense(
+            hidden_states.shape[-1],
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            name=f"project_{depth}",
+        )
+        projected = project(jnp.concatenate(pair, axis=-1).astype(dtype))
+        x = self.block(name=f"block_{depth}")(projected, *block_args, **block_kwargs)
+        require_shape("the output of block", x, projected.shape)
+        if not self.use_final_norm:
+            return x, x
+        return x, self._norm(f"norm_final_{depth}", x).astype(dtype)
 
     def _norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return RMSNorm(self.norm_epsilon, self.param_dtype, name=name)(x)

@@ -1,0 +1,173 @@
+"""Decoding: with a cache, by sampling, and with drafts of the further heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode import GREEDY, Decoder, Sampling, before_end, generate
+from layers import Batch, ModelConfig
+from model import LanguageModel, hidden_and_head, loss_inputs
+from speculate import speculate
+
+import ava_jax
+
+VOCAB, COUNT = 50, 12
+HEADS = {
+    "parallel": {"use_mtp": True, "num_future_tokens": 3},
+    "sequential": {"use_mtp": True, "num_future_tokens": 3, "mtp_type": "sequential"},
+    "adaptive": {"use_mtp": True, "num_future_tokens": 3, "mtp_type": "adaptive"},
+}
+PROMPTS = jax.random.randint(jax.random.key(2), (3, 6), 0, VOCAB)
+LENGTHS = jnp.array([6, 3, 4])
+
+
+@functools.cache
+def built(experts=0, cap=None, **fields):
+    """A model with noise in every parameter, so that nothing is 0 by its start."""
+    config = ava_jax.UnifiedLossConfig(
+        vocab_size=VOCAB, hidden_size=16, logit_soft_cap=cap, **fields
+    )
+    sizes = ModelConfig(layers=2, width=16, heads=2, experts=experts)
+    model = LanguageModel(sizes, config, 64, jnp.float32, True)
+    row = jnp.ones((1, 8), jnp.int32)
+    params = model.init(jax.random.key(0), Batch(row, row, row, row))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        x + 0.3 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return model, jax.tree.unflatten(tree, noisy)
+
+
+def by_hand(model, params, prompt, count):
+    """Runs the whole row again for every token, without a cache."""
+    ids = [int(token) for token in prompt]
+    whole = jax.jit(functools.partial(hidden_and_head, model))
+    width = len(ids) + count
+    for _ in range(count):
+        row = jnp.array([ids + [0] * (width - len(ids))])
+        places = jnp.arange(width)[None]
+        batch = Batch(row, row, jnp.ones_like(row), places)
+        hidden, head = whole(params, batch, None)
+        ids.append(int(jnp.argmax((hidden[0, len(ids) - 1] @ head)[:VOCAB])))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"experts": 4}, marks=pytest.mark.slow)]
+)
+def test_the_cache_changes_nothing(options):
+    model, params = built(**options)
+    made = generate(
+        model, params, None, PROMPTS, LENGTHS, jax.random.key(0), count=COUNT
+    )
+    for row in range(3):
+        prompt = PROMPTS[row, : LENGTHS[row]]
+        assert made[row].tolist() == by_hand(model, params, prompt, COUNT)
+
+
+def test_reading_may_go_back():
+    model, params = built()
+    decoder = Decoder.of(model, 8)
+    cursor = decoder.begin(params, None, PROMPTS, LENGTHS)
+    once = decoder.extend(params, None, cursor, jnp.array([1, 2, 3]))
+    again = once._replace(length=cursor.length)
+    twice = decoder.extend(params, None, again, jnp.array([4, 5, 6]))
+    direct = decoder.extend(params, None, cursor, jnp.array([4, 5, 6]))
+    np.testing.assert_allclose(twice.hidden, direct.hidden, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_drafts_change_nothing_but_the_number_of_calls(kind):
+    model, params = built(**HEADS[kind])
+    expected = generate(
+        model, params, None, PROMPTS, LENGTHS, jax.random.key(0), count=COUNT
+    )
+    found = speculate(model, params, None, PROMPTS, LENGTHS, count=COUNT)
+    np.testing.assert_array_equal(found.tokens, expected)
+    record = jax.tree.map(np.asarray, found.record)
+    for row, calls in enumerate(np.asarray(found.calls)):
+        made = record.accepted[row, :calls] + 1
+        # The prompt's call made one token; the last call may go too far.
+        assert made[:-1].sum() < COUNT - 1 <= made.sum()
+        assert not record.drafted[row, calls:].any()
+
+
+def test_drafts_are_what_the_sequential_heads_say_of_the_whole_row():
+    model, params = built(**HEADS["sequential"])
+    found = speculate(model, params, None, PROMPTS[:1], LENGTHS[:1], count=COUNT)
+    row = jnp.concatenate([PROMPTS[:1, : LENGTHS[0]], found.tokens], axis=1)
+    batch = Batch(row, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None])
+    inputs = loss_inputs(model, params, batch, None)
+    depths = jnp.asarray(inputs.get("mtp_hidden_states")) @ params["lm_head"]
+    said = np.asarray(jnp.argmax(depths[..., :VOCAB], -1))[:, 0]
+    # From the hidden state at `last` on; depth j is right as long as those before are.
+    newest = int(LENGTHS[0])
+    ids = np.asarray(row[0])
+    for call in range(int(found.calls[0])):
+        accepted = int(found.record.accepted[0, call])
+        for depth in range(min(accepted + 1, 3)):
+            place = newest + 1 + depth
+            if place < len(ids):
+                is_right = said[depth, newest - 1] == ids[place]
+                assert is_right == (depth < accepted)
+        newest += accepted + 1
+
+
+def test_a_near_tie_is_decided_as_one_by_one():
+    model, params = built(**HEADS["parallel"])
+    head = np.array(params["lm_head"])
+    # Every class has a twin, whose logit differs by less than rounding may.
+    head[:, 1:VOCAB:2] = head[:, 0:VOCAB:2] * (1 + 1e-7)
+    tied = {**params, "lm_head": jnp.asarray(head)}
+    expected = generate(
+        model, tied, None, PROMPTS, LENGTHS, jax.random.key(0), count=COUNT
+    )
+    found = speculate(model, tied, None, PROMPTS, LENGTHS, count=COUNT)
+    np.testing.assert_array_equal(found.tokens, expected)
+    assert np.asarray(found.record.redone).any()
+
+
+def test_without_heads_nothing_can_be_drafted():
+    model, params = built()
+    with pytest.raises(ValueError, match="use_mtp=True"):
+        speculate(model, params, None, PROMPTS, LENGTHS, count=COUNT)
+
+
+def test_sampling_keeps_to_the_likeliest():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    rows = jnp.broadcast_to(logits, (4000, 4))
+
+    def shares(**options):
+        picked = Sampling(**options).pick(rows, jax.random.key(0))
+        return np.bincount(np.asarray(picked), minlength=4) / len(rows)
+
+    np.testing.assert_allclose(shares(temperature=1.0), np.exp(logits), atol=0.03)
+    np.testing.assert_allclose(
+        shares(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.03
+    )
+    # 0.5 alone does not reach 0.6; with the next it does.
+    np.testing.assert_allclose(
+        shares(temperature=1.0, top_p=0.6), [2 / 3, 1 / 3, 0, 0], atol=0.03
+    )
+    sharp = np.exp(2 * np.asarray(logits))
+    np.testing.assert_allclose(shares(temperature=0.5), sharp / sharp.sum(), atol=0.03)
+    assert (GREEDY.pick(rows, jax.random.key(0)) == 0).all()
+    assert shares(temperature=1.0, top_p=1e-6)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_sampling_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_text_ends_before_the_first_end():
+    ids = jnp.array([[1, 9, 2, 9], [1, 2, 3, 4]])
+    expected = [[True, False, False, False], [True] * 4]
+    assert before_end(ids, 9).tolist() == expected
