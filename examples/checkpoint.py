@@ -31,7 +31,10 @@ NONE = -1
 
 
 class Checkpoints:
-    """The checkpoints of one run; saving goes on in the background."""
+    """The checkpoints of one run; saving goes on in the background.
+
+    To save, enter it as a context; reading needs none.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder = folder.resolve()
@@ -39,9 +42,10 @@ class Checkpoints:
         _quieten_orbax()
         self._writer = ocp.StandardCheckpointer()
         self._pending: int | None = None
-        from_first(self._clear)
 
     def __enter__(self) -> "Checkpoints":
+        # Not before: who only reads must not touch what a running trainer writes.
+        from_first(self._clear)
         return self
 
     def __exit__(
@@ -54,9 +58,17 @@ class Checkpoints:
         if error is None or jax.process_count() == 1:
             self.finish()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all whole checkpoints, rising."""
+        return sorted(
+            int(path.name.removeprefix(PREFIX))
+            for path in self._folder.glob(f"{PREFIX}*")
+            if path.name.removeprefix(PREFIX).isdecimal()
+        )
+
     def latest(self) -> int | None:
         """Returns the step of the newest whole checkpoint."""
-        step = from_first(lambda: max(self._steps(), default=NONE))
+        step = from_first(lambda: max(self.steps(), default=NONE))
         return None if step == NONE else step
 
     def save(self, step: int, state: object, data_state: DataState) -> None:
@@ -66,7 +78,7 @@ class Checkpoints:
           TrainingError: the disk is full or the folder cannot be written.
         """
         self.finish()
-        if from_first(lambda: int(step in self._steps())):
+        if from_first(lambda: int(step in self.steps())):
             return
         partial = self._path(step, PARTIAL)
         tree = flax.serialization.to_state_dict(state)
@@ -128,7 +140,7 @@ class Checkpoints:
         with writing(partial):
             seal(partial)
             partial.rename(self._path(step))
-            for old in sorted(self._steps())[: -self._keep]:
+            for old in self.steps()[: -self._keep]:
                 aside = self._path(old, PARTIAL)
                 self._path(old).rename(aside)
                 shutil.rmtree(aside)
@@ -146,7 +158,7 @@ class Checkpoints:
         """The message for a save that failed; its rest is removed to make room."""
         partial = self._path(step, PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
-        last = max(self._steps(), default=None)
+        last = max(self.steps(), default=None)
         kept = "there is none yet" if last is None else f"that of step {last} stays"
         return TrainingError(
             f"cannot write the checkpoint of step {step} to {self._folder} "
@@ -158,7 +170,7 @@ class Checkpoints:
         damage = find_damage(self._path(step))
         if not damage:
             return step
-        older = [s for s in sorted(self._steps(), reverse=True) if s < step]
+        older = [s for s in reversed(self.steps()) if s < step]
         sound = [s for s in older if not find_damage(self._path(s))]
         broken = [s for s in older if s > (sound[0] if sound else NONE)]
         names = " and ".join(str(self._path(s)) for s in [step, *broken])
@@ -184,13 +196,6 @@ class Checkpoints:
                     f"{found.get(name, 'absent')} there and "
                     f"{wanted.get(name, 'absent')} here; choose another --out"
                 )
-
-    def _steps(self) -> list[int]:
-        return [
-            int(path.name.removeprefix(PREFIX))
-            for path in self._folder.glob(f"{PREFIX}*")
-            if path.name.removeprefix(PREFIX).isdecimal()
-        ]
 
     def _path(self, step: int, prefix: str = PREFIX) -> Path:
         return self._folder / f"{prefix}{step:08d}"

@@ -1,0 +1,137 @@
+"""The command that goes on from a prompt: its text, its flags, its errors."""
+
+import io
+import itertools
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from data import end_of_text
+from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
+from run_helpers import train
+
+FLAGS = ("--loss.num-future-tokens", "2", "--checkpoint-every", "3")
+
+
+@pytest.fixture(scope="module")
+def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with a checkpoint after three."""
+    out = tmp_path_factory.mktemp("run")
+    # Optax's Adam raises a Python float to an int32 power, which strict refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        train(tiny, out, *FLAGS)
+    return out
+
+
+def test_drafts_make_the_same_text(run, capsys):
+    texts = []
+    for flags in (["--greedy"], ["--greedy", "--speculative"]):
+        command = [str(run), "--prompt", "alpha be", "--tokens", "20", *flags]
+        assert main(command) == 0
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "tokens/s, from the checkpoint of step 6" in err
+        assert ("a call" in err) == ("--speculative" in flags)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("alpha be")
+    assert len(texts[0]) > len("alpha be\n")
+
+
+def test_chunks_add_up_to_the_tokens_wanted(run):
+    trained = load(run)
+    prompt = trained.encode("beta")
+    assert prompt[0] == end_of_text(trained.tokenizer)
+    _, sampling = parse(["x", "--greedy"])
+    one_by_one = list(stream_tokens(trained, prompt, 9, sampling, seed=0))
+    drafted = list(stream_drafts(trained, prompt, 9))
+    assert [len(chunk) for chunk in one_by_one] == [0, *[1] * 9]
+    joined = itertools.chain.from_iterable
+    assert list(joined(drafted)) == list(joined(one_by_one))
+
+
+def test_a_seed_decides_what_is_drawn(run, capsys):
+    def text(*flags: str) -> str:
+        assert main([str(run), "--tokens", "25", "--temperature", "2", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert text() == text()
+    assert text() != text("--seed", "1")
+    assert text("--top-k", "1") == text("--top-k", "1", "--seed", "1")
+
+
+def test_an_older_checkpoint_may_be_named(run, capsys):
+    assert main([str(run), "--tokens", "2", "--step", "3"]) == 0
+    assert "step 3" in capsys.readouterr().err
+    assert main([str(run), "--tokens", "2", "--step", "4"]) == 1
+    assert "no checkpoint of step 4, but of 3, 6" in capsys.readouterr().err
+
+
+def test_a_prompt_comes_from_a_file_or_stdin(run, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_text("gamma ")
+    assert main([str(run), "--tokens", "2", "--prompt-file", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("gamma ")
+    monkeypatch.setattr("sys.stdin", io.StringIO("delta "))
+    assert main([str(run), "--tokens", "2", "--prompt", "-"]) == 0
+    assert capsys.readouterr().out.startswith("delta ")
+
+
+def test_more_tokens_than_it_was_trained_on_are_said(run, capsys):
+    assert main([str(run), "--tokens", "40"]) == 0
+    assert "trained on 32 tokens at a time" in capsys.readouterr().err
+
+
+def test_half_a_character_waits_for_its_other_half(run):
+    tokenizer = load(run).tokenizer
+    ids = tokenizer.encode("aé🙂b").ids
+    eos = end_of_text(tokenizer)
+    chunks = iter([[token] for token in [*ids, eos, *ids]])
+    pieces = list(whole_characters(tokenizer, chunks, eos))
+    assert "".join(pieces) == "aé🙂b"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    cut = list(whole_characters(tokenizer, iter([ids[:2]]), eos))
+    assert "".join(cut) == "a\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speculative"], "pass --greedy"),
+        (["--greedy", "--top-k", "3", "--temperature", "1"], "--temperature, --top-k"),
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--top-p", "0"], "top_p must lie in"),
+        (["--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["--prompt-file", "nowhere"], "cannot read --prompt-file"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
+    assert main(["nowhere", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_explained(run, tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert "is no run of the trainer" in capsys.readouterr().err
+    young = tmp_path / "young"
+    shutil.copytree(run, young, ignore=shutil.ignore_patterns("step_*"))
+    assert main([str(young)]) == 1
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    largest = max(
+        (broken / "checkpoints" / "step_00000006").rglob("*"),
+        key=lambda path: path.stat().st_size if path.is_file() else 0,
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert main([str(broken)]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_being_written_is_left_alone(run, tmp_path):
+    busy = tmp_path / "busy"
+    shutil.copytree(run, busy)
+    partial = busy / "checkpoints" / "partial_00000009"
+    partial.mkdir()
+    assert load(busy).step == 6
+    assert partial.exists()
