@@ -8,7 +8,7 @@ MODELS := $(VENV)/models
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-models lint bench clean
+.PHONY: help demo test test-all test-models lint bench experiments clean
 
 help:
 	@echo "make demo         train a small language model on this Python's own source"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-models  train other people's models with this loss"
 	@echo "make lint         formatting, lint and types"
 	@echo "make bench        times and memory against other implementations"
+	@echo "make experiments  what training under the losses does, in about two hours"
 	@echo "make clean        remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train
@@ -39,6 +40,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BENCH)/bin/python -m benchmarks.run --scaling $(ARGS)
+
+experiments: $(VENV)/.train
+	$(BIN)/python -m experiments.run all --jobs 2 $(ARGS)
+	$(BIN)/python -m experiments.tables
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,79 @@
+"""Every term alone, and all together without each: what it does, and what it costs."""
+
+import dataclasses
+
+from experiments import repetition
+from experiments.additions import LearnedWeights
+from experiments.arms import Arm
+from experiments.plots import plot_dots, plot_paths
+from experiments.records import Results, RunRecord, picture
+from experiments.sizes import Sizes
+
+SIZES = {
+    "cpu": dataclasses.replace(repetition.SIZES["cpu"], steps=400),
+    "gpu": repetition.SIZES["gpu"],
+}
+
+TERMS: dict[str, dict[str, object]] = {
+    "label smoothing": {"label_smoothing": 0.1},
+    "adaptive temperature": {
+        "primary_loss_type": "deepseek",
+        "adaptive_temperature": True,
+    },
+    "z-loss": {"z_loss_weight": 1e-4},
+    "parallel heads": {"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.1},
+    "n-gram": {"use_ngram_penalty": True},
+    "immediate repetition": {"use_immediate_repetition_penalty": True},
+    "token unlikelihood": {"unlikelihood_weight": 1.0},
+    "early EOS": {"eos_penalty_weight": 0.05},
+    "contrastive": {"use_contrastive_loss": True, "contrastive_type": "simctg"},
+}
+# These replace another part of the loss, so they are not among "all".
+ALTERNATIVES: dict[str, Arm] = {
+    "focal": Arm({"use_focal_loss": True}),
+    "sequential heads": Arm(
+        TERMS["parallel heads"] | {"mtp_type": "sequential"},
+    ),
+    "parallel heads, learned weights": Arm(
+        TERMS["parallel heads"],
+        (LearnedWeights(terms=("main_loss", "mtp_loss")),),
+    ),
+}
+
+
+def _joined(without: str | None = None) -> Arm:
+    fields: dict[str, object] = {}
+    for name, term in TERMS.items():
+        if name != without:
+            fields |= term
+    return Arm(fields)
+
+
+ARMS = (
+    {"plain": Arm()}
+    | {name: Arm(fields) for name, fields in TERMS.items()}
+    | ALTERNATIVES
+    | {"all": _joined()}
+    | {f"all but {name}": _joined(name) for name in TERMS}
+)
+
+
+def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
+    """Trains an arm; measures likelihood, calibration and repetition."""
+    return repetition.measure(sizes, arm, seed)
+
+
+def plot(results: Results) -> None:
+    """Draws the figures of every arm, and what is learned or adapted on the way."""
+    panels = {
+        "nll": "held-out nll",
+        "calibration_error": "calibration error",
+        "repeated_4grams": "repeated 4-grams",
+        "step_milliseconds": "ms per step",
+    }
+    plot_dots(results, panels, picture(results))
+    paths = {
+        "temperature": "adaptive temperature",
+        "learned_weights": "learned weights: main loss [1], heads [2]",
+    }
+    plot_paths(results, paths, picture(results, "paths"))

@@ -1,0 +1,179 @@
+"""What a loss config cannot express: rows of their own, sequences, learned weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from decode import generate
+from jaxtyping import Array, Float, Int
+from layers import Batch
+from model import LanguageModel, hidden_and_head
+
+from ava_jax import losses
+from experiments.arms import Own, Report, Scene
+
+
+def _logits(
+    model: LanguageModel,
+    params: optax.Params,
+    ids: Int[Array, "B S"],
+    bias: Float[Array, "L E"] | None,
+) -> Float[Array, "B S V"]:
+    """Logits of whole rows, each one segment."""
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    batch = Batch(ids, ids, jnp.ones_like(ids), places)
+    hidden, head = hidden_and_head(model, params, batch, bias)
+    return (hidden @ head)[..., : model.loss.vocab_size]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepetitionDecay:
+    """Adds rows that repeat a span of the batch, under the repetition decay.
+
+    Attributes:
+      weight: of the loss of these rows.
+      rows: how many rows per step.
+      spans: shortest and longest span, in tokens.
+      decay: by how much a repeat's probability should fall.
+    """
+
+    weight: float
+    rows: int
+    spans: tuple[int, int]
+    decay: float = 0.5
+    name: str = "repetition_decay"
+
+    def init(self) -> Own:
+        """Nothing to train."""
+        return {}
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Adds the loss of the repeated rows."""
+        low, high = self.spans
+        text = scene.batch.inputs[: self.rows]
+        rows, width = text.shape
+        size_key, start_key = jax.random.split(scene.key)
+        size = jax.random.randint(size_key, (rows,), low, high + 1)
+        start = jax.random.randint(start_key, (rows,), 0, width - high)
+        places = start[:, None] + jnp.arange(width + 1) % size[:, None]
+        ids = jnp.take_along_axis(text, places, axis=1)
+        logits = _logits(scene.model, scene.params, ids[:, :-1], scene.bias)
+        value = losses.repetition_decay_loss(
+            logits, ids[:, 1:], span_length=size, decay=self.decay
+        )
+        return loss + self.weight * value, {self.name: value}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceUnlikelihood:
+    """Adds the sequence unlikelihood of the model's own greedy continuations.
+
+    Attributes:
+      weight: of the loss of the continuations.
+      rows: how many rows of the batch are gone on from, per step.
+      prompt: tokens of each that are read.
+      count: tokens that are made.
+      start: first step that does it; before, it costs nothing.
+      ngram_size: n of the repeats that are charged.
+    """
+
+    weight: float
+    rows: int
+    prompt: int
+    count: int
+    start: int
+    ngram_size: int = 4
+    name: str = "sequence_unlikelihood"
+
+    def init(self) -> Own:
+        """Nothing to train."""
+        return {}
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Adds the loss of the continuations."""
+        value = jax.lax.cond(
+            scene.step >= self.start,
+            lambda: self._value(scene),
+            lambda: jnp.zeros((), loss.dtype),
+        )
+        return loss + self.weight * value, {self.name: value}
+
+    def _value(self, scene: Scene) -> Float[Array, ""]:
+        model, prompts = scene.model, scene.batch.inputs[: self.rows, : self.prompt]
+        made = generate(
+            model,
+            jax.lax.stop_gradient(scene.params),
+            scene.bias,
+            prompts,
+            jnp.full(prompts.shape[0], self.prompt, jnp.int32),
+            scene.key,
+            count=self.count,
+        )
+        ids = jnp.concatenate([prompts, made], axis=1)
+        logits = _logits(model, scene.params, ids[:, :-1], scene.bias)
+        own = logits[:, self.prompt - 1 :]
+        return losses.sequence_unlikelihood(own, made, ngram_size=self.ngram_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceBalance:
+    """Adds the sequence-wise balance loss of every expert layer.
+
+    Attributes:
+      weight: of the mean over the layers.
+    """
+
+    weight: float
+    name: str = "sequence_balance"
+
+    def init(self) -> Own:
+        """Nothing to train."""
+        return {}
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Adds the balance loss."""
+        segments = scene.batch.segment_ids
+        logits = scene.inputs.get("gate_logits")
+        indices = scene.inputs.get("expert_indices")
+        if logits is None or indices is None:
+            raise ValueError("the sequence balance needs a model with experts")
+        value = jax.vmap(
+            lambda scores, chosen: losses.sequence_balance_loss(
+                scores.reshape(*segments.shape, -1),
+                chosen.reshape(*segments.shape, -1),
+                token_weights=segments > 0,
+            )
+        )(jax.nn.softmax(logits), indices)
+        mean = jnp.mean(value)
+        return loss + self.weight * mean, {self.name: mean}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedWeights:
+    """Weighs terms of the loss by learned uncertainties instead of summing them.
+
+    Attributes:
+      terms: keys of `aux`.
+    """
+
+    terms: tuple[str, ...]
+    name: str = "learned_weights"
+
+    def init(self) -> Own:
+        """The log-variance of each term."""
+        return {"bias": jnp.zeros(len(self.terms))}
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Replaces the loss by the weighted terms."""
+        parts = jnp.stack([scene.aux[term] for term in self.terms])
+        weighed = losses.homoscedastic_weighting(parts, own["bias"])
+        return weighed, {self.name: jnp.exp(-own["bias"])}

@@ -1,0 +1,97 @@
+"""An arm of an experiment: fields of the loss, and what else changes the objective."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import optax
+from jaxtyping import Array, Float, Int
+from layers import Batch
+from model import LanguageModel
+
+import ava_jax
+
+Fields = Mapping[str, object]
+Own = dict[str, Array]
+Report = dict[str, Array]
+
+
+class Scene(NamedTuple):
+    """One step, as an addition sees it.
+
+    Attributes:
+      model: the model.
+      params: its parameters.
+      batch: what it was applied to.
+      inputs: what it returned, the arguments of the loss.
+      aux: the report of the loss.
+      bias: of the routers.
+      step: the number of the step.
+      key: of this step.
+    """
+
+    model: LanguageModel
+    params: optax.Params
+    batch: Batch
+    inputs: ava_jax.LossInputs
+    aux: Mapping[str, Array]
+    bias: Float[Array, "L E"] | None
+    step: Int[Array, ""]
+    key: Array
+
+
+class Addition(Protocol):
+    """A change of the objective that a loss config cannot express."""
+
+    @property
+    def name(self) -> str:
+        """The key of its trained parameters."""
+        ...
+
+    def init(self) -> Own:
+        """Returns parameters of its own to train, if it has any."""
+        ...
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Returns the new objective, and what to report."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is trained under.
+
+    Attributes:
+      fields: of the loss, over those of the plain cross-entropy.
+      additions: further changes, applied one after the other.
+    """
+
+    fields: Fields = dataclasses.field(default_factory=dict)
+    additions: tuple[Addition, ...] = ()
+
+    def config(
+        self, vocab_size: int, eos: int, width: int, experts: int, expert_layers: int
+    ) -> ava_jax.UnifiedLossConfig:
+        """Returns the loss, joined with what the data and the model decide."""
+        derived = {
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "eos_token_id": eos,
+            "num_experts": experts or None,
+            "num_moe_layers": expert_layers or None,
+        }
+        return ava_jax.create_unified_loss({**PLAIN, **self.fields, **derived}).config
+
+
+# The cross-entropy alone; what an arm adds, its name says.
+PLAIN: Fields = {
+    "primary_loss_type": "standard",
+    "adaptive_temperature": False,
+    "label_smoothing": 0.0,
+    "use_ngram_penalty": False,
+    "use_immediate_repetition_penalty": False,
+    "unlikelihood_weight": 0.0,
+    "eos_penalty_weight": 0.0,
+}

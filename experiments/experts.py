@@ -1,0 +1,107 @@
+"""How evenly experts are used under each way of balancing them, and what it costs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from expert_load import count_choices
+from jaxtyping import Array, Int
+from layers import Batch, ModelConfig
+from model import loss_inputs
+
+from ava_jax import metrics
+from experiments.additions import SequenceBalance
+from experiments.arms import Arm
+from experiments.lab import (
+    Numbers,
+    Trained,
+    add_up,
+    evaluate,
+    heldout_batches,
+    load_text,
+    train,
+)
+from experiments.plots import plot_dots, plot_loads
+from experiments.records import Results, RunRecord, picture
+from experiments.sizes import GPU, Sizes
+
+SIZES = {
+    "cpu": Sizes(
+        model=ModelConfig(layers=3, width=64, heads=4, experts=8, dense_layers=1),
+        steps=400,
+    ),
+    "gpu": dataclasses.replace(
+        GPU,
+        model=ModelConfig(layers=8, width=512, heads=8, experts=32, dense_layers=1),
+    ),
+}
+
+BALANCED: dict[str, object] = {"use_moe_balancing": True}
+AUXILIARY: dict[str, object] = {"use_auxiliary_loss": True, "router_z_weight": 0.0}
+BIAS: dict[str, object] = BALANCED | {
+    "moe_balancing_type": "bias",
+    "bias_update_rate": 1e-3,
+}
+ARMS = {
+    "none": Arm(),
+    "auxiliary 1e-4": Arm(AUXILIARY | {"load_balancing_weight": 1e-4}),
+    "auxiliary 1e-2": Arm(AUXILIARY | {"load_balancing_weight": 1e-2}),
+    "gradient": Arm(BALANCED | {"moe_balancing_type": "gradient"}),
+    "bias": Arm(BIAS),
+    "bias + sequence": Arm(BIAS, (SequenceBalance(weight=1e-4),)),
+}
+# An expert with less than this of an even share counts as dead.
+DEAD = 0.1
+
+
+def heldout_load(sizes: Sizes, trained: Trained, batches: list[Batch]) -> np.ndarray:
+    """Returns how many held-out tokens chose each expert, [L, E]."""
+
+    @jax.jit
+    def count(params: optax.Params, batch: Batch) -> Int[Array, "L E"] | None:
+        inputs = loss_inputs(trained.model, params, batch, trained.bias)
+        return count_choices(inputs, sizes.model.experts)
+
+    total = add_up(count(trained.params, batch) for batch in batches)
+    return np.asarray(total, np.float32)
+
+
+def violations(load: np.ndarray) -> Numbers:
+    """Returns MaxVio of every layer, its mean, and the number of dead experts."""
+    layers = {
+        f"max_violation_{layer}": float(metrics.max_violation(jnp.asarray(counts)))
+        for layer, counts in enumerate(load, start=1)
+    }
+    even = load.mean(axis=1, keepdims=True)
+    dead = float(np.sum(load < DEAD * even))
+    mean = float(np.mean(list(layers.values())))
+    return {"max_violation": mean} | layers | {"dead_experts": dead}
+
+
+def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
+    """Trains an arm and counts its experts' tokens."""
+    text = load_text(sizes)
+    trained = train(sizes, arm, seed, text)
+    load = heldout_load(sizes, trained, heldout_batches(sizes, text))
+    numbers = evaluate(sizes, trained, text) | violations(load)
+    kept = ("step", "nll", "expert_load")
+    return {
+        "arm": "",
+        "seed": seed,
+        "numbers": numbers | {"step_milliseconds": trained.step_milliseconds},
+        "paths": {name: trained.paths[name] for name in kept},
+        "extra": {"heldout_load": load.tolist()},
+    }
+
+
+def plot(results: Results) -> None:
+    """Draws balance and likelihood, and the load over training."""
+    panels = {
+        "max_violation": "MaxVio, held out",
+        "dead_experts": "dead experts",
+        "nll": "held-out nll",
+    }
+    plot_dots(results, panels, picture(results), {"max_violation": {"goal": 0.1}})
+    plot_loads(results, picture(results, "load"))

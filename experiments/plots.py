@@ -1,0 +1,173 @@
+"""Pictures of results: a dot per seed, paths over training, maps of experts' load."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from experiments.records import Results, RunRecord, by_arm
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def plot_dots(
+    results: Results,
+    panels: dict[str, str],
+    path: Path,
+    marks: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Draws a panel per number: arms from top to bottom, a dot per seed, the mean.
+
+    Args:
+      results: of an experiment.
+      panels: title of each number.
+      path: of the picture.
+      marks: vertical lines by number, each with its label.
+    """
+    arms = list(by_arm(results, next(iter(panels))))
+    with mpl.rc_context({"font.size": 9}):
+        size = (2.2 + 3.2 * len(panels), 1.3 + 0.34 * len(arms))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (number, title) in zip(axes, panels.items(), strict=True):
+            _draw_dots(axis, results, number, arms)
+            for place, (label, value) in enumerate(
+                (marks or {}).get(number, {}).items()
+            ):
+                axis.axvline(value, color="0.4", linestyle="--" if place else ":", lw=1)
+                axis.annotate(
+                    label,
+                    (value, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(2, -2),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=7,
+                    color="0.3",
+                )
+            axis.set_xlabel(title)
+        axes[0].set_yticks(range(len(arms)), arms)
+        axes[0].set_ylim(len(arms) - 0.5, -0.5)
+        figure.savefig(path, dpi=120)
+
+
+def _draw_dots(axis: Axes, results: Results, number: str, arms: list[str]) -> None:
+    for run in results["runs"]:
+        if number in run["numbers"]:
+            place = arms.index(run["arm"])
+            axis.plot(
+                run["numbers"][number], place, "o", color=COLORS[0], alpha=0.5, ms=4
+            )
+    for arm, found in by_arm(results, number).items():
+        axis.plot(found["mean"], arms.index(arm), "|", color=COLORS[1], ms=14, mew=2)
+    axis.grid(axis="x", alpha=0.3)
+    axis.margins(x=0.08)
+
+
+def plot_paths(results: Results, names: dict[str, str], path: Path) -> None:
+    """Draws a panel per reported number over training: a line per arm and seed."""
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(4.6 * len(names), 3.4), layout="constrained")
+        axes = figure.subplots(1, len(names), squeeze=False)[0]
+        for axis, (name, title) in zip(axes, names.items(), strict=True):
+            having = [run for run in results["runs"] if name in run["paths"]]
+            arms = list(dict.fromkeys(run["arm"] for run in having))
+            for run in having:
+                _draw_path(axis, run, name, arms)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            if having:
+                axis.legend(fontsize=7)
+        figure.savefig(path, dpi=120)
+
+
+def _draw_path(axis: Axes, run: RunRecord, name: str, arms: list[str]) -> None:
+    values = np.asarray(run["paths"][name], float).reshape(
+        len(run["paths"]["step"]), -1
+    )
+    place = arms.index(run["arm"])
+    for column in range(values.shape[1]):
+        label = run["arm"] + (f" [{column + 1}]" if values.shape[1] > 1 else "")
+        axis.plot(
+            np.asarray(run["paths"]["step"], float),
+            values[:, column],
+            color=COLORS[(place + column) % len(COLORS)],
+            alpha=0.8,
+            lw=1,
+            label=label if run["seed"] == 0 else None,
+        )
+
+
+def plot_loads(results: Results, path: Path) -> None:
+    """Draws the experts' load over training: a row per arm, a column per layer."""
+    runs = [run for run in results["runs"] if run["seed"] == 0]
+    layers = np.asarray(runs[0]["paths"]["expert_load"]).shape[1]
+    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=4.0)
+    with mpl.rc_context({"font.size": 9}):
+        size = (2 + 4 * layers, 0.6 + 1.45 * len(runs))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(runs), layers, sharex=True, squeeze=False)
+        for row, run in zip(axes, runs, strict=True):
+            load = np.asarray(run["paths"]["expert_load"], float)
+            last = float(np.asarray(run["paths"]["step"], float)[-1])
+            for layer, axis in enumerate(row):
+                axis.imshow(
+                    load[:, layer].T,
+                    aspect="auto",
+                    interpolation="nearest",
+                    norm=norm,
+                    cmap="RdBu_r",
+                    extent=(0, last, load.shape[2] + 0.5, 0.5),
+                )
+                axis.set_title(f"{run['arm']}, expert layer {layer + 1}", fontsize=8)
+            row[0].set_ylabel("expert")
+        for axis in axes[-1]:
+            axis.set_xlabel("step")
+        figure.colorbar(
+            ScalarMappable(norm, "RdBu_r"),
+            ax=axes,
+            label="share of the choices, over an even share",
+            shrink=0.6,
+        )
+        figure.savefig(path, dpi=120)
+
+
+def plot_calibration(results: Results, name: str, title: str, path: Path) -> None:
+    """Draws confidence against what came true; the bins are in `extra` of some runs."""
+    drawn = [(run["seed"], run.get("extra", {}).get(name)) for run in results["runs"]]
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color="0.6", lw=1, linestyle=":", label="calibrated")
+        for seed, bins in drawn:
+            if isinstance(bins, dict):
+                _draw_bins(axis, bins, seed)
+        axis.set_xlabel("confidence of the gate")
+        axis.set_ylabel("share of the first drafts that are accepted")
+        axis.set_title(title)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        figure.savefig(path, dpi=120)
+
+
+def _draw_bins(axis: Axes, bins: dict[str, list[float]], seed: int) -> None:
+    weight, confidence, correct = (
+        np.asarray(bins[key]) for key in ("weight", "confidence", "correct")
+    )
+    full = weight > 0
+    axis.scatter(
+        confidence[full] / weight[full],
+        correct[full] / weight[full],
+        s=8 + 200 * weight[full] / weight.sum(),
+        color=COLORS[seed % len(COLORS)],
+        alpha=0.6,
+        label=f"seed {seed}",
+    )

@@ -1,0 +1,149 @@
+"""Runs an experiment: every arm with every seed, into `experiments/results/`.
+
+    python -m experiments.run repetition
+    python -m experiments.run all --jobs 2
+
+A run that is there already is not made again, so a stopped command goes on where it
+was; `--again` forgets the old ones. On a CPU each job has one core, so that arms
+compare.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from benchmarks.machine import machine, versions
+from experiments.arms import Arm
+from experiments.records import Results, RunRecord, load, path_of, save
+from experiments.sizes import Sizes
+
+EXPERIMENTS = ("repetition", "experts", "heads", "ablation")
+# Eigen's threads would take turns on the cores that the jobs share.
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+class Experiment(Protocol):
+    """What the module of an experiment has."""
+
+    SIZES: dict[str, Sizes]
+    ARMS: dict[str, Arm]
+
+    def measure(self, sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
+        """Trains the arm and measures it; `arm` in the record is filled in later."""
+        ...
+
+    def plot(self, results: Results) -> None:
+        """Draws the results beside their file."""
+        ...
+
+
+def load_experiment(name: str) -> Experiment:
+    """Returns the module of an experiment."""
+    return cast(Experiment, importlib.import_module(f"experiments.{name}"))
+
+
+def work(name: str, preset: str, arm: str, seed: int) -> RunRecord:
+    """Makes one run; the whole task of a job."""
+    experiment = load_experiment(name)
+    begun = time.perf_counter()
+    run = experiment.measure(experiment.SIZES[preset], experiment.ARMS[arm], seed)
+    run["arm"] = arm
+    run["numbers"]["seconds"] = time.perf_counter() - begun
+    return run
+
+
+def sizes_record(sizes: Sizes) -> dict[str, object]:
+    """Returns the sizes as JSON holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(sizes)))
+
+
+def begin(name: str, preset: str, *, again: bool) -> Results:
+    """Returns the results so far.
+
+    Raises:
+      ValueError: the old results are of other sizes.
+    """
+    sizes = sizes_record(load_experiment(name).SIZES[preset])
+    old = None if again else load(path_of(name, preset))
+    if old is not None and old["sizes"] != sizes:
+        raise ValueError(
+            f"{path_of(name, preset)} has runs of other sizes: pass --again to make "
+            "them anew"
+        )
+    return {
+        "experiment": name,
+        "preset": preset,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "sizes": sizes,
+        "runs": [] if old is None else old["runs"],
+    }
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    """Makes the runs of one experiment that are missing, and draws them all."""
+    experiment = load_experiment(name)
+    results = begin(name, options.preset, again=options.again)
+    path = path_of(name, options.preset)
+    known = {(record["arm"], record["seed"]) for record in results["runs"]}
+    tasks = [
+        (arm, seed)
+        for seed in range(options.seeds)
+        for arm in options.arms or experiment.ARMS
+        if (arm, seed) not in known
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, context) as pool:
+        started = [pool.submit(work, name, options.preset, *task) for task in tasks]
+        for done in concurrent.futures.as_completed(started):
+            record = done.result()
+            results["runs"].append(record)
+            order = list(experiment.ARMS)
+            results["runs"].sort(key=lambda record: order.index(record["arm"]))
+            save(path, results)
+            print(_line(name, record), flush=True)
+    experiment.plot(results)
+    print(f"{path}: {len(results['runs'])} runs")
+
+
+def _line(name: str, record: RunRecord) -> str:
+    numbers = "  ".join(f"{k} {v:.4g}" for k, v in record["numbers"].items())
+    return f"{name}/{record['arm']}/{record['seed']}  {numbers}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.run")
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "all"))
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--again", action="store_true", help="forget the old runs")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1 or options.seeds < 1:
+        parser.error("--jobs and --seeds must be at least 1")
+    names = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
+    if options.arms:
+        unknown = set(options.arms) - set(load_experiment(names[0]).ARMS)
+        if unknown or len(names) > 1:
+            parser.error(f"--arms: {', '.join(sorted(unknown)) or 'one experiment'}")
+    if options.jobs > 1 or options.preset == "cpu":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
+    for name in names:
+        run(name, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,289 @@
+"""The experiments: what an arm changes and what not; their results and the page."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ava_jax
+from experiments import additions, lab, records, repetition, run, tables
+from experiments.arms import Arm
+from experiments.sizes import Sizes
+
+# isort: split
+from corpus import Corpus
+from data import TextData, prepare_data
+from layers import ModelConfig
+from model import loss_inputs
+
+TINY = Sizes(
+    model=ModelConfig(layers=1, width=16, heads=2),
+    vocab_size=300,
+    length=32,
+    rows=2,
+    steps=3,
+    warmup=1,
+    heldout=0.3,
+    heldout_batches=2,
+    prompts=4,
+    prompt_length=6,
+    continuation=5,
+)
+
+
+RESULTS = sorted(records.RESULTS.glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """Optax's Adam raises a Python float to an int32 power, which strict refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> TextData:
+    rng = np.random.default_rng(0)
+    words = np.array(["alpha", "beta", "gamma", "delta", "omega"])
+    documents = tuple(" ".join(rng.choice(words, 150)) for _ in range(6))
+    corpus = Corpus("words", documents, "0" * 64, 1000)
+    return prepare_data(
+        corpus, tmp_path_factory.mktemp("cache"), 300, TINY.length, TINY.heldout
+    )
+
+
+def scene(text: TextData, arm: Arm, seed: int = 0) -> additions.Scene:
+    """A first step of an arm."""
+    model = lab.build(TINY, arm, text)
+    batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
+    params = model.init(jax.random.key(seed), batch)["params"]
+    inputs = loss_inputs(model, params, batch, None)
+    loss_fn = ava_jax.unified_loss(model.loss)
+    _, aux, _ = loss_fn(loss_fn.init(), **inputs)
+    step = jnp.asarray(0, jnp.int32)
+    key = jax.random.key(seed)
+    return additions.Scene(model, params, batch, inputs, aux, None, step, key)
+
+
+def test_arms_share_their_initial_weights_and_their_rows(text):
+    one = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 0, text)
+    heads = Arm({"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.0})
+    two = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), heads, 0, text)
+    other = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 1, text)
+    np.testing.assert_array_equal(one.paths["nll"], two.paths["nll"])
+    assert one.paths["nll"] != other.paths["nll"]
+    trunk = jax.tree_util.tree_leaves_with_path(one.params)
+    with_heads = dict(jax.tree_util.tree_leaves_with_path(two.params))
+    for path, leaf in trunk:
+        np.testing.assert_allclose(leaf, with_heads[path], rtol=1e-6, atol=1e-7)
+
+
+def test_penalties_on_targets_train_nothing(text):
+    fields = {
+        "penalty_source": "targets",
+        "use_immediate_repetition_penalty": True,
+        "ngram_penalty_weight": 0.0,
+        "immediate_repetition_weight": 5.0,
+    }
+    plain = lab.train(TINY, Arm(), 0, text)
+    same = lab.train(TINY, Arm(fields), 0, text)
+    jax.tree.map(np.testing.assert_array_equal, plain.params, same.params)
+    assert same.paths["immediate_repetition_penalty"]
+
+
+def test_rows_of_repetition_decay_repeat_a_span_of_the_text(text, monkeypatch):
+    seen = []
+
+    def record(logits, targets, *, span_length, decay):
+        seen.append((np.asarray(targets), np.asarray(span_length)))
+        return jnp.sum(logits) * 0 + 2.0
+
+    monkeypatch.setattr(additions.losses, "repetition_decay_loss", record)
+    found = scene(text, Arm())
+    addition = additions.RepetitionDecay(weight=0.5, rows=2, spans=(2, 5))
+    loss, report = addition.apply({}, jnp.asarray(1.0), found)
+    assert float(loss) == 2.0
+    assert float(report["repetition_decay"]) == 2.0
+    ((targets, sizes),) = seen
+    for row, size, source in zip(targets, sizes, found.batch.inputs, strict=True):
+        assert 2 <= size <= 5
+        np.testing.assert_array_equal(row[size:], row[:-size])
+        span = ",".join(map(str, row[:size]))
+        # The first target is the span's second token.
+        start = np.roll(row[:size], 1)
+        text_of = ",".join(map(str, np.asarray(source)))
+        assert ",".join(map(str, start)) in text_of or span in text_of
+
+
+def test_sequence_unlikelihood_waits_for_its_start(text):
+    addition = additions.SequenceUnlikelihood(
+        weight=2.0, rows=2, prompt=4, count=12, start=3, ngram_size=1
+    )
+    found = scene(text, Arm())
+    before, report = addition.apply({}, jnp.asarray(1.0), found)
+    assert float(before) == 1.0
+    assert float(report["sequence_unlikelihood"]) == 0.0
+    now = found._replace(step=jnp.asarray(3, jnp.int32))
+    after, report = addition.apply({}, jnp.asarray(1.0), now)
+    value = float(report["sequence_unlikelihood"])
+    assert value > 0
+    np.testing.assert_allclose(float(after), 1.0 + 2.0 * value, rtol=1e-6)
+
+
+def test_learned_weights_replace_the_sum(text):
+    arm = Arm({"use_mtp": True, "num_future_tokens": 1})
+    addition = additions.LearnedWeights(terms=("main_loss", "mtp_loss"))
+    found = scene(text, arm)
+    own = {"bias": jnp.array([0.0, 1.0])}
+    loss, report = addition.apply(own, jnp.asarray(99.0), found)
+    main, ahead = float(found.aux["main_loss"]), float(found.aux["mtp_loss"])
+    np.testing.assert_allclose(float(loss), main + ahead / np.e + 0.5, rtol=1e-5)
+    np.testing.assert_allclose(report["learned_weights"], [1, 1 / np.e], rtol=1e-6)
+
+
+def test_prompts_lie_in_one_document_and_go_on_as_the_text_does(text):
+    found = lab.heldout_prompts(TINY, text)
+    assert found.prompts.shape == (4, 6)
+    assert found.continuations.shape == (4, 5)
+    rows = [text.heldout[i] for i in range(len(text.heldout))]
+    whole = [row.inputs[:11] for row in rows if np.sum(row.segment_ids == 1) >= 11]
+    joined = np.concatenate([found.prompts, found.continuations], 1)
+    np.testing.assert_array_equal(joined[[0, -1]], [whole[0], whole[-1]])
+    with pytest.raises(ValueError, match="rows are wanted"):
+        lab.heldout_prompts(dataclasses.replace(TINY, prompts=10_000), text)
+
+
+def test_tables_of_characters_are_left_out():
+    kept = 'def f():\n    return "Character"\n'
+    tables_of = [f'"""{title} iso_1' for title in lab.TABLES]
+    corpus = Corpus("x", (kept, *tables_of), "0" * 64, 999)
+    found = lab.without_tables(corpus)
+    assert found.documents == (kept,)
+    assert found.size == len(kept)
+    assert found.sha256 != corpus.sha256
+
+
+def test_evaluation_is_the_mean_over_tokens(text):
+    trained = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 0, text)
+    found = lab.evaluate(TINY, trained, text)
+    nll, right, count = 0.0, 0, 0
+    for batch in lab.heldout_batches(TINY, text):
+        inputs = loss_inputs(trained.model, trained.params, batch, None)
+        logits = np.asarray(inputs.get("logits"), np.float64)[..., : text.vocab_size]
+        for b, s in np.argwhere(np.asarray(batch.segment_ids) > 0):
+            row, target = logits[b, s], int(batch.targets[b, s])
+            nll += np.log(np.sum(np.exp(row - row.max()))) + row.max() - row[target]
+            right += int(row.argmax() == target)
+            count += 1
+    np.testing.assert_allclose(found["nll"], nll / count, rtol=1e-5)
+    np.testing.assert_allclose(found["accuracy"], right / count, rtol=1e-6)
+    np.testing.assert_allclose(found["perplexity"], np.exp(nll / count), rtol=1e-5)
+
+
+EVERY_KIND = [
+    pytest.param("heads", "sequential", id="heads-sequential"),
+    pytest.param("heads", "parallel", marks=pytest.mark.slow),
+    pytest.param("heads", "adaptive", marks=pytest.mark.slow),
+    pytest.param("repetition", "token and sequence", marks=pytest.mark.slow),
+    pytest.param("experts", "bias + sequence", marks=pytest.mark.slow),
+    pytest.param("ablation", "parallel heads, learned weights", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "arm"), EVERY_KIND)
+def test_an_arm_is_trained_measured_kept_and_drawn(
+    name, arm, text, monkeypatch, tmp_path
+):
+    experiment = importlib.import_module(f"experiments.{name}")
+    module = repetition if name == "ablation" else experiment
+    monkeypatch.setattr(module, "load_text", lambda sizes: text)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    sizes = TINY
+    if name == "experts":
+        small = ModelConfig(layers=2, width=16, heads=2, experts=4)
+        sizes = dataclasses.replace(TINY, model=small)
+    given = experiment.ARMS[arm]
+    short = tuple(
+        dataclasses.replace(addition, prompt=4, count=6, start=1, rows=2)
+        if isinstance(addition, additions.SequenceUnlikelihood)
+        else addition
+        for addition in given.additions
+    )
+    found = results()
+    record = experiment.measure(sizes, dataclasses.replace(given, additions=short), 0)
+    record["arm"] = arm
+    found["runs"].append(record)
+    found["experiment"] = name
+    records.save(records.path_of(name, "cpu"), found)
+    experiment.plot(records.load(records.path_of(name, "cpu")))
+    assert records.picture(found).stat().st_size > 5000
+    assert all(np.isfinite(list(record["numbers"].values())))
+    if name == "heads":
+        assert record["numbers"]["identical"] == 1
+        assert 1 <= record["numbers"]["tokens_per_call"] <= 4
+
+
+def results(*runs: tuple[str, int, float]) -> records.Results:
+    return {
+        "experiment": "repetition",
+        "preset": "cpu",
+        "date": "2026-01-01",
+        "machine": {"processor": "", "cores": 2, "memory": None, "device": "cpu"},
+        "versions": {},
+        "sizes": {},
+        "runs": [
+            {"arm": a, "seed": s, "numbers": {"nll": v}, "paths": {}}
+            for a, s, v in runs
+        ],
+    }
+
+
+def test_changes_are_taken_seed_by_seed(tmp_path):
+    found = results(("plain", 0, 2.0), ("x", 0, 1.0), ("plain", 1, 4.0), ("x", 1, 6.0))
+    change = records.changes(found, "nll", "plain")
+    assert change["x"] == {"mean": 0.0, "low": -0.5, "high": 0.5, "seeds": 2}
+    assert records.by_arm(found, "nll")["x"]["mean"] == 3.5
+    records.save(tmp_path / "x.json", found)
+    assert records.load(tmp_path / "x.json") == found
+
+
+def test_a_table_has_the_mean_and_the_range():
+    columns = (
+        tables.Column("nll", "nll", ".1f"),
+        tables.Column("change", "nll", "+.0%", "plain"),
+    )
+    found = results(("plain", 0, 2.0), ("x", 0, 1.0), ("x", 1, 4.0))
+    assert tables.table(found, columns).splitlines() == [
+        "| arm | nll | change |",
+        "|---|---:|---:|",
+        "| plain | 2.0 | +0% |",
+        "| x | 2.5 (1.0…4.0) | -50% |",
+    ]
+
+
+def test_the_page_shows_the_results():
+    page = tables.PAGE.read_text()
+    assert tables.fill(page) == page
+    for path in RESULTS:
+        assert f"<!-- table: {path.stem} -->" in page
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_are_complete_and_of_these_sizes(path):
+    found = records.load(path)
+    assert found is not None
+    assert path == records.path_of(found["experiment"], found["preset"])
+    experiment = run.load_experiment(found["experiment"])
+    assert found["sizes"] == run.sizes_record(experiment.SIZES[found["preset"]])
+    made = {(record["arm"], record["seed"]) for record in found["runs"]}
+    assert made == {(arm, seed) for arm in experiment.ARMS for seed in range(3)}
+
+
+def test_the_command_refuses_what_it_does_not_know(capsys):
+    for arguments in (["nothing"], ["heads", "--jobs", "0"], ["heads", "--arms", "x"]):
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+    assert "x" in capsys.readouterr().err
