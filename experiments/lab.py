@@ -35,8 +35,6 @@ from experiments.arms import Arm, Own, Scene
 from experiments.sizes import Sizes
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-# Seeds of an arm compile the same programs.
-jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 TABLES = ("Python Character Mapping Codec", "HTML character entity references")
 # Points of a path over training that are kept.
 POINTS = 60

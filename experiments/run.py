@@ -21,8 +21,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import jax
+
 from benchmarks.machine import machine, versions
 from experiments.arms import Arm
+from experiments.lab import CACHE
 from experiments.records import Results, RunRecord, load, path_of, save
 from experiments.sizes import Sizes
 
@@ -53,6 +56,8 @@ def load_experiment(name: str) -> Experiment:
 
 def work(name: str, preset: str, arm: str, seed: int) -> RunRecord:
     """Makes one run; the whole task of a job."""
+    # Seeds of an arm compile the same programs.
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     experiment = load_experiment(name)
     begun = time.perf_counter()
     run = experiment.measure(experiment.SIZES[preset], experiment.ARMS[arm], seed)
