@@ -119,20 +119,21 @@ def stream_tokens(
 ) -> Iterator[list[int]]:
     """Yields `count` tokens, one by one; the first comes when all is compiled."""
     decoder = Decoder.of(trained.model, len(prompt) + count)
-    params, bias = trained.params, trained.bias
 
-    @jax.jit
-    def advance(cursor: Cursor, key: Array) -> tuple[Cursor, Int[Array, "1"]]:
+    def advance(
+        params: optax.Params, bias: Array | None, cursor: Cursor, key: Array
+    ) -> tuple[Cursor, Int[Array, "1"]]:
         token = decoder.pick(params, cursor, key, sampling)
         return decoder.extend(params, bias, cursor, token), token
 
-    begin = jax.jit(functools.partial(decoder.begin, params, bias))
+    learned = (trained.params, trained.bias)
+    step = functools.partial(jax.jit(advance), *learned)
     keys = jax.random.split(jax.random.key(seed), count)
-    cursor = begin(jnp.asarray([prompt], jnp.int32), jnp.asarray([len(prompt)]))
-    jax.block_until_ready(advance(cursor, keys[0]))
+    cursor = jax.jit(decoder.begin)(*learned, *_one_row(prompt))
+    jax.block_until_ready(step(cursor, keys[0]))
     yield []
     for key in keys:
-        cursor, token = advance(cursor, key)
+        cursor, token = step(cursor, key)
         yield [int(token[0])]
 
 
@@ -141,15 +142,11 @@ def stream_drafts(
 ) -> Iterator[list[int]]:
     """Yields `count` tokens, as many at a time as a call of the model makes."""
     speculator = Speculator.of(trained.model, len(prompt) + count)
-    params, bias = trained.params, trained.bias
-    begin = jax.jit(
-        functools.partial(speculator.begin, params, bias), static_argnames="count"
-    )
-    call = jax.jit(functools.partial(speculator.call, params, bias))
-    flight: Flight = begin(
-        jnp.asarray([prompt], jnp.int32), jnp.asarray([len(prompt)]), count=count
-    )
-    jax.block_until_ready(call(flight))
+    learned = (trained.params, trained.bias)
+    step = functools.partial(jax.jit(speculator.call), *learned)
+    begin = jax.jit(speculator.begin, static_argnames="count")
+    flight: Flight = begin(*learned, *_one_row(prompt), count=count)
+    jax.block_until_ready(step(flight))
     yield []
     shown = len(prompt)
     while True:
@@ -158,7 +155,11 @@ def stream_drafts(
         if bool(flight.is_done[0]):
             return
         shown = read + 1
-        flight, _ = call(flight)
+        flight, _ = step(flight)
+
+
+def _one_row(prompt: Sequence[int]) -> tuple[Int[Array, "1 S"], Int[Array, "1"]]:
+    return jnp.asarray([prompt], jnp.int32), jnp.asarray([len(prompt)], jnp.int32)
 
 
 def whole_characters(
