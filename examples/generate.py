@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from checkpoint import Checkpoints
 from data import end_of_text, load_tokenizer
@@ -134,7 +135,7 @@ def stream_tokens(
     yield []
     for key in keys:
         cursor, token = step(cursor, key)
-        yield [int(token[0])]
+        yield [token.item()]
 
 
 def stream_drafts(
@@ -148,11 +149,12 @@ def stream_drafts(
     flight: Flight = begin(*learned, *_one_row(prompt), count=count)
     jax.block_until_ready(step(flight))
     yield []
-    shown = len(prompt)
+    shown, stop = len(prompt), flight.stop.item()
     while True:
-        read = int(flight.read[0])
-        yield flight.rows[0, shown : read + 1].tolist()
-        if bool(flight.is_done[0]):
+        read = flight.read.item()
+        # Not a slice of a JAX array, which is compiled for every new length.
+        yield np.asarray(flight.rows)[0, shown : read + 1].tolist()
+        if read == stop:
             return
         shown = read + 1
         flight, _ = step(flight)

@@ -107,12 +107,13 @@ def heads_of_row(model, params, rows):
     )
     trusted = jnp.asarray(inputs.get("confidence_scores", 1.0)) >= 0.5
     trusted = jnp.broadcast_to(trusted, (*rows.shape, 1))[..., 0]
-    if "mtp_hidden_states" in inputs:
-        logits = inputs["mtp_hidden_states"] @ params["lm_head"]
+    depths = inputs.get("mtp_hidden_states")
+    if depths is not None:
+        logits = depths @ params["lm_head"]
     else:
         own = params["mtp"].get("heads") if "gate" in params["mtp"] else params["mtp"]
         module = heads.MTPHeads(num_heads=K, vocab_size=model.columns)
-        logits = module.apply({"params": own}, inputs["hidden_states"])
+        logits = module.apply({"params": own}, inputs.get("hidden_states"))
     return jnp.argmax(jnp.asarray(logits)[..., :VOCAB], -1), trusted
 
 
