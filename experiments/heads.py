@@ -136,12 +136,13 @@ def gate_bins(
     logits = inputs.get("logits")
     if hidden is None or confidence is None or logits is None:
         raise ValueError("only adaptive heads have a gate")
+    rows = hidden.reshape(-1, hidden.shape[-1])
     ahead = cast(
         Array,
-        model.apply(with_params(params), hidden, method=LanguageModel.parallel_logits),
+        model.apply(with_params(params), rows, method=LanguageModel.parallel_logits),
     )
     real = model.loss.vocab_size
-    draft = jnp.argmax(ahead[0, ..., :real], -1)[:, :-1]
+    draft = jnp.argmax(ahead[0, :, :real], -1).reshape(hidden.shape[:2])[:, :-1]
     verified = jnp.argmax(logits[..., :real], -1)[:, 1:]
     segments = batch.segment_ids
     counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)

@@ -31,14 +31,17 @@ def require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
+def require_hidden_states(array: Array) -> None:
+    """Raises ValueError unless the array has three axes."""
+    if array.ndim != 3:
+        raise ValueError(f"hidden_states must have shape [B, S, D], got {array.shape}")
+
+
 def compute_dtype(
     dtype: DTypeLike | None, hidden_states: Float[Array, "B S D"]
 ) -> jnp.dtype:
     """Returns the dtype of a module's layers: the given one or that of the input."""
-    if hidden_states.ndim != 3:
-        raise ValueError(
-            f"hidden_states must have shape [B, S, D], got {hidden_states.shape}"
-        )
+    require_hidden_states(hidden_states)
     return jnp.dtype(hidden_states.dtype if dtype is None else dtype)
 
 

@@ -11,6 +11,7 @@ from ava_jax.heads.common import (
     RMSNorm,
     compute_dtype,
     require,
+    require_hidden_states,
     require_shape,
     zero_uncounted,
 )
@@ -101,6 +102,7 @@ class SequentialMTP(nn.Module):
         Raises:
           ValueError: if shapes do not match or a block does not keep the shape.
         """
+        require_hidden_states(hidden_states)
         require_shape("token_embeddings", token_embeddings, hidden_states.shape)
         x = hidden_states
         if segment_ids is not None:
