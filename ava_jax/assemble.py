@@ -360,7 +360,7 @@ def _batch_terms(call: Call) -> tuple[RouterLoad | None, Aux]:
     if balance is not None and call.train:
         router = Router(config, call.inputs, tokens)
         load = router.load()
-        after = updated_balance(config, balance, load)
+        after = updated_balance(config, call.state.step, balance, load)
         if isinstance(after, GradientBalanceState):
             terms["moe_balancing_term"] = router.gradient_balance(
                 after, call.weight("gradient_balance_weight")

@@ -117,13 +117,17 @@ class Router:
 
 
 def updated_balance(
-    config: UnifiedLossConfig, state: BalanceState, load: RouterLoad
+    config: UnifiedLossConfig,
+    step: Int[Array, ""],
+    state: BalanceState,
+    load: RouterLoad,
 ) -> BalanceState:
     """Returns the balance after a step whose tokens loaded the experts so."""
+    rate = config.weight("bias_update_rate", step)
 
     def update(state: BalanceState, load: RouterLoad) -> BalanceState:
         if isinstance(state, BiasBalanceState):
-            return moe.update_bias(state, load.counts, rate=config.bias_update_rate)
+            return moe.update_bias(state, load.counts, rate=rate)
         return moe.update_gradient_balance(state, load)
 
     return _over_layers(config, update)(state, load)

@@ -32,9 +32,10 @@ def weight_at(weight: Weight, step: Int[Array, ""]) -> Float[Array, ""]:
 class UnifiedLossConfig:
     """Which terms the unified loss has, and their constants.
 
-    Every field whose name ends in `_weight` may be a number or an optax schedule
-    `step -> number`, which is evaluated at `state.step`. The config is immutable and
-    hashable, so it may be a static argument of a jitted function.
+    Every field whose name ends in `_weight`, and `bias_update_rate`, may be a number
+    or an optax schedule `step -> number`, which is evaluated at `state.step`. The
+    config is immutable and hashable, so it may be a static argument of a jitted
+    function.
 
     Args:
       vocab_size: V, the number of classes; further columns of the logits are padding.
@@ -154,7 +155,7 @@ class UnifiedLossConfig:
     use_moe_balancing: bool = False
     moe_balancing_type: BalancingType = "gradient"
     gradient_balance_weight: Weight = 0.1
-    bias_update_rate: float = 1e-3
+    bias_update_rate: Weight = 1e-3
     use_auxiliary_loss: bool = False
     load_balancing_weight: Weight = 1e-4
     router_z_weight: Weight = 1e-3
@@ -180,10 +181,10 @@ class UnifiedLossConfig:
         _check_needs(self)
 
     def weight(self, name: str, step: Int[Array, ""]) -> Float[Array, ""]:
-        """Returns the weight field `name` at the given step.
+        """Returns the field `name`, a weight or a rate, at the given step.
 
         Args:
-          name: a field whose name ends in `_weight`.
+          name: a field that may be a schedule.
           step: the optimizer step, an int32 scalar.
 
         Returns:
@@ -201,7 +202,7 @@ class UnifiedLossConfig:
         return weight_at(value, step)
 
     def is_on(self, name: str) -> bool:
-        """Says whether the weight field `name` can be other than 0."""
+        """Says whether the field `name`, a weight or a rate, can be other than 0."""
         value = getattr(self, name)
         return callable(value) or value != 0
 
@@ -221,6 +222,9 @@ _OPTIONAL_INTS = (
     "num_moe_layers",
     "chunk_size",
     "block_size",
+)
+_SCHEDULES = tuple(
+    f.name for f in dataclasses.fields(UnifiedLossConfig) if f.type is Weight
 )
 _CHOICES = {
     "primary_loss_type": PrimaryLossType,
@@ -252,7 +256,7 @@ def _check_type(name: str, value: object) -> None:
         good, wanted = value is None or _is_int(value), "an int or None"
     elif name in _fields_of("int"):
         good, wanted = _is_int(value), "an int"
-    elif name.endswith("_weight"):
+    elif name in _SCHEDULES:
         good = _is_real(value) or callable(value)
         wanted = "a number or a schedule (a function of the step)"
     elif name == "focal_alpha":
@@ -282,7 +286,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_sequence_length": (0, math.inf),
     "num_experts": (1, math.inf),
     "num_moe_layers": (1, math.inf),
-    "bias_update_rate": (0, math.inf),
     "contrastive_margin": (0, math.inf),
     "chunk_size": (1, math.inf),
     "block_size": (1, math.inf),
@@ -302,7 +305,7 @@ def _check_ranges(config: UnifiedLossConfig) -> None:
         if not _is_real(value):
             continue
         low, high = _RANGES.get(name, (-math.inf, math.inf))
-        if name.endswith("_weight"):
+        if name in _SCHEDULES:
             low = 0
         if not (math.isfinite(value) and low <= value <= high):
             raise ValueError(f"{name} must be finite and at least {low}, got {value}")

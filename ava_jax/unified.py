@@ -250,7 +250,9 @@ class UnifiedLoss:
             sums = _added_sums(state.adaptive_mtp, prefix, stats.aux)
             new = dataclasses.replace(new, adaptive_mtp=sums)
         if state.moe_balancing is not None and stats.load is not None:
-            balance = updated_balance(self.config, state.moe_balancing, stats.load)
+            balance = updated_balance(
+                self.config, state.step, state.moe_balancing, stats.load
+            )
             new = dataclasses.replace(new, moe_balancing=balance)
         extra = {
             name: updated_extra(term, state.extra[name], stats.extra[name])

@@ -88,6 +88,7 @@ def test_every_weight_may_be_a_schedule():
         name for name in UnifiedLossConfig.__annotations__ if name.endswith("_weight")
     ]
     assert len(names) == 11
+    names.append("bias_update_rate")
     schedule: Any = optax.linear_schedule(0.0, 1.0, 4)
     scheduled: dict[str, Any] = dict.fromkeys(names, schedule)
     config = UnifiedLossConfig(vocab_size=8, **scheduled)

@@ -373,6 +373,34 @@ def test_schedules_are_evaluated_at_the_step_of_the_state():
     assert seen[2] > 0
 
 
+@pytest.mark.parametrize("layers", [None, 2])
+def test_the_rate_of_the_routing_bias_may_be_a_schedule(layers):
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=V,
+        num_experts=2,
+        num_moe_layers=layers,
+        use_moe_balancing=True,
+        moe_balancing_type="bias",
+        bias_update_rate=optax.linear_schedule(0.5, 0.0, 2),
+    )
+    tokens = (layers or 1, B * S)
+    step = jax.jit(
+        lambda s: loss_fn(
+            s,
+            logits=jnp.zeros((B, S, V)),
+            targets=integers()["targets"],
+            gate_logits=jnp.zeros((*tokens, 2)),
+            expert_indices=jnp.zeros((*tokens, 1), jnp.int32),
+        )
+    )
+    state, seen = loss_fn.init(), []
+    for _ in range(3):
+        _, _, state = step(state)
+        seen.append(np.asarray(state.moe_balancing.bias).reshape(-1, 2))
+    for bias, moved in zip(seen, (0.5, 0.75, 0.75), strict=True):
+        np.testing.assert_allclose(bias, [[-moved, moved]] * (layers or 1), rtol=1e-6)
+
+
 def test_the_temperature_scales_the_main_loss_only():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     arrays, ints = through("logits", floats()), integers()
