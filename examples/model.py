@@ -67,6 +67,8 @@ class LanguageModel(nn.Module):
       dtype: arithmetic of the matrix products; parameters stay float32.
       fused: hand over `hidden_states` and `lm_head` rather than logits.
       cache_length: positions that attention keeps, to read on; see `Attention`.
+      confidence_threshold: from where on adaptive heads run: in training for the mean
+        of the gate's confidences, in decoding for that of the row's last token.
     """
 
     config: ModelConfig
@@ -75,6 +77,7 @@ class LanguageModel(nn.Module):
     dtype: DTypeLike
     fused: bool
     cache_length: int | None = None
+    confidence_threshold: float = 0.5
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
@@ -105,6 +108,7 @@ class LanguageModel(nn.Module):
             return heads.AdaptiveMTPHeads(
                 num_heads=count,
                 vocab_size=self.columns,
+                confidence_threshold=self.confidence_threshold,
                 gate_hidden_dims=(self.config.width, self.config.width // 2),
                 # In decoding there is no whole row to judge by.
                 per_token=True,
@@ -160,7 +164,7 @@ class LanguageModel(nn.Module):
     def is_confident(self, hidden: Float[Array, "B D"]) -> Bool[Array, "B"]:
         """Says where the gate of the adaptive heads would run them."""
         gated = cast(heads.AdaptiveMTPHeads, self.mtp)
-        return gated.gate(hidden[:, None])[:, 0, 0] >= gated.confidence_threshold
+        return gated.gate(hidden[:, None])[:, 0, 0] >= self.confidence_threshold
 
     def parallel_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "K B V"]:
         """Returns what the parallel heads make of one token per row, gate or not.

@@ -1,5 +1,6 @@
 """The trainer's modules live beside their script, so they are imported by folder."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,9 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a run of a few seconds; --out and --preset are up to the test."""
+    loss = tmp_path_factory.mktemp("loss") / "loss.json"
+    # With a history of the temperature, there is more of the loss state to be lost.
+    loss.write_text(json.dumps({"adaptive_temperature": True, "label_smoothing": 0.1}))
     flags = {
         "data": text_folder,
         "cache": tmp_path_factory.mktemp("cache"),
@@ -65,5 +69,6 @@ def tiny(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         "model.layers": 2,
         "model.width": 32,
         "model.heads": 2,
+        "loss-config": loss,
     }
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]

@@ -177,10 +177,14 @@ def test_every_chart_says_what_it_shows(tmp_path: Path) -> None:
 def test_what_a_run_chose_comes_before_the_defaults(tmp_path: Path) -> None:
     text = show(make_run(tmp_path / "run")).text
     chosen, _, others = text.partition("All other settings")
-    for name in ("steps6 default 800", "loss.moe_balancing_typebias default gradient"):
+    for name in (
+        "steps6 default 800",
+        "loss.moe_balancing_typebias default gradient",
+        "loss.label_smoothing0.0 default 0.1",
+    ):
         assert name in chosen
         assert name not in others
-    for name in ("batch_size8", "loss.label_smoothing0.1", "loss.vocab_size300"):
+    for name in ("batch_size8", "loss.focal_gamma2.0", "loss.vocab_size300"):
         assert name in others
         assert name not in chosen
     # A space at the end is part of the prompt.

@@ -28,13 +28,21 @@ def test_every_preset_makes_a_loss_that_knows_the_model(preset: str) -> None:
 def test_the_demo_is_the_whole_deepseek_style() -> None:
     loss = loss_of([])
     assert (loss.primary_loss_type, loss.mtp_type) == ("deepseek", "deepseek")
-    assert loss.adaptive_temperature
     assert loss.use_mtp
     assert loss.use_ngram_penalty
     assert loss.use_immediate_repetition_penalty
     assert loss.eos_token_id is not None
     assert loss.penalty_source == "predictions"
-    assert loss.label_smoothing == 0.1
+
+
+def test_no_preset_has_what_makes_the_model_worse() -> None:
+    for preset in ("demo", "moe", "small", "gpt2"):
+        loss = loss_of(["--preset", preset])
+        assert not loss.adaptive_temperature
+        assert loss.label_smoothing == 0
+    loss = loss_of(["--preset", "adaptive-mtp"])
+    assert loss.label_smoothing == 0
+    assert loss.stop_confidence_gradient
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
