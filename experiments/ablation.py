@@ -6,7 +6,7 @@ from experiments import repetition
 from experiments.additions import LearnedWeights
 from experiments.arms import Arm
 from experiments.plots import plot_dots, plot_paths
-from experiments.records import Results, RunRecord, picture
+from experiments.records import Results, RunRecord, only, picture
 from experiments.sizes import Sizes
 
 SIZES = {
@@ -71,9 +71,17 @@ def plot(results: Results) -> None:
         "repeated_4grams": "repeated 4-grams",
         "step_milliseconds": "ms per step",
     }
-    plot_dots(results, panels, picture(results))
+    together = [name for name in ARMS if name.startswith("all")]
+    alone = [name for name in ARMS if name not in together]
+    for arms, of in ((alone, ""), (["plain", *together], "all")):
+        shown = only(results, arms)
+        if shown["runs"]:
+            plot_dots(shown, panels, picture(results, of))
+    moving = ["adaptive temperature", "all", "all but label smoothing"]
+    learning = ["parallel heads, learned weights"]
     paths = {
         "temperature": "adaptive temperature",
         "learned_weights": "learned weights: main loss [1], heads [2]",
     }
-    plot_paths(results, paths, picture(results, "paths"))
+    shown = only(results, moving + learning)
+    plot_paths(shown, paths, picture(results, "paths"))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from decode import generate
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from layers import Batch
 from model import LanguageModel, hidden_and_head
 
@@ -152,6 +152,61 @@ class SequenceBalance:
             )
         )(jax.nn.softmax(logits), indices)
         mean = jnp.mean(value)
+        return loss + self.weight * mean, {self.name: mean}
+
+
+def first_drafts(
+    drafts: Int[Array, "B S"],
+    logits: Float[Array, "B S V"],
+    segments: Int[Array, "B S"],
+) -> tuple[Bool[Array, "B S-1"], Bool[Array, "B S-1"]]:
+    """Says which drafts of the second next token the main head itself would make.
+
+    Args:
+      drafts: at position t for the token at t + 2.
+      logits: of the main head.
+      segments: of the rows; 0 is padding.
+
+    Returns:
+      Whether each is accepted, and whether it counts: not at the end of a segment.
+    """
+    accepted = drafts[:, :-1] == jnp.argmax(logits[:, 1:], -1)
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return accepted, inside
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateCalibration:
+    """Teaches the gate of adaptive heads whether the first draft will be accepted.
+
+    Attributes:
+      weight: of the binary cross-entropy of its confidence.
+    """
+
+    weight: float
+    name: str = "gate_calibration"
+
+    def init(self) -> Own:
+        """Nothing to train."""
+        return {}
+
+    def apply(
+        self, own: Own, loss: Float[Array, ""], scene: Scene
+    ) -> tuple[Float[Array, ""], Report]:
+        """Adds the cross-entropy."""
+        confidence = scene.inputs.get("confidence_scores")
+        ahead = scene.inputs.get("additional_logits")
+        logits = scene.inputs.get("logits")
+        if confidence is None or ahead is None or logits is None:
+            raise ValueError("only adaptive heads have a gate")
+        real = scene.model.loss.vocab_size
+        drafts = jnp.argmax(ahead[0, ..., :real], -1)
+        segments = scene.batch.segment_ids
+        accepted, counted = first_drafts(drafts, logits[..., :real], segments)
+        # A saturated sigmoid has no logarithm.
+        sure = jnp.clip(confidence[:, :-1, 0], 1e-6, 1 - 1e-6)
+        entropy = -jnp.where(accepted, jnp.log(sure), jnp.log1p(-sure))
+        mean = jnp.sum(entropy, where=counted) / jnp.maximum(jnp.sum(counted), 1)
         return loss + self.weight * mean, {self.name: mean}
 
 

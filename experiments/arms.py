@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import optax
+from data import TextData
 from jaxtyping import Array, Float, Int
 from layers import Batch
 from model import LanguageModel
 
 import ava_jax
+from experiments.sizes import Sizes
 
 Fields = Mapping[str, object]
 Own = dict[str, Array]
@@ -59,6 +61,16 @@ class Addition(Protocol):
         ...
 
 
+class Falling(NamedTuple):
+    """A field that falls linearly to 0 over all steps.
+
+    Attributes:
+      start: its value in the first step.
+    """
+
+    start: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """What is trained under.
@@ -66,23 +78,30 @@ class Arm:
     Attributes:
       fields: of the loss, over those of the plain cross-entropy.
       additions: further changes, applied one after the other.
+      confidence_threshold: from where on adaptive heads are trained; see
+        `LanguageModel`.
     """
 
     fields: Fields = dataclasses.field(default_factory=dict)
     additions: tuple[Addition, ...] = ()
+    confidence_threshold: float = 0.5
 
-    def config(
-        self, vocab_size: int, eos: int, width: int, experts: int, expert_layers: int
-    ) -> ava_jax.UnifiedLossConfig:
+    def config(self, sizes: Sizes, text: TextData) -> ava_jax.UnifiedLossConfig:
         """Returns the loss, joined with what the data and the model decide."""
         derived = {
-            "vocab_size": vocab_size,
-            "hidden_size": width,
-            "eos_token_id": eos,
-            "num_experts": experts or None,
-            "num_moe_layers": expert_layers or None,
+            "vocab_size": text.vocab_size,
+            "hidden_size": sizes.model.width,
+            "eos_token_id": text.eos,
+            "num_experts": sizes.model.experts or None,
+            "num_moe_layers": sizes.model.expert_layers or None,
         }
-        return ava_jax.create_unified_loss({**PLAIN, **self.fields, **derived}).config
+        own = {
+            name: optax.linear_schedule(value.start, 0.0, sizes.steps)
+            if isinstance(value, Falling)
+            else value
+            for name, value in self.fields.items()
+        }
+        return ava_jax.create_unified_loss({**PLAIN, **own, **derived}).config
 
 
 # The cross-entropy alone; what an arm adds, its name says.

@@ -13,7 +13,7 @@ from model import loss_inputs
 
 from ava_jax import metrics
 from experiments.additions import SequenceBalance
-from experiments.arms import Arm
+from experiments.arms import Arm, Falling
 from experiments.lab import (
     Numbers,
     Trained,
@@ -50,6 +50,7 @@ ARMS = {
     "auxiliary 1e-2": Arm(AUXILIARY | {"load_balancing_weight": 1e-2}),
     "gradient": Arm(BALANCED | {"moe_balancing_type": "gradient"}),
     "bias": Arm(BIAS),
+    "bias, falling rate": Arm(BIAS | {"bias_update_rate": Falling(3e-3)}),
     "bias + sequence": Arm(BIAS, (SequenceBalance(weight=1e-4),)),
 }
 # An expert with less than this of an even share counts as dead.

@@ -21,6 +21,7 @@ from model import LanguageModel, is_adaptive, loss_inputs, with_params
 from speculate import Speculated, speculate
 
 from ava_jax import metrics
+from experiments.additions import GateCalibration, first_drafts
 from experiments.arms import Arm
 from experiments.lab import (
     Numbers,
@@ -41,12 +42,22 @@ SIZES = {
     "gpu": dataclasses.replace(GPU, prompts=200),
 }
 AHEAD: dict[str, object] = {"use_mtp": True, "num_future_tokens": 3}
+ADAPTIVE = AHEAD | {"mtp_type": "adaptive", "mtp_weight": 0.3}
 ARMS = {
     "none": Arm(),
     "parallel": Arm(AHEAD | {"mtp_weight": 0.3}),
     "sequential": Arm(AHEAD | {"mtp_type": "sequential", "mtp_weight": 0.3}),
-    "adaptive": Arm(AHEAD | {"mtp_type": "adaptive", "mtp_weight": 0.3}),
+    "adaptive": Arm(ADAPTIVE),
+    "adaptive, no gradient": Arm(ADAPTIVE | {"stop_confidence_gradient": True}),
+    "adaptive, taught gate": Arm(
+        # Nothing but the truth about the drafts moves this gate.
+        ADAPTIVE | {"use_confidence_weighting": False, "confidence_reg_strength": 0.0},
+        (GateCalibration(weight=0.1),),
+        confidence_threshold=0.0,
+    ),
 }
+# The confidence from which drafts are made.
+DRAFTING = 0.5
 # Prompts that decoding is timed on, one at a time.
 TIMED = 20
 
@@ -72,7 +83,8 @@ def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
 
 def decoding(sizes: Sizes, trained: Trained, prompts: Int[Array, "N P"]) -> Numbers:
     """Returns what speculation yields, and how fast it is, against plain decoding."""
-    model, params, bias = trained.model, trained.params, trained.bias
+    model = trained.model.clone(confidence_threshold=DRAFTING)
+    params, bias = trained.params, trained.bias
     count = sizes.continuation
 
     def plain(rows: Int[Array, "n P"]) -> Int[Array, "n C"]:
@@ -142,12 +154,10 @@ def gate_bins(
         model.apply(with_params(params), rows, method=LanguageModel.parallel_logits),
     )
     real = model.loss.vocab_size
-    draft = jnp.argmax(ahead[0, :, :real], -1).reshape(hidden.shape[:2])[:, :-1]
-    verified = jnp.argmax(logits[..., :real], -1)[:, 1:]
-    segments = batch.segment_ids
-    counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    drafts = jnp.argmax(ahead[0, :, :real], -1).reshape(hidden.shape[:2])
+    accepted, counted = first_drafts(drafts, logits[..., :real], batch.segment_ids)
     return metrics.calibration_bins(
-        confidence[:, :-1, 0], draft == verified, counted, num_bins=20
+        confidence[:, :-1, 0], accepted, counted, num_bins=20
     )
 
 
@@ -160,5 +170,4 @@ def plot(results: Results) -> None:
     }
     goals = {"tokens_per_call": {"goal": 1.6}, "speed_up": {"goal": 1.3}}
     plot_dots(results, panels, picture(results), goals)
-    title = "adaptive heads: does the gate know?"
-    plot_calibration(results, "gate", title, picture(results, "gate"))
+    plot_calibration(results, "gate", picture(results, "gate"))

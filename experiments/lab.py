@@ -123,14 +123,8 @@ def settings_of(sizes: Sizes) -> Settings:
 
 def build(sizes: Sizes, arm: Arm, text: TextData) -> LanguageModel:
     """Returns the model that an arm trains."""
-    config = arm.config(
-        text.vocab_size,
-        text.eos,
-        sizes.model.width,
-        sizes.model.experts,
-        sizes.model.expert_layers,
-    )
-    return make_model(settings_of(sizes), config)
+    model = make_model(settings_of(sizes), arm.config(sizes, text))
+    return model.clone(confidence_threshold=arm.confidence_threshold)
 
 
 class Params(NamedTuple):

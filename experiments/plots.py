@@ -138,23 +138,27 @@ def plot_loads(results: Results, path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def plot_calibration(results: Results, name: str, title: str, path: Path) -> None:
-    """Draws confidence against what came true; the bins are in `extra` of some runs."""
-    drawn = [(run["seed"], run.get("extra", {}).get(name)) for run in results["runs"]]
+def plot_calibration(results: Results, name: str, path: Path) -> None:
+    """Draws confidence against what came true, a panel per arm that has bins of it.
+
+    The bins are in `extra`, under the name.
+    """
+    having = [run for run in results["runs"] if name in run.get("extra", {})]
+    arms = list(dict.fromkeys(run["arm"] for run in having))
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(4.8, 4.2), layout="constrained")
-        axis = figure.subplots()
-        axis.plot([0, 1], [0, 1], color="0.6", lw=1, linestyle=":", label="calibrated")
-        for seed, bins in drawn:
-            if isinstance(bins, dict):
-                _draw_bins(axis, bins, seed)
-        axis.set_xlabel("confidence of the gate")
-        axis.set_ylabel("share of the first drafts that are accepted")
-        axis.set_title(title)
-        axis.set_xlim(0, 1)
-        axis.set_ylim(0, 1)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        panels = max(1, len(arms))
+        figure = Figure(figsize=(0.6 + 4.2 * panels, 4.2), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+        for axis, arm in zip(axes, arms, strict=False):
+            axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":", label="calibrated")
+            for run in having:
+                bins = run.get("extra", {}).get(name)
+                if run["arm"] == arm and isinstance(bins, dict):
+                    _draw_bins(axis, bins, run["seed"])
+            axis.set(title=arm, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        axes[0].set_ylabel("share of the first drafts that are accepted")
         figure.savefig(path, dpi=120)
 
 

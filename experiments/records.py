@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -46,6 +47,11 @@ def picture(results: Results, of: str = "") -> Path:
     """Returns where a picture of the results belongs."""
     name = f"{results['experiment']}-{results['preset']}"
     return RESULTS / f"{name}-{of}.png" if of else RESULTS / f"{name}.png"
+
+
+def only(results: Results, arms: Collection[str]) -> Results:
+    """Returns the results of some arms."""
+    return {**results, "runs": [run for run in results["runs"] if run["arm"] in arms]}
 
 
 def load(path: Path) -> Results | None:

@@ -61,6 +61,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("accepted 1st", "acceptance_1", ".3f"),
         Column("2nd", "acceptance_2", ".3f"),
         Column("3rd", "acceptance_3", ".3f"),
+        Column("calls with drafts", "drafting_calls", ".0%"),
         Column("tokens per call", "tokens_per_call", ".2f"),
         Column("speed-up", "speed_up", ".2f"),
         Column("ms per step", "step_milliseconds", ".0f"),

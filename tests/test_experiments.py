@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ava_jax
-from experiments import additions, lab, records, repetition, run, tables
+from experiments import additions, call_cost, lab, records, repetition, run, tables
 from experiments.arms import Arm
 from experiments.sizes import Sizes
 
@@ -133,6 +133,39 @@ def test_sequence_unlikelihood_waits_for_its_start(text):
     np.testing.assert_allclose(float(after), 1.0 + 2.0 * value, rtol=1e-6)
 
 
+def test_the_gate_is_taught_what_the_main_head_will_say(text):
+    arm = Arm(
+        {"use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1},
+        confidence_threshold=0.0,
+    )
+    found = scene(text, arm)
+    later = jnp.roll(found.inputs.get("logits"), -1, axis=1)
+    odd = (jnp.arange(TINY.length) % 2 == 1)[:, None]
+    drafted = jnp.where(odd, later, found.inputs.get("additional_logits"))
+    found = found._replace(inputs=found.inputs | {"additional_logits": drafted})
+    loss, report = additions.GateCalibration(weight=3.0).apply(
+        {}, jnp.asarray(1.0), found
+    )
+    logits, ahead, sure = (
+        np.asarray(found.inputs.get(name), np.float64)
+        for name in ("logits", "additional_logits", "confidence_scores")
+    )
+    logits, ahead = logits[..., : text.vocab_size], ahead[0, ..., : text.vocab_size]
+    segments, terms = np.asarray(found.batch.segment_ids), []
+    for b, s in np.ndindex(TINY.rows, TINY.length - 1):
+        if segments[b, s] and segments[b, s] == segments[b, s + 1]:
+            right = ahead[b, s].argmax() == logits[b, s + 1].argmax()
+            terms.append(-np.log(sure[b, s, 0] if right else 1 - sure[b, s, 0]))
+            assert right or not s % 2
+    assert 0 < len(terms) < TINY.rows * TINY.length
+    np.testing.assert_allclose(
+        float(report["gate_calibration"]), np.mean(terms), rtol=1e-5
+    )
+    np.testing.assert_allclose(float(loss), 1 + 3 * np.mean(terms), rtol=1e-5)
+    with pytest.raises(ValueError, match="only adaptive heads have a gate"):
+        additions.GateCalibration(weight=1.0).apply({}, loss, scene(text, Arm()))
+
+
 def test_learned_weights_replace_the_sum(text):
     arm = Arm({"use_mtp": True, "num_future_tokens": 1})
     addition = additions.LearnedWeights(terms=("main_loss", "mtp_loss"))
@@ -187,6 +220,7 @@ EVERY_KIND = [
     pytest.param("heads", "sequential", id="heads-sequential"),
     pytest.param("heads", "parallel", marks=pytest.mark.slow),
     pytest.param("heads", "adaptive", marks=pytest.mark.slow),
+    pytest.param("heads", "adaptive, taught gate", marks=pytest.mark.slow),
     pytest.param("repetition", "token and sequence", marks=pytest.mark.slow),
     pytest.param("experts", "bias + sequence", marks=pytest.mark.slow),
     pytest.param("ablation", "parallel heads, learned weights", marks=pytest.mark.slow),
@@ -224,6 +258,14 @@ def test_an_arm_is_trained_measured_kept_and_drawn(
     if name == "heads":
         assert record["numbers"]["identical"] == 1
         assert 1 <= record["numbers"]["tokens_per_call"] <= 4
+
+
+@pytest.mark.slow
+def test_what_a_call_with_drafts_costs(text, monkeypatch):
+    monkeypatch.setattr(call_cost, "load_text", lambda sizes: text)
+    found = call_cost.cost(TINY, "sequential")
+    assert np.isfinite(found)
+    assert found > 0
 
 
 def results(*runs: tuple[str, int, float]) -> records.Results:
