@@ -200,7 +200,7 @@ class GateCalibration:
         if confidence is None or ahead is None or logits is None:
             raise ValueError("only adaptive heads have a gate")
         real = scene.model.loss.vocab_size
-        drafts = jnp.argmax(ahead[0, ..., :real], -1)
+        drafts = jnp.argmax(ahead[0][..., :real], -1)
         segments = scene.batch.segment_ids
         accepted, counted = first_drafts(drafts, logits[..., :real], segments)
         # A saturated sigmoid has no logarithm.

@@ -139,9 +139,10 @@ def test_the_gate_is_taught_what_the_main_head_will_say(text):
         confidence_threshold=0.0,
     )
     found = scene(text, arm)
-    later = jnp.roll(found.inputs.get("logits"), -1, axis=1)
+    later = jnp.roll(jnp.asarray(found.inputs.get("logits")), -1, axis=1)
     odd = (jnp.arange(TINY.length) % 2 == 1)[:, None]
-    drafted = jnp.where(odd, later, found.inputs.get("additional_logits"))
+    ahead = jnp.asarray(found.inputs.get("additional_logits"))
+    drafted = jnp.where(odd, later, ahead)
     found = found._replace(inputs=found.inputs | {"additional_logits": drafted})
     loss, report = additions.GateCalibration(weight=3.0).apply(
         {}, jnp.asarray(1.0), found
