@@ -17,7 +17,7 @@ help:
 	@echo "make test-models  train other people's models with this loss"
 	@echo "make lint         formatting, lint and types"
 	@echo "make bench        times and memory against other implementations"
-	@echo "make experiments  what training under the losses does, in about two hours"
+	@echo "make experiments  what training under the losses does, in two and a half hours"
 	@echo "make clean        remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train
