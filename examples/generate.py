@@ -122,19 +122,24 @@ def stream_tokens(
     decoder = Decoder.of(trained.model, len(prompt) + count)
 
     def advance(
-        params: optax.Params, bias: Array | None, cursor: Cursor, key: Array
+        params: optax.Params,
+        bias: Array | None,
+        keys: Array,
+        cursor: Cursor,
+        number: Int[Array, ""],
     ) -> tuple[Cursor, Int[Array, "1"]]:
-        token = decoder.pick(params, cursor, key, sampling)
+        token = decoder.pick(params, cursor, keys[number], sampling)
         return decoder.extend(params, bias, cursor, token), token
 
     learned = (trained.params, trained.bias)
-    step = functools.partial(jax.jit(advance), *learned)
+    # To take one out here would take longer than the step does.
     keys = jax.random.split(jax.random.key(seed), count)
+    step = functools.partial(jax.jit(advance), *learned, keys)
     cursor = jax.jit(decoder.begin)(*learned, *_one_row(prompt))
-    jax.block_until_ready(step(cursor, keys[0]))
+    jax.block_until_ready(step(cursor, np.int32(0)))
     yield []
-    for key in keys:
-        cursor, token = step(cursor, key)
+    for number in range(count):
+        cursor, token = step(cursor, np.int32(number))
         yield [token.item()]
 
 
