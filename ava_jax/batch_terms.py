@@ -123,10 +123,10 @@ def updated_balance(
     load: RouterLoad,
 ) -> BalanceState:
     """Returns the balance after a step whose tokens loaded the experts so."""
-    rate = config.weight("bias_update_rate", step)
 
     def update(state: BalanceState, load: RouterLoad) -> BalanceState:
         if isinstance(state, BiasBalanceState):
+            rate = config.weight("bias_update_rate", step)
             return moe.update_bias(state, load.counts, rate=rate)
         return moe.update_gradient_balance(state, load)
 

@@ -49,13 +49,10 @@ def _joined(without: str | None = None) -> Arm:
     return Arm(fields)
 
 
-ARMS = (
-    {"plain": Arm()}
-    | {name: Arm(fields) for name, fields in TERMS.items()}
-    | ALTERNATIVES
-    | {"all": _joined()}
-    | {f"all but {name}": _joined(name) for name in TERMS}
-)
+PLAIN = {"plain": Arm()}
+ALONE = {name: Arm(fields) for name, fields in TERMS.items()} | ALTERNATIVES
+TOGETHER = {"all": _joined()} | {f"all but {name}": _joined(name) for name in TERMS}
+ARMS = PLAIN | ALONE | TOGETHER
 
 
 def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
@@ -71,9 +68,7 @@ def plot(results: Results) -> None:
         "repeated_4grams": "repeated 4-grams",
         "step_milliseconds": "ms per step",
     }
-    together = [name for name in ARMS if name.startswith("all")]
-    alone = [name for name in ARMS if name not in together]
-    for arms, of in ((alone, ""), (["plain", *together], "all")):
+    for arms, of in ((PLAIN | ALONE, ""), (PLAIN | TOGETHER, "all")):
         shown = only(results, arms)
         if shown["runs"]:
             plot_dots(shown, panels, picture(results, of))

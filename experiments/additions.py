@@ -27,8 +27,16 @@ def _logits(
     return (hidden @ head)[..., : model.loss.vocab_size]
 
 
+class Untrained:
+    """An addition without parameters of its own."""
+
+    def init(self) -> Own:
+        """Nothing to train."""
+        return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RepetitionDecay:
+class RepetitionDecay(Untrained):
     """Adds rows that repeat a span of the batch, under the repetition decay.
 
     Attributes:
@@ -43,10 +51,6 @@ class RepetitionDecay:
     spans: tuple[int, int]
     decay: float = 0.5
     name: str = "repetition_decay"
-
-    def init(self) -> Own:
-        """Nothing to train."""
-        return {}
 
     def apply(
         self, own: Own, loss: Float[Array, ""], scene: Scene
@@ -68,7 +72,7 @@ class RepetitionDecay:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceUnlikelihood:
+class SequenceUnlikelihood(Untrained):
     """Adds the sequence unlikelihood of the model's own greedy continuations.
 
     Attributes:
@@ -87,10 +91,6 @@ class SequenceUnlikelihood:
     start: int
     ngram_size: int = 4
     name: str = "sequence_unlikelihood"
-
-    def init(self) -> Own:
-        """Nothing to train."""
-        return {}
 
     def apply(
         self, own: Own, loss: Float[Array, ""], scene: Scene
@@ -121,7 +121,7 @@ class SequenceUnlikelihood:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceBalance:
+class SequenceBalance(Untrained):
     """Adds the sequence-wise balance loss of every expert layer.
 
     Attributes:
@@ -130,10 +130,6 @@ class SequenceBalance:
 
     weight: float
     name: str = "sequence_balance"
-
-    def init(self) -> Own:
-        """Nothing to train."""
-        return {}
 
     def apply(
         self, own: Own, loss: Float[Array, ""], scene: Scene
@@ -156,27 +152,27 @@ class SequenceBalance:
 
 
 def first_drafts(
-    drafts: Int[Array, "B S"],
+    ahead: Float[Array, "B S V"],
     logits: Float[Array, "B S V"],
     segments: Int[Array, "B S"],
 ) -> tuple[Bool[Array, "B S-1"], Bool[Array, "B S-1"]]:
     """Says which drafts of the second next token the main head itself would make.
 
     Args:
-      drafts: at position t for the token at t + 2.
-      logits: of the main head.
+      ahead: logits of the first further head, without padding columns.
+      logits: of the main head, likewise.
       segments: of the rows; 0 is padding.
 
     Returns:
       Whether each is accepted, and whether it counts: not at the end of a segment.
     """
-    accepted = drafts[:, :-1] == jnp.argmax(logits[:, 1:], -1)
+    accepted = jnp.argmax(ahead[:, :-1], -1) == jnp.argmax(logits[:, 1:], -1)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return accepted, inside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GateCalibration:
+class GateCalibration(Untrained):
     """Teaches the gate of adaptive heads whether the first draft will be accepted.
 
     Attributes:
@@ -185,10 +181,6 @@ class GateCalibration:
 
     weight: float
     name: str = "gate_calibration"
-
-    def init(self) -> Own:
-        """Nothing to train."""
-        return {}
 
     def apply(
         self, own: Own, loss: Float[Array, ""], scene: Scene
@@ -200,9 +192,10 @@ class GateCalibration:
         if confidence is None or ahead is None or logits is None:
             raise ValueError("only adaptive heads have a gate")
         real = scene.model.loss.vocab_size
-        drafts = jnp.argmax(ahead[0][..., :real], -1)
         segments = scene.batch.segment_ids
-        accepted, counted = first_drafts(drafts, logits[..., :real], segments)
+        accepted, counted = first_drafts(
+            ahead[0][..., :real], logits[..., :real], segments
+        )
         # A saturated sigmoid has no logarithm.
         sure = jnp.clip(confidence[:, :-1, 0], 1e-6, 1 - 1e-6)
         entropy = -jnp.where(accepted, jnp.log(sure), jnp.log1p(-sure))

@@ -7,16 +7,14 @@ changes how many drafts are right, but not what a call takes. On one core.
 """
 
 import dataclasses
-import os
 import sys
 
-import jax
-from layers import Batch, ModelConfig
+from layers import ModelConfig
 
 import ava_jax
 from experiments import heads
-from experiments.lab import Trained, build, heldout_prompts, load_text
-from experiments.run import ONE_THREAD
+from experiments.lab import Trained, build, heldout_prompts, initial_params, load_text
+from experiments.run import use_one_thread
 from experiments.sizes import CPU, Sizes
 
 MODELS = ((2, 128), (4, 256), (8, 256), (4, 512))
@@ -28,8 +26,7 @@ def cost(sizes: Sizes, kind: str) -> float:
     text = load_text(sizes)
     model = build(sizes, heads.ARMS[kind], text)
     prompts = heldout_prompts(sizes, text).prompts
-    batch = Batch(*[prompts[:1]] * 4)
-    params = model.init(jax.random.key(0), batch)["params"]
+    params = initial_params(model, 0)
     state = ava_jax.unified_loss(model.loss).init()
     found = heads.decoding(sizes, Trained(model, params, state, {}, 0.0), prompts)
     return found["tokens_per_call"] / found["speed_up"]
@@ -37,7 +34,7 @@ def cost(sizes: Sizes, kind: str) -> float:
 
 def main() -> int:
     """Prints the table."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
+    use_one_thread()
     print("| layers | width | " + " | ".join(KINDS) + " |")
     print("|---:|---:|" + "---:|" * len(KINDS))
     for layers, width in MODELS:

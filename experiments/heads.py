@@ -154,8 +154,8 @@ def gate_bins(
         model.apply(with_params(params), rows, method=LanguageModel.parallel_logits),
     )
     real = model.loss.vocab_size
-    drafts = jnp.argmax(ahead[0, :, :real], -1).reshape(hidden.shape[:2])
-    accepted, counted = first_drafts(drafts, logits[..., :real], batch.segment_ids)
+    first = ahead[0].reshape(logits.shape)[..., :real]
+    accepted, counted = first_drafts(first, logits[..., :real], batch.segment_ids)
     return metrics.calibration_bins(
         confidence[:, :-1, 0], accepted, counted, num_bins=20
     )

@@ -142,14 +142,18 @@ class Learner(NamedTuple):
     state: ava_jax.LossState
 
 
+def initial_params(model: LanguageModel, seed: int) -> optax.Params:
+    """Returns the parameters before the first step."""
+    row = jnp.ones((1, 8), jnp.int32)
+    return model.init(jax.random.key(seed), Batch(row, row, row, row))["params"]
+
+
 def _begin(
     model: LanguageModel, arm: Arm, optimizer: optax.GradientTransformation, seed: int
 ) -> Learner:
     """The learner before the first step; the transformer depends on the seed alone."""
-    row = jnp.ones((1, 8), jnp.int32)
-    variables = model.init(jax.random.key(seed), Batch(row, row, row, row))
     own = {addition.name: addition.init() for addition in arm.additions}
-    params = Params(variables["params"], own)
+    params = Params(initial_params(model, seed), own)
     state = ava_jax.unified_loss(model.loss).init()
     return Learner(params, optimizer.init(params), state)
 

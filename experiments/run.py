@@ -49,6 +49,11 @@ class Experiment(Protocol):
         ...
 
 
+def use_one_thread() -> None:
+    """Gives XLA one thread here, unless it has started already, and in later jobs."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
+
+
 def load_experiment(name: str) -> Experiment:
     """Returns the module of an experiment."""
     return cast(Experiment, importlib.import_module(f"experiments.{name}"))
@@ -144,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         if unknown or len(names) > 1:
             parser.error(f"--arms: {', '.join(sorted(unknown)) or 'one experiment'}")
     if options.jobs > 1 or options.preset == "cpu":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
+        use_one_thread()
     for name in names:
         run(name, options)
     return 0

@@ -41,7 +41,6 @@ def compute_dtype(
     dtype: DTypeLike | None, hidden_states: Float[Array, "B S D"]
 ) -> jnp.dtype:
     """Returns the dtype of a module's layers: the given one or that of the input."""
-    require_hidden_states(hidden_states)
     return jnp.dtype(hidden_states.dtype if dtype is None else dtype)
 
 

@@ -17,6 +17,7 @@ from ava_jax.heads.common import (
     exact_gelu,
     require,
     require_choice,
+    require_hidden_states,
     token_weights,
     zero_uncounted,
 )
@@ -110,6 +111,7 @@ class ConfidenceGate(nn.Module):
           counts nothing gets the gate's answer to a zero vector, which is finite:
           leave it out of means.
         """
+        require_hidden_states(hidden_states)
         dtype = compute_dtype(self.dtype, hidden_states)
         weights = token_weights(hidden_states, attention_mask)
         x = as_float(zero_uncounted(hidden_states, weights != 0))

@@ -12,6 +12,7 @@ from ava_jax.heads.common import (
     exact_gelu,
     require,
     require_choice,
+    require_hidden_states,
     token_weights,
     zero_uncounted,
 )
@@ -131,6 +132,7 @@ class MTPHeads(nn.Module):
         Returns:
           Logits [K, B, S, V]; entry j−1 at position t predicts `targets[t+j]`.
         """
+        require_hidden_states(hidden_states)
         dtype = compute_dtype(self.dtype, hidden_states)
         x = hidden_states
         if attention_mask is not None:

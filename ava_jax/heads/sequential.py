@@ -156,6 +156,7 @@ class SequentialMTP(nn.Module):
         """
         depths = self.num_depths
         require(1 <= depth <= depths, "depth", depth, f"between 1 and {depths}")
+        require_hidden_states(hidden_states)
         require_shape("ahead_embeddings", ahead_embeddings, hidden_states.shape)
         dtype = compute_dtype(self.dtype, hidden_states)
         pair = (
