@@ -18,7 +18,7 @@ from jax.stages import Compiled
 
 import ava_jax
 from benchmarks import rivals
-from benchmarks.compiled import collectives
+from benchmarks.hlo import collectives
 from benchmarks.machine import versions
 
 DEVICES = 8

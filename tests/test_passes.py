@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ava_jax
-from benchmarks.compiled import dot_flops as compiled_dot_flops
+from benchmarks.costs import dot_flops as compiled_dot_flops
 
 B, S, D, V = 2, 11, 6, 23
 EVERYTHING = {

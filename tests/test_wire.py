@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import wire
-from benchmarks.compiled import collectives
+from benchmarks.hlo import collectives
 
 B, S, D, V = wire.BATCH, wire.LENGTH, 768, 131072
 N = B * S
