@@ -5,20 +5,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := $(VENV)/bench
 MODELS := $(VENV)/models
+COMPILED := $(VENV)/compiled
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-models lint bench experiments clean
+.PHONY: help demo test test-all test-models test-compiled lint bench experiments clean
 
 help:
-	@echo "make demo         train a small language model on this Python's own source"
-	@echo "make test         the test suite, without the slow tests"
-	@echo "make test-all     the test suite, slow tests included"
-	@echo "make test-models  train other people's models with this loss"
-	@echo "make lint         formatting, lint and types"
-	@echo "make bench        times and memory against other implementations"
-	@echo "make experiments  what training under the losses does, in two and a half hours"
-	@echo "make clean        remove .venv and the caches; runs/ stays"
+	@echo "make demo           train a small language model on this Python's own source"
+	@echo "make test           the test suite, without the slow tests"
+	@echo "make test-all       the test suite, slow tests included"
+	@echo "make test-models    train other people's models with this loss"
+	@echo "make test-compiled  compile for TPUs and GPUs, which need not be there"
+	@echo "make lint           formatting, lint and types"
+	@echo "make bench          times and memory against other implementations"
+	@echo "make experiments    what training under the losses does, in two and a half hours"
+	@echo "make clean          remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
@@ -32,6 +34,10 @@ test-all: $(VENV)/.test
 # Each file on one worker: its tests share the runs that they compare with.
 test-models: $(VENV)/.models
 	$(MODELS)/bin/python -m pytest -n 2 --dist loadfile tests/models $(ARGS)
+
+# One worker: the compilers use all cores, and the tests share compiled programs.
+test-compiled: $(VENV)/.compiled
+	$(COMPILED)/bin/python -m pytest tests/compiled $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -76,4 +82,10 @@ $(VENV)/.bench: pyproject.toml
 $(VENV)/.models: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(MODELS) $(MODELS)/bin/python
 	$(MODELS)/bin/python -m pip install --disable-pip-version-check -q -e '.[models]'
+	@touch $@
+
+# An environment of its own: the TPU's compiler alone is 0.7 GB.
+$(VENV)/.compiled: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(COMPILED) $(COMPILED)/bin/python
+	$(COMPILED)/bin/python -m pip install --disable-pip-version-check -q -e '.[compiled]'
 	@touch $@

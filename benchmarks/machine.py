@@ -10,7 +10,17 @@ import jax
 
 from benchmarks.records import MachineRecord
 
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "tokamax", "ava-jax")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "optax",
+    "flax",
+    "tokamax",
+    "marin-levanter",
+    "ava-jax",
+)
 
 
 def device_kind() -> str:

@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.records import AxisRecord, FiguresRecord, OutcomeRecord, Results
+from benchmarks.records import (
+    AxisRecord,
+    CompiledRecord,
+    FiguresRecord,
+    OutcomeRecord,
+    Results,
+)
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = {"time": "#0072B2", "temp": "#E69F00", "bandwidth": "#009E73"}
@@ -106,6 +112,36 @@ def plot_scaling(results: Results, path: Path) -> bool:
             _draw_axis(axis, record)
             axis.set_xlabel(label)
         figure.suptitle(f"{_where(results)}: fused everything call with gradient")
+        figure.savefig(path, dpi=120)
+    return True
+
+
+def plot_compiled(record: CompiledRecord, path: Path) -> bool:
+    """Draws time, or bytes, against memory for each program; `False` without any."""
+    moved = any("moved_bytes" in row for row in record["rows"])
+    rows = [row for row in record["rows"] if row.get("temp_bytes") is not None]
+    if not rows:
+        return False
+    colors = {"baseline": COLORS["temp"], "candidate": COLORS["time"]}
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        axis = figure.subplots()
+        for row in rows:
+            amount = row.get("moved_bytes", 0) / 2**30 or row.get("estimated_ms", 0)
+            place = amount, row.get("temp_bytes", 0) / MEBIBYTE
+            axis.plot(*place, "o", color=colors[row["kind"]])
+            axis.annotate(
+                row["name"], place, (5, 3), textcoords="offset points", fontsize=8
+            )
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.25)
+        axis.set_ylim(0, None)
+        axis.set_xlabel("GiB moved" if moved else "ms, estimated by the compiler")
+        axis.set_ylabel("temporary memory, MiB")
+        axis.grid(alpha=0.3)
+        sizes = "x".join(map(str, record["shape"]))
+        mesh = "".join(f", {name}={n}" for name, n in record["mesh"].items())
+        axis.set_title(f"{record['chip']}{mesh}: BxSxDxV = {sizes}; compiled, not run")
+        axis.legend(handles=[Patch(color=c, label=name) for name, c in colors.items()])
         figure.savefig(path, dpi=120)
     return True
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class SkippedRecord(TypedDict):
@@ -95,6 +95,52 @@ class Results(TypedDict):
     rounds: int
     groups: dict[str, GroupRecord]
     scaling: dict[str, AxisRecord]
+
+
+class CostRecord(TypedDict):
+    """Operations that are alike; the amount is in cycles on a TPU, else in bytes."""
+
+    kind: str
+    result: str
+    source: str
+    amount: int
+
+
+class CompiledRow(TypedDict):
+    """What is known of one compiled program.
+
+    Attributes:
+      name: what was compiled.
+      kind: `"baseline"` or `"candidate"`.
+      reference: the baseline that it is held against.
+      estimated_ms: by the TPU's compiler.
+      moved_bytes: by the GPU's kernels.
+      temp_bytes: temporaries of a device.
+      compile_seconds: tracing and compiling.
+      costliest: the operations that cost most.
+      failed: why there is no program; then nothing else is known.
+    """
+
+    name: str
+    kind: str
+    reference: str
+    estimated_ms: NotRequired[float]
+    moved_bytes: NotRequired[int]
+    temp_bytes: NotRequired[int]
+    compile_seconds: NotRequired[float]
+    costliest: NotRequired[list[CostRecord]]
+    failed: NotRequired[str]
+
+
+class CompiledRecord(TypedDict):
+    """A results file of `benchmarks.compiled`."""
+
+    chip: str
+    shape: list[int]
+    mesh: dict[str, int]
+    versions: dict[str, str | None]
+    flags: dict[str, str]
+    rows: list[CompiledRow]
 
 
 def load(path: Path) -> Results | None:

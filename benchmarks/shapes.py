@@ -71,6 +71,16 @@ DEVICE = (
     Shape(16384, 128256, 4096, dtype="bfloat16"),
 )
 
+# What `benchmarks.compiled` knows by name: a micro-batch of a device, in bfloat16.
+COMPILED = {
+    "gpt2-medium": Shape(DEVICE_TOKENS, 50304, 1024, dtype="bfloat16"),
+    "qwen3-4b": Shape(8192, 151936, 2560, dtype="bfloat16", batch=2),
+} | {
+    model.name.lower(): dataclasses.replace(model.shape, dtype="bfloat16")
+    for model in MODELS
+}
+COMPILED["llama3-8b"] = COMPILED.pop("llama-3-8b")
+
 
 def scaled(model: Model, device_kind: str) -> Shape:
     """Returns a model's sizes as the device can hold them; the vocabulary is kept.

@@ -1,0 +1,159 @@
+"""Accelerators that need not be there: their compilers, their meshes, their sizes.
+
+The compilers of TPUs and GPUs are ordinary packages, `libtpu` and JAX's CUDA plugin,
+and compile on any x86-64 Linux machine for one chip or for hundreds.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, Sharding
+from jax.stages import Compiled
+
+GPU_DESCRIPTION = Path(__file__).with_name("h100.pbtxt")
+GPUS_A_HOST = 8
+# The TPU's compiler neither looks for a TPU nor minds that another process compiles.
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+NEEDS = "needs the compiled extra, on x86-64 Linux; `make test-compiled` installs it"
+
+
+class Chip(NamedTuple):
+    """A kind of accelerator, as JAX counts devices.
+
+    Attributes:
+      platform: as `lowering_platforms` spells it.
+      memory: bytes of HBM of a device.
+      clock: cycles of a TPU's core in a nanosecond; `None` where none are estimated.
+      axes: of its network, 2 or 3.
+      cores: devices on a chip.
+    """
+
+    platform: str
+    memory: int
+    clock: float | None = None
+    axes: int = 3
+    cores: int = 1
+
+
+# The clocks are those at which the matrix units reach the makers' peak rates: 197, 459,
+# 918 and, for the two cores of a tpu7x, 2307 Tflop/s.
+CHIPS = {
+    "v5e": Chip("tpu", 16 * 10**9, 1.5, axes=2),
+    "v5p": Chip("tpu", 95 * 10**9, 1.75),
+    "v6e": Chip("tpu", 32 * 10**9, 1.75, axes=2),
+    "tpu7x": Chip("tpu", 96 * 10**9, 2.2, cores=2),
+    "h100": Chip("cuda", 80 * 10**9),
+}
+
+
+def missing(chip: str) -> str:
+    """Returns why nothing can be compiled for a chip here; empty if it can."""
+    packages = ("libtpu",)
+    if CHIPS[chip].platform == "cuda":
+        packages = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    found = any(importlib.util.find_spec(package) for package in packages)
+    return "" if found else NEEDS
+
+
+def topology_name(chip: str, count: int) -> str:
+    """Returns the name of the smallest topology with so many devices.
+
+    Args:
+      chip: a name of `CHIPS`.
+      count: of devices; it is rounded up to a power of 2 and to a whole host.
+    """
+    kind = CHIPS[chip]
+    if kind.platform == "cuda":
+        hosts = math.ceil(count / GPUS_A_HOST)
+        return f"1x{hosts}x{GPUS_A_HOST if hosts > 1 else count}"
+    sizes = [2, 2, 1][: kind.axes]
+    while math.prod(sizes) * kind.cores < count:
+        smallest = max(i for i, n in enumerate(sizes) if n == min(sizes))
+        sizes[smallest] *= 2
+    # The longest axis comes last, but a single host is flat.
+    order = sizes if math.prod(sizes) == 4 else sorted(sizes)
+    return f"{chip}:{'x'.join(map(str, order))}"
+
+
+def devices(chip: str, count: int = 1) -> list[Any]:
+    """Returns devices that can be compiled for and hold no data.
+
+    Args:
+      chip: a name of `CHIPS`.
+      count: how many.
+
+    Raises:
+      ModuleNotFoundError: the compiler is not installed.
+    """
+    if reason := missing(chip):
+        raise ModuleNotFoundError(f"no compiler for {chip}: {reason}")
+    return list(_devices(chip, topology_name(chip, count)))[:count]
+
+
+@functools.cache
+def _devices(chip: str, name: str) -> tuple[Any, ...]:
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if CHIPS[chip].platform == "cuda":
+        found = topologies.get_topology_desc(
+            chip,
+            platform="cuda",
+            target_config=GPU_DESCRIPTION.read_text(),
+            topology=name,
+        )
+    else:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    return tuple(found.devices)
+
+
+def make_mesh(chip: str, sizes: Mapping[str, int]) -> Mesh:
+    """Returns a mesh of a chip's devices that leaves placing to XLA.
+
+    Args:
+      chip: a name of `CHIPS`.
+      sizes: of the axes, by name.
+    """
+    shape = tuple(sizes.values())
+    # An axis may be a part of one of the network's, as of 8 chips where it has 4.
+    placed = mesh_utils.create_device_mesh(
+        shape, devices(chip, math.prod(shape)), allow_split_physical_axes=True
+    )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def compile_for(
+    chip: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    out_shardings: Any = None,
+) -> Compiled:
+    """Returns the compiled program of a function for a chip.
+
+    Args:
+      chip: a name of `CHIPS`.
+      function: to be jitted.
+      *arguments: `jax.ShapeDtypeStruct`s whose shardings name the chip's devices.
+      out_shardings: of its results, where XLA shall not choose.
+    """
+    jitted = jax.jit(function, out_shardings=out_shardings)
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=(CHIPS[chip].platform,))
+    return lowered.compile()
+
+
+def given(
+    shape: tuple[int, ...], dtype: Any, sharding: Sharding
+) -> jax.ShapeDtypeStruct:
+    """Returns what stands for an array."""
+    return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=sharding)
