@@ -1,0 +1,64 @@
+"""Lowered for another platform, the loss is that platform's program.
+
+No compiler is needed here: lowering stops before it.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.candidates import CONFIGS, Place, loss_of
+
+BATCH, LENGTH, WIDTH, VOCAB = 4, 4096, 64, 32000
+CONFIG_NAMES = pytest.mark.parametrize("name", list(CONFIGS))
+PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
+
+
+@functools.cache
+def lowered(name: str, platform: str) -> str:
+    """The program of the loss and its gradients, as it is handed to the compiler."""
+    here = Place("v5p")  # whose devices are not asked for
+    loss = loss_of(CONFIGS[name](VOCAB), here, "hidden_states", "lm_head", "targets")
+    arrays = (
+        jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.bfloat16),
+        jax.ShapeDtypeStruct((WIDTH, VOCAB), jnp.bfloat16),
+        jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32),
+    )
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return step.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def splits(text: str) -> set[tuple[int, ...]]:
+    """The shapes in which the classes of a row lie along two axes."""
+    found = {
+        tuple(int(n) for n in dims.rstrip("x").split("x"))
+        for dims in re.findall(r"tensor<((?:\d+x)+)", text)
+    }
+    return {
+        shape
+        for shape in found
+        if any(min(a, b) > 1 and a * b == VOCAB for a, b in itertools.pairwise(shape))
+    }
+
+
+@CONFIG_NAMES
+@PLATFORMS
+def test_accelerators_have_a_program_of_their_own(name: str, platform: str) -> None:
+    assert lowered(name, platform) != lowered(name, "cpu")
+
+
+@CONFIG_NAMES
+def test_a_cpu_splits_rows_into_parts_that_its_caches_hold(name: str) -> None:
+    """Which shows that the next test looks at the right thing."""
+    assert splits(lowered(name, "cpu"))
+
+
+@CONFIG_NAMES
+@PLATFORMS
+def test_accelerators_reduce_whole_rows(name: str, platform: str) -> None:
+    # The mark of the CPU's program. Should that get another one, look for it here.
+    assert splits(lowered(name, platform)) == set()
