@@ -2,11 +2,13 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import numpy as np
 from data import Rows
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layers import Batch
@@ -15,7 +17,9 @@ from model import partition_spec
 import ava_jax
 
 T = TypeVar("T")
-AXES = ("data", "tensor")
+AXES = ("data", "fsdp", "tensor")
+# The axes that share the rows of a batch; parameters are split over fsdp and tensor.
+ROWS = ("data", "fsdp")
 
 
 def use_deterministic_operations() -> None:
@@ -24,39 +28,46 @@ def use_deterministic_operations() -> None:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
-def make_mesh(text: str, rows: int) -> Mesh:
+def make_mesh(text: str, rows: int, devices: Sequence[object] | None = None) -> Mesh:
     """Makes the mesh that `--mesh` asks for.
 
     Args:
       text: such as `data=4,tensor=2`; empty for all devices along data.
-      rows: rows of one micro-batch, which the data axis has to divide.
+      rows: rows of one micro-batch, which the axes of the rows have to divide.
+      devices: of the mesh; by default those that there are.
 
     Raises:
       ValueError: an unknown axis, or sizes that fit neither devices nor rows.
     """
-    count = jax.device_count()
-    sizes = {"data": 1, "tensor": 1}
-    for part in (text or f"data={_default_size(count, rows)}").split(","):
+    is_here = devices is None
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    default = _default_size(count, rows) if is_here else count
+    sizes = dict.fromkeys(AXES, 1)
+    for part in (text or f"data={default}").split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"--mesh takes data=N,tensor=M, got {text!r}")
+            raise ValueError(
+                "--mesh takes data=N,tensor=M, or fsdp=N as well to split the "
+                f"parameters, got {text!r}"
+            )
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if wanted > count:
         raise ValueError(f"--mesh {text} needs {wanted} devices, but there are {count}")
-    if jax.process_count() > 1 and wanted != count:
+    if wanted != count and (jax.process_count() > 1 or not is_here):
         raise ValueError(f"--mesh {text} must use all {count} devices of the pod")
-    if rows % sizes["data"]:
+    if rows % math.prod(sizes[axis] for axis in ROWS):
+        shares = ",".join(f"{axis}={sizes[axis]}" for axis in ROWS if sizes[axis] > 1)
         raise ValueError(
-            f"a micro-batch has {rows} rows, which data={sizes['data']} devices cannot "
-            "share evenly: change --batch-size, --microbatches or --mesh"
+            f"a micro-batch has {rows} rows, which {shares} devices cannot share "
+            "evenly: change --batch-size, --microbatches or --mesh"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.devices()[:wanted],
+    # An axis may run over parts of the network's, as of a torus of 8×8×8 for 32×4×4.
+    arranged = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices[:wanted], allow_split_physical_axes=True
     )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _default_size(count: int, rows: int) -> int:
@@ -67,22 +78,24 @@ def _default_size(count: int, rows: int) -> int:
 
 
 def loss_on(mesh: Mesh, loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLoss:
-    """The loss, told where rows and the vocabulary lie."""
-    data, tensor = AXES
-    return ava_jax.unified_loss(loss, mesh=mesh, batch_axes=data, vocab_axis=tensor)
+    """The loss with the mesh, over which rows and the vocabulary are split."""
+    return ava_jax.unified_loss(loss, mesh=mesh, batch_axes=ROWS, vocab_axis="tensor")
 
 
-def shardings_of(tree: T, mesh: Mesh) -> T:
-    """Returns a sharding per array: by name, replicated where an axis does not fit."""
+def placed(tree: T, mesh: Mesh) -> T:
+    """Gives each shape a sharding: by name, without the axes that do not fit."""
 
-    def place(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(
+        path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct
+    ) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition_spec(name)
-        fits = len(spec) == len(leaf.shape) and all(
-            axis is None or size % mesh.shape[axis] == 0
-            for axis, size in zip(spec, leaf.shape, strict=True)
+        fitting = (
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(
+                partition_spec(name, leaf.ndim), leaf.shape, strict=False
+            )
         )
-        return NamedSharding(mesh, spec if fits else P())
+        return leaf.update(sharding=NamedSharding(mesh, P(*fitting)))
 
     return jax.tree.map_with_path(place, tree)
 
@@ -97,7 +110,7 @@ class RowShare:
 
     def __init__(self, mesh: Mesh, size: int) -> None:
         self._size = size
-        self._sharding = NamedSharding(mesh, P("data"))
+        self._sharding = NamedSharding(mesh, P(ROWS))
         indices = self._sharding.addressable_devices_indices_map((size,)).values()
         owned = {row for index in indices for row in self._rows_of(index)}
         self.places = sorted(owned)

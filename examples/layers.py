@@ -21,16 +21,32 @@ class ModelConfig:
     """Size of a hidden state (D); a multiple of twice the number of heads."""
     heads: int = 4
     """Number of attention heads."""
+    kv_heads: int = 0
+    """Heads of keys and values, each shared by a group of the others; 0 gives each its
+    own, and so does any number from `heads` up."""
+    inner_width: int = 0
+    """Inner width of SwiGLU; 0 for 8/3 of the width, a multiple of 32."""
     experts: int = 0
     """Experts per mixture layer (E); 0 makes every layer dense."""
     experts_per_token: int = 2
     """Experts that a token visits."""
     dense_layers: int = 1
     """How many of the first layers stay dense when there are experts."""
+    attention_block: int = 0
+    """Tokens whose attention is computed at a time, 0 for all: less memory and, as none
+    looks at later blocks, less time; the scores are recomputed in the backward pass."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    scan: bool = False
+    """Run the dense blocks as one loop: deep models compile faster. The parameters are
+    stacked, so that a checkpoint is of one way or of the other."""
 
     def __post_init__(self) -> None:
+        for name in ("kv_heads", "inner_width", "attention_block"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"model.{name} must be at least 0, got {getattr(self, name)}"
+                )
         for name in ("layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -40,6 +56,11 @@ class ModelConfig:
             raise ValueError(
                 "model.width must be a multiple of 2 * model.heads, so that rotary "
                 f"positions fit: got width={self.width}, heads={self.heads}"
+            )
+        if self.heads % self.key_heads:
+            raise ValueError(
+                "model.heads must be a multiple of model.kv_heads: got "
+                f"{self.heads} and {self.kv_heads}"
             )
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
@@ -53,9 +74,14 @@ class ModelConfig:
             )
 
     @property
+    def key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return min(self.kv_heads or self.heads, self.heads)
+
+    @property
     def inner(self) -> int:
-        """Inner width of SwiGLU: 8/3 of the width, rounded up to a multiple of 32."""
-        return -(-8 * self.width // (3 * 32)) * 32
+        """Inner width of SwiGLU, its default rounded up to a multiple of 32."""
+        return self.inner_width or -(-8 * self.width // (3 * 32)) * 32
 
     @property
     def expert_layers(self) -> int:
@@ -91,6 +117,30 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+def attend(
+    query: Float[Array, "B S H W"],
+    key: Float[Array, "B S G W"],
+    value: Float[Array, "B S G W"],
+    segments: Int[Array, "B S"],
+    block: int,
+) -> Float[Array, "B S H W"]:
+    """Mixes what each token may see, `block` tokens at a time, or all if it is 0."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    if not block:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=same, is_causal=True
+        )
+    length = query.shape[1]
+    mix = jax.checkpoint(jax.nn.dot_product_attention)
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        past = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        seen = same[:, :, start:end, :end] & past
+        parts.append(mix(query[:, start:end], key[:, :end], value[:, :end], mask=seen))
+    return jnp.concatenate(parts, axis=1)
+
+
 class Attention(nn.Module):
     """Causal attention that stays inside a segment.
 
@@ -101,6 +151,8 @@ class Attention(nn.Module):
     """
 
     heads: int
+    key_heads: int
+    block: int
     dtype: DTypeLike
     cache_length: int | None = None
 
@@ -108,21 +160,19 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
         width = x.shape[-1]
 
-        def project(name: str) -> Float[Array, "B S H W"]:
-            out = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(x)
-            return out.reshape(*out.shape[:-1], self.heads, width // self.heads)
+        def project(name: str, heads: int) -> Float[Array, "B S H W"]:
+            size = width // self.heads
+            out = nn.Dense(heads * size, use_bias=False, dtype=self.dtype, name=name)(x)
+            return out.reshape(*out.shape[:-1], heads, size)
 
-        query = rotate(project("query"), batch.positions)
-        key = rotate(project("key"), batch.positions)
-        value = project("value")
+        query = rotate(project("query", self.heads), batch.positions)
+        key = rotate(project("key", self.key_heads), batch.positions)
+        value = project("value", self.key_heads)
         if self.cache_length is None:
-            segments = batch.segment_ids
-            same = segments[:, None, :, None] == segments[:, None, None, :]
-            mixed = jax.nn.dot_product_attention(
-                query, key, value, mask=same, is_causal=True
-            )
+            mixed = attend(query, key, value, batch.segment_ids, self.block)
         else:
-            places = batch.positions
+            places, shared = batch.positions, self.heads // self.key_heads
+            key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
             mixed = self._read_on(query, key, value, places, self.cache_length)
         out = nn.Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=ZEROS, name="merge"
@@ -164,6 +214,14 @@ class Attention(nn.Module):
         return mixed.reshape(rows, heads, -1, width).swapaxes(1, 2)
 
 
+def make_attention(
+    config: ModelConfig, dtype: DTypeLike, cache_length: int | None
+) -> Attention:
+    """The attention of a block."""
+    sizes = config.heads, config.key_heads, config.attention_block
+    return Attention(*sizes, dtype, cache_length, name="attention")
+
+
 class SwiGLU(nn.Module):
     """silu(x·gate) · (x·up), projected back down (Shazeer 2020)."""
 
@@ -195,8 +253,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B S D"]:
         config, dtype = self.config, self.dtype
         normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
-        attend = Attention(config.heads, dtype, self.cache_length, name="attention")
-        x = x + attend(normed, batch)
+        x = x + make_attention(config, dtype, self.cache_length)(normed, batch)
         normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
         return x + SwiGLU(config.inner, dtype, name="mixer")(normed)
 
@@ -215,8 +272,7 @@ class ExpertBlock(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Routing]:
         config, dtype = self.config, self.dtype
         normed = nn.RMSNorm(dtype=dtype, name="attention_norm")(x)
-        attend = Attention(config.heads, dtype, self.cache_length, name="attention")
-        x = x + attend(normed, batch)
+        x = x + make_attention(config, dtype, self.cache_length)(normed, batch)
         normed = nn.RMSNorm(dtype=dtype, name="mixer_norm")(x)
         experts = Experts(
             config.experts,

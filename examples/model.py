@@ -23,31 +23,37 @@ import ava_jax
 from ava_jax import heads
 from ava_jax.losses import layer_norm
 
-# Which axis of a parameter lies along the mesh's "tensor" axis, by the end of its path.
-# The optimizer's moments end in the same names. Everything else is replicated.
-TENSOR_AXES: dict[str, P] = {
-    "embed/embedding": P("tensor", None),
-    "lm_head": P(None, "tensor"),
-    "query/kernel": P(None, "tensor"),
-    "key/kernel": P(None, "tensor"),
-    "value/kernel": P(None, "tensor"),
-    "merge/kernel": P("tensor", None),
-    "gate/kernel": P(None, "tensor"),
-    "up/kernel": P(None, "tensor"),
-    "down/kernel": P("tensor", None),
-    "experts/gate": P(None, None, "tensor"),
-    "experts/up": P(None, None, "tensor"),
-    "experts/down": P(None, "tensor", None),
-    "heads/kernel": P(None, None, "tensor"),
+# Which axes of a parameter lie along the mesh's "fsdp" and "tensor" axes, by the end of
+# its path; the first ending that fits counts. The optimizer's moments end in the same
+# names. Everything else is replicated.
+PARAMETER_AXES: dict[str, P] = {
+    "embed/embedding": P("tensor", "fsdp"),
+    "lm_head": P("fsdp", "tensor"),
+    "query/kernel": P("fsdp", "tensor"),
+    "key/kernel": P("fsdp", "tensor"),
+    "value/kernel": P("fsdp", "tensor"),
+    "merge/kernel": P("tensor", "fsdp"),
+    "gate/kernel": P("fsdp", "tensor"),
+    "up/kernel": P("fsdp", "tensor"),
+    "down/kernel": P("tensor", "fsdp"),
+    "experts/gate": P(None, "fsdp", "tensor"),
+    "experts/up": P(None, "fsdp", "tensor"),
+    "experts/down": P(None, "tensor", "fsdp"),
+    "heads/kernel": P(None, "fsdp", "tensor"),
     "heads/bias": P(None, "tensor"),
+    "kernel": P("fsdp", None),
 }
 
 
-def partition_spec(path: str) -> P:
-    """Returns how the array at `path` (joined by slashes) lies on the mesh."""
-    for ending, spec in TENSOR_AXES.items():
+def partition_spec(path: str, rank: int) -> P:
+    """Returns how the array at `path` (joined by slashes) lies on the mesh.
+
+    The stacked parameters of scanned blocks have an axis more, which is not split.
+    """
+    for ending, spec in PARAMETER_AXES.items():
         if path == ending or path.endswith(f"/{ending}"):
-            return spec
+            stacked = P(None, *spec)
+            return next((s for s in (spec, stacked) if len(s) == rank), P())
     return P()
 
 
@@ -85,11 +91,15 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embed(
             self.columns, config.width, dtype=dtype, embedding_init=small
         )
-        dense = nn.remat(Block) if config.remat else Block
+        # In a loop there is nothing that the recomputation could be merged with.
+        remat = functools.partial(nn.remat, prevent_cse=not config.scan)
+        dense = remat(Block) if config.remat else Block
         sparse = nn.remat(ExpertBlock) if config.remat else ExpertBlock
         dense_layers = config.layers - config.expert_layers
         cache = self.cache_length
-        self.blocks = [dense(config, dtype, cache) for _ in range(dense_layers)]
+        # With `scan`, one block stands for all.
+        modules = min(1, dense_layers) if config.scan else dense_layers
+        self.blocks = [dense(config, dtype, cache) for _ in range(modules)]
         self.expert_blocks = [
             sparse(config, dtype, self.loss.use_diversity_loss, cache)
             for _ in range(config.expert_layers)
@@ -206,8 +216,11 @@ class LanguageModel(nn.Module):
         batch: Batch,
         routing_bias: Float[Array, "L E"] | None,
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
-        for block in self.blocks:
-            x = block(x, batch)
+        if self.config.scan and self.blocks:
+            x = self._scan_blocks(x, batch)
+        else:
+            for block in self.blocks:
+                x = block(x, batch)
         routings: list[Routing] = []
         for layer, block in enumerate(self.expert_blocks):
             bias = None if routing_bias is None else routing_bias[layer]
@@ -217,6 +230,24 @@ class LanguageModel(nn.Module):
         if not routings:
             return x, None
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
+
+    def _scan_blocks(
+        self, x: Float[Array, "B S D"], batch: Batch
+    ) -> Float[Array, "B S D"]:
+        """Runs the dense blocks as one loop over their stacked parameters."""
+
+        def step(
+            block: nn.Module, x: Float[Array, "B S D"], _: None
+        ) -> tuple[Float[Array, "B S D"], None]:
+            return cast(Block, block)(x, batch), None
+
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            length=self.config.layers - self.config.expert_layers,
+        )
+        return scan(self.blocks[0], x, None)[0]
 
     def _look_ahead(
         self,

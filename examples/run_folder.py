@@ -9,6 +9,7 @@ import jax
 from corpus import Corpus
 from errors import TrainingError
 from files import write_whole, writing
+from layers import ModelConfig
 from processes import check_same, from_first
 from settings import Settings
 
@@ -18,6 +19,7 @@ import ava_jax
 FREE = {
     "cache",
     "checkpoint_every",
+    "compile_for",
     "data",
     "deterministic",
     "eval_batches",
@@ -117,6 +119,9 @@ def _record(
 def _refuse_changes(path: Path, config: dict[str, dict[str, object]]) -> None:
     try:
         before = json.loads(path.read_text())
+        # An older trainer's record lacks the sizes that its model had no choice of.
+        model = dataclasses.asdict(ModelConfig()) | before["settings"]["model"]
+        before["settings"]["model"] = model
         parts = [(part, before[part], config[part]) for part in ("settings", "loss")]
         old_data = before["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:

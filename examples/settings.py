@@ -18,7 +18,9 @@ from layers import ModelConfig
 
 import ava_jax
 
-Preset = Literal["demo", "moe", "adaptive-mtp", "small", "gpt2"]
+Preset = Literal[
+    "demo", "moe", "adaptive-mtp", "small", "gpt2", "llama3-1b", "llama3-8b"
+]
 LossFields = dict[str, object]
 
 
@@ -48,7 +50,11 @@ class Settings:
     microbatches: int = 1
     """Parts that a batch is worked through in; the result is the same."""
     mesh: str = ""
-    """Devices per axis, such as data=4,tensor=2; by default all lie along data."""
+    """Devices per axis, such as data=4,fsdp=2,tensor=2; by default all lie along data.
+    The axes data and fsdp share the rows, fsdp and tensor the parameters."""
+    compile_for: str = ""
+    """Train nothing: compile the step for these TPUs, such as v5p:4x4x4, and print what
+    it needs and how long it should take. No TPU has to be there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model; parameters and the loss's statistics stay float32."""
     seed: int = 0
@@ -148,6 +154,38 @@ DEEPSEEK_STYLE: LossFields = {
     "eos_penalty_weight": 0.05,
 }
 
+
+def _llama(
+    preset: Preset, rows: int, *, layers: int, width: int, inner: int
+) -> tuple[Settings, LossFields]:
+    """A model of the size of a Llama 3, but with an `lm_head` of its own."""
+    settings = Settings(
+        preset=preset,
+        out=Path("runs") / preset,
+        steps=100_000,
+        schedule_steps=100_000,
+        warmup_steps=2000,
+        batch_size=rows,
+        sequence_length=4096,
+        vocab_size=128_256,
+        learning_rate=3e-4,
+        dtype="bfloat16",
+        log_every=10,
+        checkpoint_every=1000,
+        model=ModelConfig(
+            layers=layers,
+            width=width,
+            heads=32,
+            kv_heads=8,
+            inner_width=inner,
+            attention_block=1024,
+            remat=True,
+            scan=True,
+        ),
+    )
+    return settings, DEEPSEEK_STYLE | {"use_mtp": False}
+
+
 PRESETS: dict[Preset, tuple[Settings, LossFields]] = {
     "demo": (Settings(), DEEPSEEK_STYLE),
     "moe": (
@@ -217,6 +255,8 @@ PRESETS: dict[Preset, tuple[Settings, LossFields]] = {
         ),
         DEEPSEEK_STYLE | {"mtp_type": "sequential", "num_future_tokens": 1},
     ),
+    "llama3-1b": _llama("llama3-1b", 64, layers=16, width=2048, inner=8192),
+    "llama3-8b": _llama("llama3-8b", 512, layers=32, width=4096, inner=14_336),
 }
 
 # The trainer knows these itself, from the tokenizer and the model.

@@ -3,7 +3,7 @@
     python examples/train_tpu.py --preset demo
     python examples/train_tpu.py --help
 
-It reads from top to bottom: the optimizer, the step, the run, the loop. The same file
+It reads from top to bottom: the step, the run, the loop. The same file
 runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host;
 `launch_local.py` starts several processes on one machine. Exit code 0: done, or stopped
 by Ctrl-C or SIGTERM with everything saved. 1: an error, explained on stderr. 130:
@@ -13,21 +13,23 @@ Ctrl-C outside of training, or a second one during it.
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from checkpoint import Checkpoints
+from compile_for import Plan, compile_for
 from corpus import load_corpus
 from data import prepare_data
 from decode import Sampling, generate
 from devices import (
+    ROWS,
     RowShare,
     loss_on,
     make_mesh,
-    shardings_of,
+    placed,
     use_deterministic_operations,
 )
 from errors import TrainingError
@@ -41,6 +43,7 @@ from jaxtyping import Array, Int
 from layers import Batch
 from metrics import Metrics, append_record, read_records, steps_of
 from model import LanguageModel, loss_inputs
+from optimizer import make_optimizer
 from plot import plot_losses
 from processes import from_first, is_first, join_pod, run_to_the_end
 from recorder import Recorder
@@ -76,37 +79,8 @@ CANDIDATES = 40
 # The vocabulary's columns come in multiples of this, as matrix units like them.
 COLUMNS = 128
 
-Gradient = Callable[[TrainState, Batch], tuple[optax.Params, StepSums]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def make_optimizer(
-    settings: Settings,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clipped gradient; a warm-up, then a cosine down to a tenth."""
-    cosine = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.schedule_steps,
-        end_value=settings.learning_rate / 10,
-    )
-
-    def schedule(count: jax.typing.ArrayLike) -> Array:
-        # The first step is the first of the warm-up, not one with a rate of 0.
-        return jnp.asarray(cosine(jnp.asarray(count) + 1))
-
-    def is_matrix(path: jax.tree_util.KeyPath, leaf: Array) -> bool:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return name not in ("bias", "scale")
-
-    adamw = optax.adamw(
-        schedule,
-        b2=0.95,
-        weight_decay=settings.weight_decay,
-        mask=functools.partial(jax.tree.map_with_path, is_matrix),
-    )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw), schedule
+Gradient = Callable[[TrainState, Batch], tuple[optax.Params, StepSums]]
 
 
 def split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
@@ -114,11 +88,11 @@ def split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
     Row b goes to part b % parts, so that no row leaves its device.
     """
-    rows_over_data = NamedSharding(mesh, P(None, "data"))
+    rows_in_place = NamedSharding(mesh, P(None, ROWS))
 
     def part(array: Array) -> Array:
         window = array.reshape(-1, parts, array.shape[-1]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(window, rows_over_data)
+        return jax.lax.with_sharding_constraint(window, rows_in_place)
 
     return Batch(*map(part, batch))
 
@@ -193,10 +167,11 @@ def make_train_step(
             metrics["expert_load"] = relative_load(choices)
         return new, Metrics.pack(metrics)
 
-    shapes = jax.eval_shape(functools.partial(new_state, settings, model, loss_fn))
-    placed = shardings_of(shapes, mesh)
+    state = jax.tree.map(
+        lambda leaf: leaf.sharding, state_shapes(settings, model, loss_fn, mesh)
+    )
     return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P()))
+        train_step, donate_argnums=0, out_shardings=(state, NamedSharding(mesh, P()))
     )
 
 
@@ -225,6 +200,25 @@ def new_state(
         loss=loss_fn.init(),
         skipped=Skips.none(),
     )
+
+
+def state_shapes(
+    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
+) -> TrainState:
+    """The state's shapes and dtypes, with where each array lies on the mesh."""
+    make = functools.partial(new_state, settings, model, loss_fn)
+    return placed(jax.eval_shape(make), mesh)
+
+
+def plan(settings: Settings, loss: ava_jax.UnifiedLossConfig, mesh: Mesh) -> Plan:
+    """The step and its arguments as shapes, for a compiler without a device."""
+    model, loss_fn = make_model(settings, loss), loss_on(mesh, loss)
+    shape = settings.batch_size, settings.sequence_length
+    where = NamedSharding(mesh, P(ROWS))
+    rows = cast(Array, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where))
+    state = state_shapes(settings, model, loss_fn, mesh)
+    step = cast(jax.stages.Wrapped, make_train_step(settings, model, loss_fn, mesh))
+    return Plan(step, state, state.params, state.optimizer, Batch(*[rows] * 4))
 
 
 class Run:
@@ -265,15 +259,13 @@ class Run:
 
     def _begin(self) -> TrainState:
         """The state of the newest checkpoint, or a new one."""
-        make = functools.partial(new_state, self.settings, self.model, self.loss_fn)
-        shapes = jax.eval_shape(make)
-        placed = shardings_of(shapes, self.mesh)
+        parts = self.settings, self.model, self.loss_fn
+        target = state_shapes(*parts, self.mesh)
         latest = self.checkpoints.latest()
         if latest is None:
-            return jax.jit(make, out_shardings=placed)()
-        target = jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding), shapes, placed
-        )
+            places = jax.tree.map(lambda leaf: leaf.sharding, target)
+            make = functools.partial(new_state, *parts)
+            return jax.jit(make, out_shardings=places)()
         state, data_state = self.checkpoints.restore(latest, target)
         self.batches.set_state(data_state)
         return state
@@ -415,7 +407,11 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     try:
         settings, fields = parse_settings(arguments)
         # Fails on a wrong field now, not after the data have been read.
-        make_loss_config(settings, fields, settings.vocab_size, settings.vocab_size - 1)
+        size = settings.vocab_size
+        loss = make_loss_config(settings, fields, size, size - 1)
+        if settings.compile_for:
+            compile_for(settings, loss, plan, console or Console())
+            return 0
         if settings.deterministic:
             use_deterministic_operations()
         run = Run(settings, fields, console or Console(quiet=not is_first()))

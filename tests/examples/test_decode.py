@@ -26,11 +26,11 @@ LENGTHS = jnp.array([6, 3, 4])
 
 
 @functools.cache
-def built(experts=0, vocab=VOCAB, **fields):
+def built(experts=0, vocab=VOCAB, sizes=(), **fields):
     """A model with noise in every parameter, so that nothing is 0 by its start."""
     config = ava_jax.UnifiedLossConfig(vocab_size=vocab, hidden_size=16, **fields)
-    sizes = ModelConfig(layers=2, width=16, heads=2, experts=experts)
-    model = LanguageModel(sizes, config, 64, jnp.float32, True)
+    size = ModelConfig(layers=2, width=16, heads=2, experts=experts, **dict(sizes))
+    model = LanguageModel(size, config, 64, jnp.float32, True)
     row = jnp.ones((1, 8), jnp.int32)
     params = model.init(jax.random.key(0), Batch(row, row, row, row))["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -57,7 +57,12 @@ def by_hand(model, params, prompt, count):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"experts": 4}, marks=pytest.mark.slow)]
+    "options",
+    [
+        {},
+        {"sizes": (("kv_heads", 1), ("scan", True), ("attention_block", 4))},
+        pytest.param({"experts": 4}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_cache_changes_nothing(options):
     model, params = built(**options)

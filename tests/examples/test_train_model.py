@@ -69,6 +69,8 @@ CONFIGS = [
     ModelConfig(layers=2, width=16, heads=2),
     ModelConfig(layers=2, width=16, heads=2, experts=4, dense_layers=1),
     ModelConfig(layers=2, width=16, heads=2, remat=True),
+    ModelConfig(layers=2, width=16, heads=2, remat=True, scan=True),
+    ModelConfig(layers=2, width=16, heads=4, kv_heads=2, attention_block=4),
 ]
 
 
@@ -97,6 +99,49 @@ def test_a_document_looks_the_same_wherever_it_is_packed() -> None:
     np.testing.assert_allclose(
         hidden(model, params, packed)[2:5], hidden(model, params, alone), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 64])
+def test_attention_in_blocks_is_the_same(block: int) -> None:
+    batch = make_batch([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 2, 2])
+    whole = make_model(dataclasses.replace(SMALL, heads=4, kv_heads=2))
+    parts = make_model(dataclasses.replace(whole.config, attention_block=block))
+    params = make_params(whole, batch)
+    np.testing.assert_allclose(
+        hidden(parts, params, batch), hidden(whole, params, batch), atol=1e-5
+    )
+
+
+def test_heads_share_keys_and_values() -> None:
+    batch = make_batch([1, 2, 3, 4, 5, 6], [1] * 6)
+    shared = make_model(dataclasses.replace(SMALL, heads=4, kv_heads=2))
+    params = make_params(shared, batch)
+    repeated = jax.tree.map_with_path(
+        lambda path, x: (
+            jnp.repeat(x.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
+            if x.shape == (16, 8)
+            else x
+        ),
+        params,
+    )
+    own = make_model(dataclasses.replace(SMALL, heads=4))
+    np.testing.assert_allclose(
+        hidden(own, repeated, batch), hidden(shared, params, batch), atol=1e-5
+    )
+
+
+def test_a_loop_over_blocks_is_the_blocks() -> None:
+    batch = make_batch([1, 2, 3, 4, 5, 6], [1] * 6)
+    plain, loop = (
+        make_model(dataclasses.replace(SMALL, scan=scan)) for scan in (False, True)
+    )
+    params = dict(cast(dict[str, optax.Params], make_params(plain, batch)))
+    expected = hidden(plain, params, batch)
+    blocks = [params.pop(f"blocks_{layer}") for layer in range(2)]
+    params["blocks_0"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    fresh = loop.init(jax.random.key(0), batch)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(hidden(loop, params, batch), expected, atol=1e-5)
 
 
 def test_positions_matter() -> None:
@@ -184,6 +229,8 @@ def test_the_loss_decides_which_heads_there_are(loss: LossFields, key: str) -> N
     [
         ({"width": 18, "heads": 4}, "multiple of 2"),
         ({"layers": 0}, "layers must be at least 1"),
+        ({"heads": 4, "kv_heads": 3}, "multiple of model.kv_heads: got 4 and 3"),
+        ({"attention_block": -1}, "attention_block must be at least 0"),
         ({"experts": 2, "experts_per_token": 3}, "between 1 and model.experts"),
         ({"experts": 4, "layers": 2, "dense_layers": 2}, "dense_layers"),
     ],

@@ -122,6 +122,7 @@ def test_no_row_leaves_its_device_for_a_micro_batch() -> None:
     ("preset", "mesh"),
     [
         ("demo", "data=4,tensor=2"),
+        ("demo", "data=2,fsdp=2,tensor=2"),
         pytest.param("demo", "tensor=2", marks=SLOW),
         pytest.param("moe", "data=2,tensor=2", marks=SLOW),
     ],
@@ -142,11 +143,10 @@ def test_a_run_goes_on_under_another_mesh(tiny: list[str], tmp_path: Path) -> No
     assert_close(moved, expected, rtol=5e-4)
 
 
-def test_big_matrices_lie_along_the_tensor_axis(
-    tiny: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,fsdp=2"])
+def test_big_matrices_are_split(tiny: list[str], tmp_path: Path, mesh: str) -> None:
     at = tiny.index("--mesh")
-    flags = [*tiny[:at], *tiny[at + 2 :], "--mesh", "data=2,tensor=2"]
+    flags = [*tiny[:at], *tiny[at + 2 :], "--mesh", mesh]
     arguments = ["--preset", "moe", *flags, "--out", str(tmp_path)]
     run = Run(*parse_settings(arguments), Console(quiet=True))
     placed = {
@@ -163,7 +163,8 @@ def test_big_matrices_lie_along_the_tensor_axis(
 
 @pytest.mark.parametrize(("rows", "devices"), [(8, 8), (6, 6), (7, 7), (9, 3), (1, 1)])
 def test_the_default_mesh_of_a_cpu_shares_the_rows(rows: int, devices: int) -> None:
-    assert dict(make_mesh("", rows).shape) == {"data": devices, "tensor": 1}
+    sizes = {"data": devices, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh("", rows).shape) == sizes
 
 
 @pytest.mark.parametrize(
