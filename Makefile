@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 BENCH := $(VENV)/bench
 MODELS := $(VENV)/models
 COMPILED := $(VENV)/compiled
+EXTERNAL := $(VENV)/external
+MAXTEXT := $(VENV)/maxtext
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-models test-compiled lint bench experiments clean
+.PHONY: help demo test test-all test-models test-compiled lint bench \
+  bench-external bench-maxtext experiments clean
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
@@ -19,6 +22,8 @@ help:
 	@echo "make test-compiled  compile for TPUs and GPUs, which need not be there"
 	@echo "make lint           formatting, lint and types"
 	@echo "make bench          times and memory against other implementations"
+	@echo "make bench-external other packages' losses, compiled for a TPU that need not be there"
+	@echo "make bench-maxtext  MaxText's training step, likewise, with its losses and with ours"
 	@echo "make experiments    what training under the losses does, in two and a half hours"
 	@echo "make clean          remove .venv and the caches; runs/ stays"
 
@@ -46,6 +51,13 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BENCH)/bin/python -m benchmarks.run --scaling $(ARGS)
+
+# Both need Python 3.12: make PYTHON=python3.12 bench-maxtext
+bench-external: $(VENV)/.external
+	$(EXTERNAL)/bin/python -m benchmarks.external $(ARGS)
+
+bench-maxtext: $(VENV)/.maxtext
+	$(MAXTEXT)/bin/python -m benchmarks.maxtext own tiling plain everything $(ARGS)
 
 experiments: $(VENV)/.train
 	$(BIN)/python -m experiments.run all --jobs 2 $(ARGS)
@@ -88,4 +100,10 @@ $(VENV)/.models: pyproject.toml
 $(VENV)/.compiled: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(COMPILED) $(COMPILED)/bin/python
 	$(COMPILED)/bin/python -m pip install --disable-pip-version-check -q -e '.[compiled]'
+	@touch $@
+
+# Environments of their own: Levanter refuses the newest JAX, and MaxText brings much.
+$(VENV)/.external $(VENV)/.maxtext: $(VENV)/.%: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(VENV)/$* $(VENV)/$*/bin/python
+	$(VENV)/$*/bin/python -m pip install --disable-pip-version-check -q -e '.[$*]'
 	@touch $@
