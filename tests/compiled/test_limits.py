@@ -81,6 +81,13 @@ def test_time(limit: Limit) -> None:
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_turns_of_loops_are_known(limit: Limit) -> None:
+    """But of one: sums that lost too much are taken again, a rare token at a time."""
+    loops = compiled(limit.setup, limit.name).open_loops
+    assert len(loops) <= (0 if limit.name.startswith("plain") else 1)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
 def test_memory(limit: Limit) -> None:
     _, temp = ratios(limit)
     assert round(temp, 3) <= limit.temp
