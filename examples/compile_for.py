@@ -350,6 +350,8 @@ def _times(report: Report) -> Iterator[tuple[str, str]]:
         "computation, from the compiler's cycles",
         f"{report.computation * 1e3:,.1f} ms",
     )
+    part = report.program.scoped_cycles / report.chip.clock
+    yield "of it the loss", f"{part * 1e3:,.1f} ms"
     speed = f"{report.chip.bandwidth / 1e9:.0f} GB/s"
     yield f"communication, at {speed}", f"{report.communication * 1e3:,.1f} ms"
     yield "step, if they do not overlap", f"{report.seconds * 1e3:,.1f} ms"

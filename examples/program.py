@@ -45,12 +45,14 @@ class Program:
 
     Attributes:
       cycles: the compiler's estimate, without communication; 0 where there is none.
+      scoped_cycles: those of operations inside the scope that was asked for.
       traffic: by kind of collective.
       kernels: calls of kernels that the compiler does not estimate.
       unknown_loops: loops of which it is unknown how often they run: counted once.
     """
 
     cycles: int
+    scoped_cycles: int
     traffic: dict[str, Traffic]
     kernels: int
     unknown_loops: int
@@ -61,28 +63,32 @@ class Program:
         return sum(traffic.sent for traffic in self.traffic.values())
 
 
-def read_program(text: str, devices: int) -> Program:
+def read_program(text: str, devices: int, scope: str = "loss") -> Program:
     """Reads the optimised HLO of a program.
 
     Args:
       text: of `compiled.as_text()`.
       devices: that the program runs on.
+      scope: a `jax.named_scope` whose cycles are also counted alone. Forward and
+        backward belong to it; a fusion does if its result does.
     """
-    reader = _Reader(text, devices)
+    reader = _Reader(text, devices, scope)
     reader.walk(reader.entry, 1)
     traffic = {
         kind: Traffic(reader.counts[kind], reader.sent[kind])
         for kind in SENT
         if reader.counts[kind]
     }
-    return Program(reader.cycles, traffic, reader.kernels, reader.unknown_loops)
+    cycles = reader.cycles, reader.scoped_cycles
+    return Program(*cycles, traffic, reader.kernels, reader.unknown_loops)
 
 
 class _Reader:
-    def __init__(self, text: str, devices: int) -> None:
+    def __init__(self, text: str, devices: int, scope: str) -> None:
         self.entry, self._bodies = _split(text)
         self._devices = devices
-        self.cycles = self.kernels = self.unknown_loops = 0
+        self._scope = re.compile(rf'op_name="[^"]*[/(]{scope}[/)"]')
+        self.cycles = self.scoped_cycles = self.kernels = self.unknown_loops = 0
         self.counts: collections.Counter[str] = collections.Counter()
         self.sent: collections.defaultdict[str, float] = collections.defaultdict(float)
 
@@ -96,6 +102,8 @@ class _Reader:
             _, shape, kind, _ = found.groups()
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
                 self.cycles += times * int(cycles[1])
+                inside = self._scope.search(line) is not None
+                self.scoped_cycles += inside * times * int(cycles[1])
             if kind.removesuffix("-start") in SENT:
                 self._add(name, line, shape, kind, times)
             elif kind == "while":

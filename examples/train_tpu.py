@@ -76,8 +76,7 @@ class StepSums(NamedTuple):
 
 # Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
 CANDIDATES = 40
-# The vocabulary's columns come in multiples of this, as matrix units like them.
-COLUMNS = 128
+COLUMNS = 128  # the vocabulary's come in multiples of this, as matrix units like them
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Gradient = Callable[[TrainState, Batch], tuple[optax.Params, StepSums]]
@@ -106,10 +105,11 @@ def make_gradient(
         params: optax.Params,
         state: ava_jax.LossState,
         micro: Batch,
-        normalizers: ava_jax.Normalizers,
+        given: ava_jax.Normalizers,
     ) -> tuple[Array, StepSums]:
         inputs = loss_inputs(model, params, micro, routing_bias(state))
-        loss, _, stats = loss_fn.accumulate(state, normalizers=normalizers, **inputs)
+        with jax.named_scope("loss"):
+            loss, _, stats = loss_fn.accumulate(state, normalizers=given, **inputs)
         return loss, StepSums(stats, count_choices(inputs, model.config.experts))
 
     def gradient(state: TrainState, batch: Batch) -> tuple[optax.Params, StepSums]:

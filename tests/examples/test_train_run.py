@@ -135,6 +135,20 @@ def test_a_mesh_changes_nothing(
     assert_close(shared, alone, rtol=5e-4)
 
 
+def test_a_record_without_the_newer_sizes_can_be_resumed(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    train(tiny, tmp_path, "--steps", "1")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    model = config["settings"]["model"]
+    for name in ("kv_heads", "inner_width", "attention_block", "scan"):
+        del model[name]
+    del config["settings"]["compile_for"]
+    path.write_text(json.dumps(config))
+    assert len(train(tiny, tmp_path, "--steps", "2")) == 2
+
+
 @SLOW
 def test_a_run_goes_on_under_another_mesh(tiny: list[str], tmp_path: Path) -> None:
     expected = train(tiny, tmp_path / "a")
