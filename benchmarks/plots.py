@@ -124,16 +124,19 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
         return False
     colors = {"baseline": COLORS["temp"], "candidate": COLORS["time"]}
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = Figure(figsize=(11, 6), layout="constrained")
         axis = figure.subplots()
-        for row in rows:
+        names = []
+        for number, row in enumerate(rows, start=1):
             amount = row.get("moved_bytes", 0) / 2**30 or row.get("estimated_ms", 0)
             place = amount, row.get("temp_bytes", 0) / MEBIBYTE
             axis.plot(*place, "o", color=colors[row["kind"]])
-            axis.annotate(
-                row["name"], place, (5, 3), textcoords="offset points", fontsize=8
-            )
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.25)
+            # Neighbours' numbers stand above and below in turns.
+            offset = (0, 5 if number % 2 else -12)
+            axis.annotate(f"{number}", place, offset, textcoords="offset points")
+            label = f"{number}  {row['name']}"
+            names.append(Patch(color=colors[row["kind"]], label=label))
+        axis.set_xlim(0, None)
         axis.set_ylim(0, None)
         axis.set_xlabel("GiB moved" if moved else "ms, estimated by the compiler")
         axis.set_ylabel("temporary memory, MiB")
@@ -141,7 +144,8 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
         sizes = "x".join(map(str, record["shape"]))
         mesh = "".join(f", {name}={n}" for name, n in record["mesh"].items())
         axis.set_title(f"{record['chip']}{mesh}: BxSxDxV = {sizes}; compiled, not run")
-        axis.legend(handles=[Patch(color=c, label=name) for name, c in colors.items()])
+        title = "orange: baselines; blue: candidates"
+        figure.legend(handles=names, loc="outside right upper", title=title)
         figure.savefig(path, dpi=120)
     return True
 
