@@ -336,8 +336,8 @@ def show(report: Report, console: Console) -> None:
         )
     if report.program.unknown_loops:
         console.print(
-            f"{report.program.unknown_loops} loops do not say how often they run, and "
-            "count once.",
+            "Loops that run as often as the data say, counted once: "
+            f"{report.program.unknown_loops}.",
             highlight=False,
         )
 

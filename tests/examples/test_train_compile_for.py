@@ -168,7 +168,7 @@ def test_estimates_come_from_cycles_and_bytes() -> None:
         "1.5 ms",
         "85,333",
         "5 calls",
-        "1 loops",
+        "counted once: 1",
     ):
         assert words in text
     report = report._replace(chip=CHIPS["v5p"].__class__(1.0, 1.0, 1.0, 1.0))
