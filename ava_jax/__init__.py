@@ -8,19 +8,19 @@ from ava_jax.config import UnifiedLossConfig as UnifiedLossConfig
 from ava_jax.debug import checked as checked
 from ava_jax.inputs import LossInputs as LossInputs
 from ava_jax.inputs import Normalizers as Normalizers
+from ava_jax.kernel.statistics import token_statistics as token_statistics
+from ava_jax.kernel.stats import Query as Query
+from ava_jax.kernel.stats import TokenStats as TokenStats
+from ava_jax.kernel.stats import Vocabulary as Vocabulary
 from ava_jax.state import BiasBalanceState as BiasBalanceState
 from ava_jax.state import GradientBalanceState as GradientBalanceState
 from ava_jax.state import LossState as LossState
 from ava_jax.state import reset_statistics as reset_statistics
 from ava_jax.state import statistics as statistics
-from ava_jax.stats import Query as Query
-from ava_jax.stats import TokenStats as TokenStats
-from ava_jax.stats import Vocabulary as Vocabulary
 from ava_jax.token_terms import ExtraTerm as ExtraTerm
 from ava_jax.token_terms import TokenInputs as TokenInputs
 from ava_jax.unified import UnifiedLoss as UnifiedLoss
 from ava_jax.unified import create_unified_loss as create_unified_loss
 from ava_jax.unified import unified_loss as unified_loss
-from ava_jax.vocab import token_statistics as token_statistics
 
 __version__ = "0.1.0"

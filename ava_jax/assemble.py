@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from ava_jax.batch_terms import Router, auxiliary_terms, updated_balance
 from ava_jax.config import UnifiedLossConfig
 from ava_jax.inputs import LossInputs, Normalizers, array, has_fused_door
+from ava_jax.kernel.chunks import Operands
+from ava_jax.kernel.fused import Plan, token_sums
+from ava_jax.kernel.sharding import Layout
 from ava_jax.losses.repetition import (
     early_eos_targets,
     repeated_ngram_pairs,
@@ -28,12 +31,8 @@ from ava_jax.mtp_terms import (
     parallel_head_means,
     sequential_group,
     usable_heads,
-    without_masked,
 )
-from ava_jax.passes import Operands, Plan, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.sharding import Layout
-from ava_jax.sizes import choose_sizes
 from ava_jax.state import GradientBalanceState, LossState
 from ava_jax.token_terms import (
     ExtraTerm,
@@ -110,15 +109,16 @@ class Call(NamedTuple):
         if layout is not None:
             batch, length, width = layout.local_shape(batch, length, width)
         hidden = self.inputs.get("hidden_states")
-        sizes = choose_sizes(
+        return Plan(
             batch,
             length,
             width,
             4 if hidden is None else hidden.dtype.itemsize,
             config.chunk_size,
             config.block_size,
+            config.implementation,
+            layout,
         )
-        return Plan(sizes, layout)
 
 
 def adaptive_prefix(config: UnifiedLossConfig) -> str | None:
@@ -220,24 +220,26 @@ def _main_pass(
 ) -> tuple[tuple[TokenObjective, ...], Operands]:
     """The main tokens' part of the pass, from either door."""
     config, inputs, terms = call.config, call.inputs, call.extra_terms
-    axis = call.plan.vocab_axis
-    whole = TokenObjective(config, True, True, terms, axis)
+    whole = TokenObjective(config, True, True, terms)
     block = jax.tree.map(lambda x: x[None], block)
+    active = call.tokens.active[None]
     if has_fused_door(inputs):
-        hidden = without_masked(array(inputs, "hidden_states"), call.tokens.weights)
+        hidden = array(inputs, "hidden_states")
         kernel, bias = array(inputs, "lm_head"), inputs.get("lm_head_bias")
         return (whole,), Operands(
-            (hidden[None],), (block,), history, shared, kernel, bias
+            (hidden[None],), (block,), (active,), history, shared, kernel, bias
         )
     logits, primary = inputs.get("logits"), inputs.get("primary_logits")
     if config.primary_loss_type != "adaptive_mtp" or primary is None or logits is None:
         source = array(inputs, "primary_logits" if logits is None else "logits")
-        return (whole,), Operands((source[None],), (block,), history, shared)
+        return (whole,), Operands((source[None],), (block,), (active,), history, shared)
     # The adaptive loss has main logits of its own.
-    main = TokenObjective(config, main=True, others=False, vocab_axis=axis)
-    others = TokenObjective(config, False, True, terms, axis)
+    main = TokenObjective(config, main=True, others=False)
+    others = TokenObjective(config, False, True, terms)
     sources = (primary[None], logits[None])
-    return (main, others), Operands(sources, (block, block), history, shared)
+    return (main, others), Operands(
+        sources, (block, block), (active, active), history, shared
+    )
 
 
 def _with_heads(objectives, operands: Operands, heads):
@@ -246,6 +248,7 @@ def _with_heads(objectives, operands: Operands, heads):
         operands,
         sources=(*operands.sources, hidden),
         inputs=(*operands.inputs, inputs),
+        active=(*operands.active, inputs.weights != 0),
     )
 
 
@@ -254,7 +257,8 @@ def _sequential_pass(call: Call, heads) -> tuple[Scalar, dict[str, Array]]:
     objective, hidden, inputs = heads
     kernel = array(call.inputs, "lm_head")
     bias = call.inputs.get("lm_head_bias")
-    operands = Operands((hidden,), (inputs,), None, None, kernel, bias)
+    active = (inputs.weights != 0,)
+    operands = Operands((hidden,), (inputs,), active, None, None, kernel, bias)
     return token_sums((objective,), operands, _head_coefficients(call), call.plan)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from ava_jax.kernel.platforms import Implementation
 from ava_jax.reduce import as_float
 
 Weight = float | optax.Schedule
@@ -102,6 +103,8 @@ class UnifiedLossConfig:
       chunk_size: tokens of a row whose logits the fused door makes at a time; `None`
         chooses by device and shape.
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
+      implementation: of the kernel, `"reference"`, `"cpu"` or `"xla"` (TPUs and GPUs);
+        `None` follows the platform that the program is lowered for.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -170,6 +173,7 @@ class UnifiedLossConfig:
     logit_soft_cap: float | None = None
     chunk_size: int | None = None
     block_size: int | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.focal_alpha, Sequence) or hasattr(self.focal_alpha, "shape"):
@@ -233,6 +237,7 @@ _CHOICES = {
     "moe_balancing_type": BalancingType,
     "diversity_similarity": Similarity,
     "contrastive_type": ContrastiveType,
+    "implementation": Implementation,
 }
 
 
@@ -247,6 +252,8 @@ def _is_real(value: object) -> bool:
 def _check_type(name: str, value: object) -> None:
     if name in _CHOICES:
         allowed = get_args(_CHOICES[name])
+        if name == "implementation":
+            allowed = (*allowed, None)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         return

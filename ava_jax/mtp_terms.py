@@ -15,12 +15,13 @@ from ava_jax.inputs import (
     mtp_parameters,
     read_scores,
 )
+from ava_jax.kernel.chunks import Operands
+from ava_jax.kernel.fused import Plan, token_sums
 from ava_jax.losses.mtp import (
     confidence_regularizer,
     effective_mtp_weight,
     layer_norm,
 )
-from ava_jax.passes import Operands, Plan, token_sums
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.token_terms import HeadObjective, TokenInputs, token_inputs
 from ava_jax.tokens import Tokens, stack_ahead
@@ -73,7 +74,7 @@ def parallel_head_means(
         array(inputs, "hidden_states"), jnp.max(as_float(heads.weights != 0), 0)
     )
     normed = layer_norm(hidden, params["norm"]["scale"], params["norm"]["bias"])
-    objective = HeadObjective(config, 1, 0.0, plan.vocab_axis)
+    objective = HeadObjective(config, 1, 0.0)
 
     def mean(head):
         kernel, bias, of_head, denominator = head
@@ -82,8 +83,9 @@ def parallel_head_means(
             block, extra={"head": jnp.zeros_like(block.targets)}
         )
         operands = Operands(
-            sources=(without_masked(normed, of_head.weights)[None],),
+            sources=(normed[None],),
             inputs=(block,),
+            active=(block.weights != 0,),
             rows=None,
             shared=None,
             kernel=kernel,
@@ -105,8 +107,8 @@ def sequential_group(
     if count < 1:
         return None
     heads = head_inputs(tokens, count)
-    hidden = without_masked(array(inputs, "mtp_hidden_states")[:count], heads.weights)
-    return HeadObjective(config, count, 0.0, plan.vocab_axis), hidden, heads
+    hidden = array(inputs, "mtp_hidden_states")[:count]
+    return HeadObjective(config, count, 0.0), hidden, heads
 
 
 @flax.struct.dataclass
@@ -175,8 +177,9 @@ def _given_heads_mean(config, heads, tokens, normalizers, plan: Plan):
         )
     else:
         sources, inputs = (heads[:count],), (stacked,)
-    objective = HeadObjective(config, count, config.label_smoothing, plan.vocab_axis)
-    operands = Operands(sources=sources, inputs=inputs, rows=None, shared=None)
+    objective = HeadObjective(config, count, config.label_smoothing)
+    active = tuple(of_head.weights != 0 for of_head in inputs)
+    operands = Operands(sources, inputs, active, rows=None, shared=None)
     coefficients = {
         "heads": safe_divide(
             jnp.full((count,), 1 / count), head_denominators(normalizers, count)

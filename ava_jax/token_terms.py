@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import UnifiedLossConfig, Weight, weight_at
+from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses import likelihood
 from ava_jax.losses.repetition import (
     Charges,
@@ -21,9 +23,7 @@ from ava_jax.losses.repetition import (
     ngram_charges,
 )
 from ava_jax.reduce import as_float, weighted_sum
-from ava_jax.stats import Query, TokenStats, Vocabulary
 from ava_jax.tokens import History, Tokens
-from ava_jax.vocab import token_statistics
 
 
 @flax.struct.dataclass
@@ -164,14 +164,12 @@ class TokenObjective:
       main: whether the main loss is taken from this source.
       others: whether penalties, metrics and extra terms are.
       extra_terms: the user's terms.
-      vocab_axis: the mesh axis that shares the vocabulary.
     """
 
     config: UnifiedLossConfig
     main: bool
     others: bool
     extra_terms: tuple[ExtraTerm, ...] = ()
-    vocab_axis: str | None = None
 
     def __call__(
         self,
@@ -179,6 +177,7 @@ class TokenObjective:
         inputs: TokenInputs,
         history: History | None,
         shared: SharedInputs,
+        kernel: Kernel,
     ) -> dict[str, Float[Array, ""]]:
         """Returns `Σ w·value` over the block, by term.
 
@@ -187,9 +186,10 @@ class TokenObjective:
           inputs: the block's tokens.
           history: their rows, for penalties that look at all earlier tokens.
           shared: what is the same for every token.
+          kernel: how the block is reduced.
         """
         charges = self._charges(inputs, history)
-        stats = self._statistics(logits, inputs, charges, shared.temperature)
+        stats = self._statistics(logits, inputs, charges, shared.temperature, kernel)
         values = {}
         if self.main:
             values |= self._main(stats, inputs)
@@ -215,7 +215,7 @@ class TokenObjective:
         )
         return inputs.charges | {"unlikelihood": of_history}
 
-    def _statistics(self, logits, inputs, charges, temperature) -> TokenStats:
+    def _statistics(self, logits, inputs, charges, temperature, kernel) -> TokenStats:
         config = self.config
         query = Query(
             targets=inputs.targets,
@@ -223,9 +223,7 @@ class TokenObjective:
             candidates={k: c.ids for k, c in charges.items()},
             complements=bool(charges or config.use_focal_loss or self.extra_terms),
         )
-        vocabulary = Vocabulary(
-            config.vocab_size, config.logit_soft_cap, self.vocab_axis
-        )
+        vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         return token_statistics(logits, query, vocabulary, temperature)
 
     def _main(self, stats, inputs):
@@ -258,13 +256,11 @@ class HeadObjective:
       config: the loss configuration.
       num_heads: K; the block's `extra["head"]` says which head a token belongs to.
       smoothing: ε of the label smoothing.
-      vocab_axis: the mesh axis that shares the vocabulary.
     """
 
     config: UnifiedLossConfig
     num_heads: int
     smoothing: float
-    vocab_axis: str | None = None
 
     def __call__(
         self,
@@ -272,14 +268,14 @@ class HeadObjective:
         inputs: TokenInputs,
         history: History | None,
         shared: SharedInputs | None,
+        kernel: Kernel,
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
         query = Query(
             targets=inputs.targets, active=inputs.weights != 0, complements=False
         )
-        vocabulary = Vocabulary(
-            self.config.vocab_size, self.config.logit_soft_cap, self.vocab_axis
-        )
+        config = self.config
+        vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = likelihood.smoothed_cross_entropy(stats, self.smoothing)
         heads = jnp.arange(self.num_heads, dtype=jnp.int32)

@@ -26,8 +26,8 @@ from ava_jax.assemble import (
 from ava_jax.batch_terms import balance_report, init_balance, updated_balance
 from ava_jax.config import UnifiedLossConfig, config_from_mapping
 from ava_jax.inputs import LossInputs, Normalizers, check_inputs, measure, tokens_of
+from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.reduce import float_dtype
-from ava_jax.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import AdaptiveMTPState, LossState
 from ava_jax.temperature import init_history, updated_temperature
 from ava_jax.token_terms import ExtraTerm, updated_extra

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ava_jax.blocks import fold, transform
+from ava_jax.kernel.blocks import fold, transform
 
 G, B, S, X = 2, 3, 7, 4
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ava_jax.sizes import Sizes, choose_sizes
+from ava_jax.kernel.sizes import Sizes, choose_sizes
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.stats import Query, TokenStats, Vocabulary
-from ava_jax.vocab import token_statistics
 
 
 def smoothed_cross_entropy(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.config import Weight, weight_at
+from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.stats import Query, TokenStats, Vocabulary
 from ava_jax.tokens import (
     History,
     Tokens,
@@ -25,7 +26,6 @@ from ava_jax.tokens import (
     repeated_token,
     sort_ngrams,
 )
-from ava_jax.vocab import token_statistics
 
 
 def sequence_unlikelihood(

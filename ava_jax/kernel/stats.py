@@ -9,6 +9,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ava_jax.kernel.platforms import Implementation
+
 
 @flax.struct.dataclass
 class TokenStats:
@@ -115,6 +117,24 @@ class Query:
     complements: bool = flax.struct.field(pytree_node=False, default=True)
 
 
+class Kernel(NamedTuple):
+    """How a block of logits is to be reduced, as the pass tells the objectives.
+
+    Attributes:
+      axis: see `Vocabulary`.
+      finite: see `Vocabulary`.
+      implementation: see `Vocabulary`.
+    """
+
+    axis: str | None = None
+    finite: bool = False
+    implementation: Implementation | None = None
+
+    def vocabulary(self, size: int, soft_cap: float | None) -> "Vocabulary":
+        """Returns the facts of a vocabulary that is reduced so."""
+        return Vocabulary(size, soft_cap, *self)
+
+
 class Vocabulary(NamedTuple):
     """The static facts of the vocabulary axis.
 
@@ -123,8 +143,13 @@ class Vocabulary(NamedTuple):
       soft_cap: of the logits, or None.
       axis: the mesh axis that shares the vocabulary, inside `jax.shard_map`; None if
         the logits have all columns.
+      finite: promises that the logits of all tokens, inactive ones too, are numbers,
+        so that nothing has to look for −inf and NaN; padding columns may exist.
+      implementation: of the kernel; None leaves the choice to the platform.
     """
 
     size: int
     soft_cap: float | None = None
     axis: str | None = None
+    finite: bool = False
+    implementation: Implementation | None = None

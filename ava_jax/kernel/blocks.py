@@ -1,6 +1,6 @@
-"""Walking over the tokens of rows, a block of each row at a time.
+"""Iterating over the tokens of rows, a block of each row at a time.
 
-What is walked is never padded or copied: where the last block would reach beyond the
+The rows are never padded or copied: where the last block would reach beyond the
 row, the blocks after the first begin earlier. The first then shares tokens with the
 second, whose inputs are zeros in the first.
 """
@@ -22,15 +22,19 @@ def fold(
     source: Float[Array, "G B S X"],
     inputs: Any,
     size: int,
+    *,
+    as_bits: bool = False,
 ) -> Carry:
     """Folds `body(carry, block, inputs)` over the blocks.
 
     Args:
       body: called with a block [B, C, X] and its inputs [B, C, ...].
       carry: what `body` returns.
-      source: what is walked.
+      source: what is iterated over.
       inputs: a pytree of [G, B, S, ...] arrays; zeros at tokens a block repeats.
       size: C; the whole row if it is larger than that.
+      as_bits: reads short floats as integers, because XLA's CPU would convert the
+        whole source to cut a block out of it.
 
     Returns:
       The last carry.
@@ -38,27 +42,30 @@ def fold(
     blocks = _blocks_of(source, size)
     if blocks.is_whole:
         return body(carry, source[0], _first(inputs))
-    bits = _as_bits(source)
+    bits = _as_bits(source) if as_bits else source
 
     def step(carry, item):
-        place, inputs = item
-        return body(carry, blocks.read(bits, place, source.dtype), inputs), None
+        offset, inputs = item
+        return body(carry, blocks.read(bits, offset, source.dtype), inputs), None
 
-    return lax.scan(step, carry, (blocks.places(), _split(blocks, inputs)))[0]
+    return lax.scan(step, carry, (blocks.offsets(), _split(blocks, inputs)))[0]
 
 
 def is_one_block(source: Float[Array, "G B S X"], size: int) -> bool:
-    """Says whether there is nothing to walk: one group of rows, handled whole."""
+    """Says whether one block is all there is."""
     return _blocks_of(source, size).is_whole
 
 
 def transform(
-    body: Callable[[Carry, Array, Any], tuple[Carry, Array, Any]],
+    body: Callable[[Carry, Array, Any], tuple[Carry, Array | None, Any]],
     carry: Carry,
     source: Float[Array, "G B S X"],
     inputs: Any,
     size: int,
-) -> tuple[Carry, Float[Array, "G B S X"], Any]:
+    *,
+    makes_successors: bool = True,
+    as_bits: bool = False,
+) -> tuple[Carry, Float[Array, "G B S X"] | None, Any]:
     """Folds as `fold` does and makes a successor of each block.
 
     Args:
@@ -67,6 +74,8 @@ def transform(
       source: as for `fold`.
       inputs: as for `fold`.
       size: as for `fold`.
+      makes_successors: `False` if the body returns None in place of a block.
+      as_bits: as for `fold`.
 
     Returns:
       The last carry, the successors [G, B, S, X], and the outputs [G, B, S, ...].
@@ -74,24 +83,47 @@ def transform(
     blocks = _blocks_of(source, size)
     if blocks.is_whole:
         carry, new, outputs = body(carry, source[0], _first(inputs))
-        return carry, new[None], jax.tree.map(lambda x: x[None], outputs)
-    bits = _as_bits(source)
+        return carry, *jax.tree.map(lambda x: x[None], (new, outputs))
+    bits = _as_bits(source) if as_bits else source
 
     def step(state, item):
         carry, written = state
-        place, inputs = item
-        block = blocks.read(bits, place, source.dtype)
+        offset, inputs = item
+        block = blocks.read(bits, offset, source.dtype)
         carry, new, outputs = body(carry, block, inputs)
-        return (carry, blocks.write(written, place, new)), outputs
+        if new is not None:
+            written = blocks.write(written, offset, new)
+        return (carry, written), outputs
 
-    items = (blocks.places(), _split(blocks, inputs))
-    start = (carry, lax.empty(bits.shape, bits.dtype))
+    items = (blocks.offsets(), _split(blocks, inputs))
+    start = (carry, lax.empty(bits.shape, bits.dtype) if makes_successors else None)
     (carry, written), outputs = lax.scan(step, start, items)
-    successors = _from_bits(written, source.dtype)
+    successors = None if written is None else _from_bits(written, source.dtype)
     return carry, successors, jax.tree.map(blocks.join, outputs)
 
 
-class _Place(NamedTuple):
+def split_rows(tree: Any, shape: tuple[int, ...], size: int) -> Any:
+    """Splits arrays [B, S, ...] into blocks [n, B, C, ...] of C = size tokens a row.
+
+    Args:
+      tree: a pytree of arrays.
+      shape: starts with B, S.
+      size: as for `fold`.
+
+    Returns:
+      The blocks. Tokens that a block repeats are zeros in the first.
+    """
+    blocks = _Blocks(1, shape[0], shape[1], min(size, shape[1]))
+    return jax.tree.map(lambda x: blocks.split(x[None]), tree)
+
+
+def join_rows(tree: Any, shape: tuple[int, ...], size: int) -> Any:
+    """Undoes `split_rows`."""
+    blocks = _Blocks(1, shape[0], shape[1], min(size, shape[1]))
+    return jax.tree.map(lambda x: blocks.join(x)[0], tree)
+
+
+class _Offset(NamedTuple):
     """Where a block lies."""
 
     group: Int[Array, "..."]
@@ -118,27 +150,28 @@ class _Blocks(NamedTuple):
     def overlap(self) -> int:
         return self.num_blocks * self.size - self.length
 
-    def places(self) -> _Place:
-        """The places in the order of the walk, stacked."""
+    def offsets(self) -> _Offset:
+        """The offsets in the order of the iteration, stacked."""
         index = jnp.arange(self.groups * self.num_blocks, dtype=jnp.int32)
         group, block = index // self.num_blocks, index % self.num_blocks
         start = jnp.maximum(block * self.size - self.overlap, 0)
-        return _Place(group, start)
+        return _Offset(group, start)
 
-    def read(self, bits, place: _Place, dtype) -> Array:
+    def read(self, bits, offset: _Offset, dtype) -> Array:
         shape = (1, self.batch, self.size, bits.shape[3])
-        block = lax.dynamic_slice(bits, self._start(place), shape)[0]
+        block = lax.dynamic_slice(bits, self._start(offset), shape)[0]
         # Otherwise every reader of the block would cut it out anew.
         return lax.optimization_barrier(_from_bits(block, dtype))
 
-    def write(self, bits, place: _Place, new) -> Array:
+    def write(self, bits, offset: _Offset, new) -> Array:
         """Writes a block; the next one overwrites the tokens they share."""
-        return lax.dynamic_update_slice(bits, _as_bits(new)[None], self._start(place))
+        new = new if bits.dtype == new.dtype else _as_bits(new)
+        return lax.dynamic_update_slice(bits, new[None], self._start(offset))
 
     @staticmethod
-    def _start(place: _Place):
-        zero = jnp.zeros_like(place.start)
-        return (place.group, zero, place.start, zero)
+    def _start(offset: _Offset):
+        zero = jnp.zeros_like(offset.start)
+        return (offset.group, zero, offset.start, zero)
 
     def split(self, x: Shaped[Array, "G B S *n"]) -> Shaped[Array, "n B C *n"]:
         if self.overlap:
@@ -167,7 +200,6 @@ def _split(blocks: _Blocks, inputs):
 
 
 def _as_bits(x):
-    """Short floats as integers: XLA's CPU would convert all of an array to cut it."""
     return lax.bitcast_convert_type(x, "uint16") if x.dtype.itemsize == 2 else x
 
 

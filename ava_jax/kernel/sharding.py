@@ -14,8 +14,11 @@ import jax
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 Result = TypeVar("Result")
+
+_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,31 @@ class Layout:
 
     def over_tokens(self, sums: Result) -> Result:
         """Adds up what the shards of the tokens have, inside `run`."""
-        axes = (*self.batch_axes, *filter(None, [self.sequence_axis]))
-        return lax.psum(sums, axes) if axes else sums
+        return lax.psum(sums, self.token_axes) if self.token_axes else sums
+
+    def over_tokens_by_parts(
+        self, x: Float[Array, "D V"], finish: Callable[[Array], Array]
+    ) -> Float[Array, "D V"]:
+        """Adds up `x` as `over_tokens` does, one part after the other.
+
+        Compilers make room for the result of a collective; that of a part is small.
+
+        Args:
+          x: what every device has.
+          finish: is done to each part of the sum, such as a cast to a shorter dtype.
+        """
+        parts = math.gcd(x.shape[0], _PARTS)
+        if not self.token_axes:
+            return finish(x)
+        by_part = x.reshape(parts, -1, x.shape[1])
+        return lax.map(lambda part: finish(self.over_tokens(part)), by_part).reshape(
+            x.shape
+        )
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes that share the tokens."""
+        return (*self.batch_axes, *filter(None, [self.sequence_axis]))
 
     @property
     def vocab_shards(self) -> int:

@@ -18,7 +18,7 @@ from ava_jax.reduce import as_float
 Tree = TypeVar("Tree")
 
 
-class Summit(NamedTuple):
+class Largest(NamedTuple):
     """The largest logit of each whole row.
 
     Attributes:
@@ -43,22 +43,22 @@ def first_id(axis: str | None, width: int) -> int | Int[Array, ""]:
     return 0 if axis is None else lax.axis_index(axis).astype(jnp.int32) * width
 
 
-def find_summit(
+def find_largest(
     axis: str | None, largest: Float[Array, "*n"], second: Float[Array, "*n"] | None
-) -> Summit:
+) -> Largest:
     """Finds the whole rows' largest logits from those of the slices."""
     if axis is None:
-        return Summit(largest, second, None)
+        return Largest(largest, second, None)
     told = [x for x in (largest, second) if x is not None]
     gathered = lax.all_gather(jnp.stack(told), axis, axis=1)
     owner = jnp.argmax(gathered[0], 0)
     top = jnp.max(gathered[0], 0)
     is_here = owner == lax.axis_index(axis)
     if second is None:
-        return Summit(top, None, is_here)
+        return Largest(top, None, is_here)
     shard = lax.broadcasted_iota(owner.dtype, gathered[0].shape, 0)
     others = jnp.where(shard == owner, gathered[1], gathered[0])
-    return Summit(top, jnp.max(others, 0), is_here)
+    return Largest(top, jnp.max(others, 0), is_here)
 
 
 def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
@@ -83,3 +83,21 @@ def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
 def add_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
     """Adds up one number over the slices."""
     return x if axis is None else lax.psum(x, axis)
+
+
+def merge_rest(
+    axis: str | None, pivot: Float[Array, "*n"], rest: Float[Array, "*n"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Adds up the slices' sums `exp(pivot)·rest`, which may be too small for a float.
+
+    Returns:
+      What the sum is relative to, the largest of the slices' pivots, and the sum.
+    """
+    if axis is None:
+        return pivot, rest
+    pivots, rests = lax.all_gather(jnp.stack([pivot, rest]), axis, axis=1)
+    known = rests > 0
+    pivot = jnp.max(jnp.where(known, pivots, -jnp.inf), 0)
+    pivot = jnp.where(pivot == -jnp.inf, jnp.zeros_like(pivot), pivot)
+    scaled = jnp.where(known, rests * jnp.exp(pivots - pivot), jnp.zeros_like(rests))
+    return pivot, jnp.sum(scaled, 0)

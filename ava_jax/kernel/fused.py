@@ -1,0 +1,269 @@
+"""The one pass over all tokens, from logits or from hidden states.
+
+Its gradient is taken in the forward pass, see `chunks`; only the derivative of the loop
+is written by hand here. On a mesh every device iterates over its own tokens and its own
+slice of the vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from ava_jax.kernel.chunks import (
+    Objective,
+    Operands,
+    Pass,
+    Sums,
+    local_gradients,
+    local_sums,
+)
+from ava_jax.kernel.gradient import is_zero_cotangent
+from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
+from ava_jax.kernel.sharding import Layout
+from ava_jax.kernel.sizes import choose_sizes
+from ava_jax.kernel.stats import Kernel
+from ava_jax.reduce import as_float, float_dtype
+
+
+class Plan(NamedTuple):
+    """How a pass goes: the static facts besides what it computes.
+
+    Attributes:
+      batch: rows of one device, B.
+      length: tokens per row of one device, S.
+      width: logits per token of one device.
+      itemsize: bytes of a hidden state.
+      chunk: the user's choice of `Sizes.chunk`.
+      block: the user's choice of `Sizes.block`.
+      implementation: of the kernel; None leaves it to the platform.
+      layout: how tokens and vocabulary lie on a mesh; None leaves that to XLA.
+    """
+
+    batch: int
+    length: int
+    width: int
+    itemsize: int = 4
+    chunk: int | None = None
+    block: int | None = None
+    implementation: Implementation | None = None
+    layout: Layout | None = None
+
+    def run(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Calls `function(target, *operands)` for the platform."""
+        platform = None if self.layout is None else platform_of(self.layout.mesh)
+        return by_platform(self.implementation, platform, function, *operands)
+
+
+def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
+    axis = None if plan.layout is None else plan.layout.vocab_axis
+    # Masked hidden states are zeros; logits that are given, or a bias, may hold −inf.
+    is_finite = operands.kernel is not None and operands.bias is None
+    sizes = choose_sizes(
+        target,
+        plan.batch,
+        plan.length,
+        plan.width,
+        itemsize=plan.itemsize,
+        is_projected=operands.kernel is not None,
+        chunk=plan.chunk,
+        block=plan.block,
+    )
+    return Pass(operands, Kernel(axis, is_finite, target.implementation), sizes)
+
+
+def token_sums(
+    objectives: tuple[Objective, ...],
+    operands: Operands,
+    coefficients: Mapping[str, Float[Array, "..."]],
+    plan: Plan,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sums functions of the logits, which from hidden states never exist whole.
+
+    `total = Σ_name coefficients[name] · sums[name]`. Its gradient is taken in the
+    forward pass: 6·N·D·V flops from hidden states, 2·N·D·V if nothing is
+    differentiated. A gradient through `sums` is exact too, but runs the pass again.
+
+    Args:
+      objectives: one per source; sums of the same name add up.
+      operands: the arrays; ids and masks among them have no gradient.
+      coefficients: the weight of each sum in `total`.
+      plan: how the pass goes.
+
+    Returns:
+      The total and the sums.
+    """
+    operands = _with_equal_shards(plan.layout, operands)
+    kernel = operands.kernel
+    if kernel is not None:
+        dtype = jnp.promote_types(operands.sources[0].dtype, kernel.dtype)
+        operands = dataclasses.replace(
+            operands,
+            sources=tuple(h.astype(dtype) for h in operands.sources),
+            kernel=kernel.astype(dtype),
+        )
+    return _token_sums(objectives, plan, operands, dict(coefficients))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_sums(objectives, plan: Plan, operands, coefficients):
+    sums = _sums(objectives, plan, operands)
+    return _weigh(coefficients, sums), sums
+
+
+def _forward(objectives, plan: Plan, operands, coefficients):
+    needed = jax.tree.map(lambda primal: primal.perturbed, operands)
+    operands, coefficients = jax.tree.map(
+        lambda primal: primal.value, (operands, coefficients)
+    )
+    sums, gradients = _gradients(objectives, plan, needed, operands, coefficients)
+    residuals = (operands, coefficients, sums, gradients)
+    return (_weigh(coefficients, sums), sums), residuals
+
+
+def _backward(objectives, plan: Plan, residuals, cotangents):
+    operands, coefficients, sums, gradients = residuals
+    of_total, of_sums = cotangents
+    if is_zero_cotangent(of_total):
+        of_total = jnp.zeros((), float_dtype())
+    by_name = {k: of_total * sums[k] for k in coefficients}
+    if all(is_zero_cotangent(c) for c in of_sums.values()):
+        gradients = jax.tree.map(lambda g: of_total * as_float(g), gradients)
+    else:
+        wanted = {k: of_total * weight for k, weight in coefficients.items()}
+        for name, cotangent in of_sums.items():
+            if not is_zero_cotangent(cotangent):
+                wanted[name] = wanted.get(name, jnp.zeros_like(cotangent)) + cotangent
+        needed = _map_gradients(lambda g, _: g is not None, gradients, operands)
+        _, gradients = _gradients(objectives, plan, needed, operands, wanted)
+    gradients = _map_gradients(
+        lambda g, x: None if g is None else g.astype(x.dtype), gradients, operands
+    )
+    return gradients, by_name
+
+
+def _map_gradients(function, gradients, operands):
+    """Maps over pairs of a gradient, which may be None, and its operand."""
+    return jax.tree.map(function, gradients, operands, is_leaf=lambda g: g is None)
+
+
+_token_sums.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _weigh(coefficients: Mapping[str, Array], sums: Sums) -> Float[Array, ""]:
+    parts = (jnp.sum(weight * sums[name]) for name, weight in coefficients.items())
+    return sum(parts, start=jnp.zeros((), float_dtype()))
+
+
+def _with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
+    """Pads the vocabulary so that every device gets as many columns."""
+    kernel, bias = operands.kernel, operands.bias
+    width = (operands.sources[0] if kernel is None else kernel).shape[-1]
+    missing = 0 if layout is None else -width % layout.vocab_shards
+    if not missing:
+        return operands
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+    if kernel is None:
+        return dataclasses.replace(operands, sources=tuple(map(pad, operands.sources)))
+    bias = None if bias is None else pad(bias)
+    return dataclasses.replace(operands, kernel=pad(kernel), bias=bias)
+
+
+def _specs(layout: Layout, operands: Operands) -> Operands:
+    """Where the operands, and their gradients, lie."""
+    columns = layout.vocab_axis
+    specs: dict[str, Any] = {
+        "sources": layout.tokens(None if operands.kernel is not None else columns),
+        "inputs": layout.tokens(),
+        "active": layout.tokens(),
+        "rows": layout.rows(),
+        "shared": P(),
+        "kernel": P(None, columns),
+        "bias": P(columns),
+    }
+    return Operands(**specs)
+
+
+def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
+    """The forward pass alone."""
+    layout = plan.layout
+
+    def run(target, operands):
+        return local_sums(objectives, _begin(plan, target, operands))
+
+    if layout is None:
+        return plan.run(run, operands)
+
+    def of_shard(operands):
+        return layout.over_tokens(plan.run(run, operands))
+
+    return layout.run(of_shard, (_specs(layout, operands),), P())(operands)
+
+
+def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums):
+    """The forward pass and, in the same loop, the gradient of Σ wanted · sums.
+
+    Args:
+      objectives: as for `token_sums`.
+      plan: likewise.
+      needed: for each of the operands whether its gradient is.
+      operands: as for `token_sums`.
+      wanted: the cotangents of the sums.
+    """
+    layout = plan.layout
+
+    def run(target, operands, wanted):
+        return local_gradients(
+            objectives, _begin(plan, target, operands), needed, wanted
+        )
+
+    def on_this_device(operands, wanted):
+        if operands.kernel is None:
+            sums, own = plan.run(run, operands, wanted)
+            return _over_tokens(layout, operands, sums, own)
+        # The logits' gradient is cast to the operands' dtype: at the scale of the
+        # weights, often 1e-6 and less, float16 would lose it.
+        scale = _largest(wanted)
+        scaled = jax.tree.map(lambda c: c / scale, wanted)
+        sums, own = plan.run(run, operands, scaled)
+        return _over_tokens(layout, operands, sums, own, scale)
+
+    if layout is None:
+        return on_this_device(operands, wanted)
+    specs = _specs(layout, operands)
+    run_on_all = layout.run(on_this_device, (specs, P()), (P(), specs))
+    return run_on_all(operands, wanted)
+
+
+def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=None):
+    """Adds up what the devices that share the tokens have; scales the gradients."""
+
+    def scaled(g):
+        return g if scale is None else (scale * as_float(g)).astype(g.dtype)
+
+    if layout is None:
+        return sums, jax.tree.map(scaled, own)
+    kernel, (bias, shared) = None, layout.over_tokens((own.bias, own.shared))
+    if own.kernel is not None and operands.kernel is not None:
+        dtype = operands.kernel.dtype
+        kernel = layout.over_tokens_by_parts(
+            own.kernel, lambda part: scaled(part).astype(dtype)
+        )
+    own = dataclasses.replace(own, kernel=None, bias=bias, shared=shared)
+    own = jax.tree.map(scaled, own)
+    return layout.over_tokens(sums), dataclasses.replace(own, kernel=kernel)
+
+
+def _largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:
+    """The largest magnitude among the coefficients; 1 if all of them are 0."""
+    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()]
+    largest = jnp.max(jnp.stack(magnitudes))
+    return jnp.where(largest > 0, largest, jnp.ones_like(largest))

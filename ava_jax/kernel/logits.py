@@ -1,0 +1,95 @@
+"""Logits as every implementation reads them: capped, and −inf where no class is."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ava_jax.kernel.collectives import first_id, num_shards
+from ava_jax.kernel.stats import Query, Vocabulary
+from ava_jax.reduce import as_float
+
+# 1 − p is 0 in any precision when no other class is possible; its logarithm stays
+# finite, so that a product with 0 is 0.
+LOG_NOTHING = -1e30
+# Far below where an exponential is 0 in any precision.
+LOWEST = -1e15
+
+
+def possible_logits(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*n W"],
+    ids: Int[Array, "*n W"] | None = None,
+) -> Float[Array, "*n W"]:
+    """Returns logits in the arithmetic dtype; −inf where a class is not possible.
+
+    Args:
+      vocabulary: the soft-cap and which columns are classes.
+      logits: this shard's columns, or picked ones.
+      ids: the ids of picked logits; None if the logits are all columns.
+    """
+    z = as_float(logits)
+    if vocabulary.soft_cap is not None:
+        capped = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
+        z = capped if vocabulary.finite else jnp.where(z == -jnp.inf, z, capped)
+    if ids is None:
+        if not has_padding(vocabulary, z.shape[-1]):
+            return z
+        ids = column_ids(z) + first_id(vocabulary.axis, z.shape[-1])
+    return jnp.where(is_class(vocabulary, ids), z, -jnp.inf)
+
+
+def has_padding(vocabulary: Vocabulary, width: int) -> bool:
+    """Says whether shards of that width have columns that are no classes."""
+    return width * num_shards(vocabulary.axis) != vocabulary.size
+
+
+def is_class(vocabulary: Vocabulary, ids: Int[Array, "*n"]) -> Bool[Array, "*n"]:
+    """Says which ids are classes."""
+    return (ids >= 0) & (ids < vocabulary.size)
+
+
+def column_ids(z: Float[Array, "*n W"]) -> Int[Array, "*n W"]:
+    """Returns the column of every element."""
+    return lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+
+
+def columns_of(axis: str | None, ids: Int[Array, "*n"], width: int) -> Array:
+    """Returns the columns of ids on this shard; `width` where another has them."""
+    if axis is None:
+        return ids
+    local = ids - first_id(axis, width)
+    return jnp.where((local >= 0) & (local < width), local, width)
+
+
+def pick(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*n W"],
+    shift: Float[Array, "*n"],
+    ids: Int[Array, "*n Q"],
+) -> Float[Array, "*n Q"]:
+    """Returns logits at ids, relative to the shift; 0 where another shard has them."""
+    columns = columns_of(vocabulary.axis, ids, logits.shape[-1])
+    picked = jnp.take_along_axis(logits, columns, -1)
+    picked = possible_logits(vocabulary, picked, ids) - shift[..., None]
+    if vocabulary.axis is None:
+        return picked
+    elsewhere = (columns == logits.shape[-1]) & is_class(vocabulary, ids)
+    return jnp.where(elsewhere, jnp.zeros_like(picked), picked)
+
+
+def pick_all(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*n W"],
+    shift: Float[Array, "*n"],
+    query: Query,
+) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n Q"]]]:
+    """Returns the relative logits of targets and candidates, picked in one gather."""
+    named = list(query.candidates.items())
+    ids = jnp.concatenate([query.targets[..., None], *(c for _, c in named)], -1)
+    picked = pick(vocabulary, logits, shift, ids)
+    ends = [1]
+    for _, candidates in named:
+        ends.append(ends[-1] + candidates.shape[-1])
+    target, *parts = jnp.split(picked, ends[:-1], -1) if named else [picked]
+    by_name = {name: part for (name, _), part in zip(named, parts, strict=True)}
+    return target[..., 0], by_name

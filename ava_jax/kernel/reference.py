@@ -1,0 +1,120 @@
+"""The kernel's definition: whole rows, plain formulas, differentiated by JAX.
+
+Every other implementation is tested against this one. It holds several arrays of the
+size of the logits, and a vocabulary that devices share is gathered first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ava_jax.kernel.collectives import first_id
+from ava_jax.kernel.logits import LOG_NOTHING, column_ids, possible_logits
+from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.reduce import as_float
+
+
+def reduce(
+    logits: Float[Array, "*n W"],
+    query: Query,
+    vocabulary: Vocabulary,
+    temperature: Float[Array, ""] | None,
+) -> TokenStats:
+    """Computes the statistics of a block, see `token_statistics`."""
+    whole, vocabulary = _gathered(logits, vocabulary)
+    return _define(whole, query, vocabulary, temperature)
+
+
+def logits_gradient(
+    logits: Float[Array, "*n W"],
+    query: Query,
+    vocabulary: Vocabulary,
+    stats: TokenStats,
+    cotangents: TokenStats,
+    *,
+    tempered: bool,
+    of_temperature: bool,
+) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
+    """Computes the cotangents of logits and temperature by `jax.vjp` of `reduce`."""
+    whole, facts = _gathered(logits, vocabulary)
+    temperature = stats.temperature if tempered else None
+
+    def floats(z, temperature):
+        return _floats(_define(z, query, facts, temperature))
+
+    values, pull = jax.vjp(floats, whole, temperature)
+    given = _floats(cotangents)
+    d_logits, d_temperature = pull(
+        {
+            k: jnp.zeros_like(v) if given[k] is None and v is not None else given[k]
+            for k, v in values.items()
+        }
+    )
+    if vocabulary.axis is not None:
+        width = logits.shape[-1]
+        start = first_id(vocabulary.axis, width)
+        d_logits = lax.dynamic_slice_in_dim(d_logits, start, width, d_logits.ndim - 1)
+    return d_logits, d_temperature if of_temperature else None
+
+
+def _gathered(logits, vocabulary: Vocabulary):
+    if vocabulary.axis is None:
+        return logits, vocabulary
+    whole = lax.all_gather(logits, vocabulary.axis, axis=logits.ndim - 1, tiled=True)
+    return whole, vocabulary._replace(axis=None)
+
+
+def _floats(stats: TokenStats) -> dict[str, Array | None]:
+    """The statistics that have a gradient, by name."""
+    names = ("log_sum", "log_rest_sum", "log_sum_tempered", "temperature", "target")
+    named = {name: getattr(stats, name) for name in (*names, "total", "expected")}
+    return named | {f"candidates.{k}": c for k, c in stats.candidates.items()}
+
+
+def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenStats:
+    """The formulas of `TokenStats`."""
+    active = query.active
+    safe = jnp.where(active[..., None], logits, jnp.zeros_like(logits))
+    z = possible_logits(vocabulary, safe)
+    possible = z != -jnp.inf
+    largest = lax.stop_gradient(jnp.max(z, -1))
+    shift = jnp.where(active & (largest != -jnp.inf), largest, 0.0)
+    relative = jnp.where(possible, z - shift[..., None], -jnp.inf)
+    finite = jnp.where(possible, relative, 0.0)
+    log_sum = _log_sum_exp(relative)
+    top = jnp.argmax(z, -1).astype(jnp.int32)
+    others = jnp.where(column_ids(z) == top[..., None], -jnp.inf, relative)
+    log_rest = _log_sum_exp(others) if query.complements else None
+    probabilities = jnp.where(possible, jnp.exp(finite - log_sum[..., None]), 0.0)
+    given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
+    tempered = log_sum if temperature is None else _log_sum_exp(relative / given)
+
+    def pick(ids):
+        known = (ids >= 0) & (ids < vocabulary.size)
+        picked = jnp.take_along_axis(relative, jnp.where(known, ids, 0), -1)
+        return jnp.where(known, picked, -jnp.inf)
+
+    return TokenStats(
+        shift=shift,
+        log_sum=log_sum,
+        pivot=jnp.zeros_like(shift),
+        log_rest_sum=log_rest,
+        log_sum_tempered=tempered,
+        temperature=given,
+        target=pick(query.targets[..., None])[..., 0],
+        total=jnp.sum(finite, -1),
+        count=jnp.sum(as_float(possible), -1),
+        expected=jnp.sum(probabilities * finite, -1),
+        top=top,
+        is_top=top == query.targets,
+        candidates={k: pick(c) for k, c in query.candidates.items()},
+        candidate_is_top={k: top[..., None] == c for k, c in query.candidates.items()},
+    )
+
+
+def _log_sum_exp(z):
+    """The log-sum-exp of a row; of a row without classes a number like −inf."""
+    exists = jnp.any(z != -jnp.inf, -1)
+    safe = jnp.where(exists[..., None], z, 0.0)
+    return jnp.where(exists, jax.nn.logsumexp(safe, -1), LOG_NOTHING)

@@ -1,0 +1,182 @@
+"""The kernel for TPUs and GPUs: every sum is a reduction over the whole axis.
+
+Two passes over a block of logits that the compiler can fuse: the largest logit, which
+on a TPU comes with the product that makes the logits, and all sums relative to it.
+Nothing has the shape of a block but the logits and their gradient, and nothing is laid
+out anew.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ava_jax.kernel.collectives import (
+    add_up,
+    find_largest,
+    first_id,
+    merge_rest,
+    num_shards,
+)
+from ava_jax.kernel.cpu import scatter_add
+from ava_jax.kernel.gradient import bounded, gradient_of_logits
+from ava_jax.kernel.logits import column_ids, has_padding, pick_all, possible_logits
+from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.kernel.summary import RowSums, summarize
+from ava_jax.reduce import as_float
+
+# Sums of exponentials below this are made again, relative to the second largest: their
+# parts may be near the smallest number of float32, 1e-38.
+_FAINT = 1e-30
+# Comparing with every id is one more operation per logit and id, but needs no atomic
+# addition; with many ids a scatter is cheaper on any device.
+_MOST_COMPARED = 16
+
+
+def reduce(
+    logits: Float[Array, "*n W"],
+    query: Query,
+    vocabulary: Vocabulary,
+    temperature: Float[Array, ""] | None,
+) -> TokenStats:
+    """Computes the statistics of a block, see `token_statistics`."""
+    axis, width = vocabulary.axis, logits.shape[-1]
+    z = possible_logits(vocabulary, logits)
+    if not vocabulary.finite:
+        # A maximum of something made on the way is fused; a bare one is slow on TPUs.
+        z = jnp.where(query.active[..., None], z, -jnp.inf)
+    own = jnp.max(z, -1)
+    # Without it the compiler would make the logits once for the largest and once more.
+    logits, own = lax.optimization_barrier((logits, own))
+    largest = find_largest(axis, own, None)
+    exists = query.active & (largest.largest != -jnp.inf)
+    shift = jnp.where(exists, largest.largest, jnp.zeros_like(own))
+    z = possible_logits(vocabulary, logits)
+    relative = z - shift[..., None]
+    e = jnp.exp(relative)
+    sums: dict[str, Any] = _plain_sums(vocabulary, z, relative, e)
+    sums |= {"every": None, "tempered": None}
+    sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
+    # As floats, the ids join the other reductions in one pass.
+    first = as_float(column_ids(z) + first_id(axis, width))
+    size = as_float(num_shards(axis) * width)
+    top = jnp.min(jnp.where(relative == 0, first, size), -1)
+    if largest.is_here is not None:
+        top = jnp.where(largest.is_here, top, jnp.zeros_like(top))
+    sums["top"] = jnp.where(exists, top, jnp.zeros_like(top)).astype(jnp.int32)
+    pivot, rest = jnp.zeros_like(shift), None
+    if query.complements:
+        is_here = largest.is_here
+        rest = _rest(relative, e, exists, is_here)
+        pivot, rest = _without_underflow(vocabulary, logits, shift, exists, rest)
+        pivot, rest = merge_rest(axis, pivot, rest)
+    else:
+        sums["every"] = jnp.sum(e, -1)
+    if temperature is not None:
+        sums["tempered"] = jnp.sum(jnp.exp(relative * (1 / temperature)), -1)
+    added = add_up(axis, sums, shift.ndim)
+    given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
+    whole = RowSums(shift=shift, pivot=pivot, rest=rest, **added)
+    return summarize(whole, query, given)
+
+
+def logits_gradient(
+    logits: Float[Array, "*n W"],
+    query: Query,
+    vocabulary: Vocabulary,
+    stats: TokenStats,
+    cotangents: TokenStats,
+    *,
+    tempered: bool,
+    of_temperature: bool,
+) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
+    """Computes the cotangents of logits and temperature; ids are compared with."""
+    return gradient_of_logits(
+        vocabulary,
+        logits,
+        query,
+        stats,
+        cotangents,
+        tempered=tempered,
+        of_temperature=of_temperature,
+        add=_add,
+        put=_put,
+    )
+
+
+def _plain_sums(vocabulary: Vocabulary, z, relative, e):
+    """The sums over all possible classes."""
+    if vocabulary.finite and not has_padding(vocabulary, z.shape[-1]):
+        return {
+            "total": jnp.sum(relative, -1),
+            "count": jnp.full(z.shape[:-1], z.shape[-1], z.dtype),
+            "expected": jnp.sum(e * relative, -1),
+        }
+    possible = z != -jnp.inf
+    return {
+        "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
+        "count": jnp.sum(as_float(possible), -1),
+        "expected": jnp.sum(e * bounded(relative), -1),
+    }
+
+
+def _rest(relative, e, exists, is_here):
+    """Sums this shard's exponentials but the largest logit's, without cancellation."""
+    # Comparisons of their own: of one with many readers, XLA makes an array on GPUs.
+    equals = jnp.sum(as_float(relative >= 0), -1)
+    top = jnp.ones_like(equals) if is_here is None else as_float(is_here)
+    rest = jnp.sum(jnp.where(relative < 0, e, jnp.zeros_like(e)), -1)
+    # All equal logits but the first have exponentials of 1.
+    return rest + jnp.where(exists, equals - top, jnp.zeros_like(equals))
+
+
+def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, rest):
+    """Sums again, relative to the second largest logit, what is too small for a float.
+
+    One row after the other, because there is hardly ever any.
+
+    Returns:
+      What the sums are relative to, and the sums.
+    """
+    width = logits.shape[-1]
+    rows, shifts = logits.reshape(-1, width), shift.reshape(-1)
+
+    def is_left(state):
+        return jnp.any(state[0])
+
+    def sum_again(state):
+        left, pivots, sums = state
+        row = jnp.argmax(left)
+        z = possible_logits(vocabulary, rows[row]) - shifts[row]
+        others = jnp.where(z == 0, -jnp.inf, z)
+        second = jnp.max(others)
+        pivot = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
+        total = jnp.sum(jnp.exp(others - pivot))
+        return (
+            left.at[row].set(False),
+            pivots.at[row].set(pivot),
+            sums.at[row].set(total),
+        )
+
+    flat = rest.reshape(-1)
+    is_faint = exists.reshape(-1) & (flat < _FAINT)
+    start = (is_faint, jnp.zeros_like(flat), flat)
+    _, pivots, sums = lax.while_loop(is_left, sum_again, start)
+    return pivots.reshape(rest.shape), sums.reshape(rest.shape)
+
+
+def _add(grad, columns, values):
+    """Adds values [..., Q] to grad [..., W] at those columns that it has."""
+    if columns.shape[-1] > _MOST_COMPARED:
+        return scatter_add(grad, columns, values)
+    every = column_ids(grad)
+    for q in range(columns.shape[-1]):
+        here = every == columns[..., q : q + 1]
+        grad += jnp.where(here, values[..., q : q + 1], jnp.zeros_like(grad))
+    return grad
+
+
+def _put(grad, columns, values):
+    """Sets grad [..., W] to values [...] at those columns that it has."""
+    return jnp.where(column_ids(grad) == columns[..., None], values[..., None], grad)
