@@ -1,48 +1,94 @@
 """How much is handled at a time."""
 
-import jax
+import itertools
+
 import pytest
 
-from ava_jax.kernel.sizes import Sizes, choose_sizes
+from ava_jax.kernel.platforms import Target
+from ava_jax.kernel.sizes import MIB, Sizes, choose_sizes
+
+CPU = Target("cpu", "cpu")
+TPU, GPU = Target("xla", "tpu"), Target("xla", "gpu")
+TARGETS = {
+    "cpu": CPU,
+    "tpu": TPU,
+    "gpu": GPU,
+    "xla on a cpu": Target("xla", "cpu"),
+    "reference": Target("reference", "cpu"),
+}
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-
-
-@pytest.mark.parametrize("length", [1, 2, 511, 512, 4096])
-@pytest.mark.parametrize("batch", [1, 8, 64])
-def test_sizes_fit_the_row(batch, length):
-    sizes = choose_sizes(batch, length, 50304)
-    assert 1 <= sizes.block <= sizes.chunk <= length
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_sizes_fit_the_row(target):
+    for batch, length in itertools.product((1, 8, 64), (1, 2, 511, 512, 4096)):
+        sizes = choose_sizes(target, batch, length, 50304)
+        assert 1 <= sizes.block <= sizes.chunk <= length
 
 
 def test_a_processor_handles_what_its_caches_hold():
-    sizes = choose_sizes(4, 512, 32768)
-    assert 4 * sizes.block * 32768 * 4 <= 2 * 2**20
+    sizes = choose_sizes(CPU, 4, 512, 32768)
+    assert 4 * sizes.block * 32768 * 4 <= 2 * MIB
     assert 256 <= 4 * sizes.chunk <= 512
-    short = choose_sizes(4, 512, 32768, itemsize=2)
+    short = choose_sizes(CPU, 4, 512, 32768, itemsize=2)
     assert short.chunk < sizes.chunk
 
 
 def test_a_chunk_of_a_wide_vocabulary_is_still_worth_its_product():
-    assert 4 * choose_sizes(4, 128, 256000).chunk == 256
+    assert 4 * choose_sizes(CPU, 4, 128, 256000).chunk == 256
 
 
-@pytest.mark.usefixtures("accelerator")
-def test_an_accelerator_reduces_chunks_whole():
-    assert choose_sizes(4, 8192, 128256) == Sizes(2048, 8192)
-    assert choose_sizes(4, 100, 128256) == Sizes(100, 100)
+@pytest.mark.parametrize(
+    ("target", "block", "chunk"), [(TPU, 512, 2048), (GPU, 2048, 4096)]
+)
+def test_an_accelerator_handles_what_pays_for_reading_the_projection(
+    target, block, chunk
+):
+    sizes = choose_sizes(target, 4, 4096, 128256, itemsize=2)
+    assert sizes == Sizes(chunk // 4, block // 4)
+    short = choose_sizes(target, 4, 100, 128256, itemsize=2)
+    assert short == Sizes(100, min(100, block // 4))
+
+
+@pytest.mark.parametrize(
+    ("target", "most_of_block"), [(TPU, 512 * MIB), (GPU, 1024 * MIB)]
+)
+def test_a_wide_vocabulary_takes_no_more_memory(target, most_of_block):
+    width = 1_000_000
+    for batch, itemsize in itertools.product((1, 4), (2, 4)):
+        sizes = choose_sizes(target, batch, 4096, width, itemsize=itemsize)
+        block, chunk = 4 * batch * sizes.block * width, batch * sizes.chunk * width
+        assert block <= most_of_block
+        assert itemsize * chunk <= 1024 * MIB
+        # The limits are made use of.
+        assert 3 * block >= most_of_block
+        assert 3 * itemsize * chunk >= 1024 * MIB
+
+
+@pytest.mark.parametrize("target", [TPU, GPU])
+def test_logits_that_are_given_are_handled_whole(target):
+    sizes = choose_sizes(target, 4, 4096, 128256, is_projected=False)
+    assert sizes == Sizes(4096, 4096)
+    cut = choose_sizes(target, 4, 4096, 128256, is_projected=False, block=100)
+    assert cut == Sizes(4096, 100)
 
 
 def test_parts_are_of_equal_size():
     """A last block of one token would cost as much as a full one."""
-    block = choose_sizes(1, 1025, 2**19 // 128).block
+    block = choose_sizes(CPU, 1, 1025, 2**19 // 128).block
     assert -(-1025 // block) * block - 1025 < 12
 
 
+@pytest.mark.parametrize("length", [1025, 2049, 3000, 4095, 8000])
+def test_parts_on_an_accelerator_are_whole_tiles_of_almost_equal_size(length):
+    sizes = choose_sizes(TPU, 1, length, 128256, itemsize=2)
+    for size, whole in ((sizes.chunk, length), (sizes.block, sizes.chunk)):
+        assert size % 8 == 0 or size == whole
+        parts = -(-whole // size)
+        assert parts * size - whole < 8 * parts
+
+
 @pytest.mark.parametrize("given", [1, 5, 100])
-def test_a_given_size_is_taken(given):
-    sizes = choose_sizes(2, 50, 32, 4, given, given)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_given_size_is_taken(target, given):
+    sizes = choose_sizes(target, 2, 50, 32, chunk=given, block=given)
     assert (sizes.chunk, sizes.block) == (min(given, 50), min(given, 50))

@@ -1,0 +1,528 @@
+"""Every implementation of the kernel says what its definition says."""
+
+import dataclasses
+import functools
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_passes import assert_trees_close, dot_flops, jaxprs_of
+
+import ava_jax
+from ava_jax import Query, TokenStats, Vocabulary, token_statistics
+from ava_jax.kernel import fused, statistics
+from ava_jax.kernel.platforms import Implementation
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("cpu", "xla")
+MESH = jax.make_mesh(
+    (4,), ("vocab",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
+)
+
+# Statistics of single rows ---------------------------------------------------------
+
+TEMPERATURE = 1.3
+WIDTH = 512  # a row of the cpu implementation has 8 parts, that of a shard 2
+
+
+class Options(NamedTuple):
+    """What a program is traced for.
+
+    Attributes:
+      size: classes; the columns from it on are padding.
+      cap: the soft cap.
+      finite: only rows without −inf and NaN, and the promise of that.
+      tempered: whether there is a temperature.
+      complements: whether log(1 − p) is asked for.
+      ids: how many candidates.
+      dtype: of the logits.
+    """
+
+    size: int = WIDTH
+    cap: float | None = None
+    finite: bool = False
+    tempered: bool = True
+    complements: bool = True
+    ids: int = 3
+    dtype: str = "float32"
+
+
+OPTIONS = {
+    "plain": Options(),
+    "padding and many ids": Options(size=WIDTH - 5, ids=20),
+    # Of four shards the last has no class and the one before it a single one.
+    "soft cap": Options(cap=30.0, size=WIDTH // 2 + 1),
+    "no temperature": Options(tempered=False, ids=0),
+    "no complements": Options(complements=False, tempered=False, ids=17),
+    "bfloat16": Options(complements=False, dtype="bfloat16", cap=30.0),
+    "float64": Options(dtype="float64", size=WIDTH - 5),
+    "finite": Options(finite=True),
+    "finite with padding": Options(finite=True, size=WIDTH - 130, cap=30.0),
+}
+SHARED = ("plain", "soft cap", "no complements", "finite", "finite with padding")
+
+
+def named_rows() -> dict[str, np.ndarray]:
+    """Rows that an implementation could get wrong."""
+    z = np.random.default_rng(0).normal(size=(40, WIDTH))
+    named = {f"of size {s:g}": s * z[i] for i, s in enumerate((0.01, 1, 30, 1e4))}
+    # Where exponentials of the others are small, denormal or 0.
+    for i, gap in enumerate((20, 55, 65, 75, 90, 105, 1e3, 1e6)):
+        row = z[4 + i].copy()
+        row[37 * i] = row.max() + gap
+        named[f"ahead by {gap:g}"] = row
+    edits: dict[str, list[tuple[Any, float]]] = {
+        "the first one is the largest": [(0, 9.0)],
+        "the last class of 257 is the largest": [(256, 9.0)],
+        "two largest side by side": [([4, 5], 9.0)],
+        "two largest far apart": [([3, 250], 9.0)],
+        "two largest, far ahead": [([3, 250], 500.0)],
+        "a distant second beside the largest": [(6, 500.0), (7, 90.0)],
+        "a distant second elsewhere": [(6, 500.0), (250, 90.0)],
+        "two distant seconds": [(200, 500.0), ([6, 250], 90.0)],
+        "all equal": [(slice(None), -3.0)],
+        "holes": [(slice(1, None, 2), -np.inf)],
+        "holes and far ahead": [(slice(1, None, 2), -np.inf), (2, 500.0)],
+        "a part without classes": [(slice(64, 160), -np.inf)],
+        "only one part has classes": [
+            (slice(0, 64), -np.inf),
+            (slice(80, None), -np.inf),
+        ],
+        "two classes": [(slice(2, None), -np.inf)],
+        "one class": [(slice(1, None), -np.inf)],
+        "inactive": [(slice(None), 7.0)],
+        "inactive NaN": [(slice(None), np.nan)],
+        "inactive inf": [(5, np.inf), (6, -np.inf)],
+        "inactive, large": [(slice(None), 1e30)],
+    }
+    for i, (name, values) in enumerate(edits.items()):
+        named[name] = z[12 + i].copy()
+        for where, value in values:
+            named[name][where] = value
+    return named
+
+
+@functools.cache
+def batch(options: Options):
+    """The rows' names, logits [2, n, WIDTH] and a query: the targets of [0] are top."""
+    rows = named_rows()
+    if options.finite:
+        # Inactive ones are zeros in a pass; these are as harmless.
+        rows = {k: z for k, z in rows.items() if np.isfinite(z).all()}
+        del rows["inactive, large"]
+    names = list(rows)
+    z = np.stack(list(rows.values()))
+    z = jnp.asarray(np.stack([z, z]), options.dtype)
+    rng = np.random.default_rng(1)
+    top = np.where(np.isnan(z.astype(float)), 0, z.astype(float))
+    top = top[..., : options.size].argmax(-1)
+    other = rng.integers(0, options.size, top.shape[1:])
+    targets = np.stack([top[0], other])
+    candidates = {}
+    if options.ids:
+        ids = rng.integers(0, options.size, (*top.shape, options.ids))
+        ids[:, ::2, 0] = top[:, ::2]
+        ids[:, ::5, 0], ids[:, ::7, 0] = WIDTH + 3, -1  # no classes
+        ids[:, ::3, -1] = ids[:, ::3, 0]  # one of them twice
+        candidates = {
+            "a": jnp.asarray(ids, jnp.int32),
+            "b": jnp.asarray(other[:, None]),
+        }
+        candidates["b"] = jnp.stack([candidates["b"].astype(jnp.int32)] * 2)
+    active = [not name.startswith("inactive") for name in names]
+    query = Query(
+        targets=jnp.asarray(targets, jnp.int32),
+        active=jnp.asarray([active, active]),
+        candidates=candidates,
+        complements=options.complements,
+    )
+    return names, z, query
+
+
+def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
+    """Everything that a loss can ask for, [2, n] or [2, n, Q]."""
+    names = ["log_z", "nll", "entropy", "total", "count", "expected", "target"]
+    names += ["log_sum_tempered"]
+    if query.complements:
+        names += ["log_rest", "target_complement"]
+    values = {name: getattr(stats, name) for name in names}
+    for name in query.candidates:
+        values[f"logits of {name}"] = stats.candidates[name]
+        if query.complements:
+            values[f"unlikelihood of {name}"] = stats.unlikelihood(name)
+    return values
+
+
+def facts(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
+    """What has no gradient."""
+    matches = {f"is {k}": stats.candidate_is_top[k] for k in query.candidates}
+    return {"top": stats.top, "is_top": stats.is_top, **matches}
+
+
+@functools.cache
+def measured(options: Options, implementation: Implementation, axis: str | None):
+    """Values, facts, and the gradients of a mixture of all values."""
+    vocabulary = Vocabulary(
+        options.size,
+        options.cap,
+        axis,
+        options.finite,
+        implementation,
+    )
+    _, z, query = batch(options)
+
+    def mixture(z, temperature, query):
+        given = temperature if options.tempered else None
+        stats = token_statistics(z, query, vocabulary, given)
+        values = describe(stats, query)
+        total = jnp.zeros_like(temperature)
+        for name, value in values.items():
+            mix = weights_of(name, value)
+            kept = query.active[(..., *[None] * (value.ndim - 2))]
+            # log(1 − p) of a class alone is a constant.
+            kept &= jnp.isfinite(value) & (jnp.abs(value) < 1e29)
+            total += jnp.sum(jnp.where(kept, mix * value, jnp.zeros_like(value)))
+        return total, (values, facts(stats, query))
+
+    run = jax.grad(mixture, argnums=(0, 1), has_aux=True)
+    if axis is not None:
+        run = jax.shard_map(
+            run,
+            mesh=MESH,
+            in_specs=(P(None, None, axis), P(), P()),
+            out_specs=((P(None, None, axis), P()), P()),
+            check_vma=False,
+        )
+    grads, (values, found) = jax.jit(run)(z, jnp.asarray(TEMPERATURE), query)
+    return jax.tree.map(np.asarray, (values, found, grads))
+
+
+def weights_of(name, value):
+    """What a mixture multiplies a value with, other numbers for every name."""
+    return jax.random.normal(
+        jax.random.key(zlib.crc32(name.encode())), value.shape, value.dtype
+    )
+
+
+def gradient_of_temperature(options: Options) -> float:
+    """−Σ mix·E[z]/T², the mean over p at that temperature, in float64."""
+    _, z, query = batch(options)
+    mix = weights_of("log_sum_tempered", jnp.zeros(z.shape[:-1], float))
+    z = np.asarray(z, np.float64)[..., : options.size]
+    mix, active = np.asarray(mix, np.float64), np.asarray(query.active)
+    z = np.where(active[..., None], z, 0.0)
+    if options.cap is not None:
+        z = np.where(np.isinf(z), z, options.cap * np.tanh(z / options.cap))
+    relative = z - z.max(-1, keepdims=True)
+    e = np.exp(relative / TEMPERATURE)
+    mean = (e * np.maximum(relative, -1e15)).sum(-1) / e.sum(-1)
+    return float(-(mix * active * mean).sum() / TEMPERATURE**2)
+
+
+CASES = [
+    *((name, None, i) for name in OPTIONS for i in IMPLEMENTATIONS),
+    *((name, "vocab", i) for name in SHARED for i in IMPLEMENTATIONS),
+    ("finite", "vocab", "reference"),
+]
+
+
+@pytest.mark.parametrize(("name", "axis", "implementation"), CASES)
+def test_statistics_and_gradients_are_those_of_the_definition(
+    name, axis, implementation
+):
+    options = OPTIONS[name]
+    with jax.enable_x64(options.dtype == "float64"):
+        names, z, _ = batch(options)
+        want, same, (slopes, _) = measured(options, "reference", None)
+        got, found, grads_of_both = measured(options, implementation, axis)
+        exact = gradient_of_temperature(options) if options.tempered else 0.0
+    grads, of_temperature = grads_of_both
+    tolerance = 1e-12 if options.dtype == "float64" else 4e-6
+    # Programs round tanh differently, by few units in the last place of the cap.
+    absolute = tolerance if options.cap is None else options.cap * 5e-7
+    for i, row in enumerate(names):
+        if row.startswith("inactive"):
+            if implementation != "reference":
+                assert all(np.isfinite(v[:, i]).all() for v in got.values()), row
+            assert not grads[:, i].any(), row
+            continue
+        for key, value in want.items():
+            np.testing.assert_allclose(
+                got[key][:, i],
+                value[:, i],
+                rtol=tolerance,
+                atol=absolute,
+                err_msg=f"{key}, {row}",
+            )
+        for key, value in same.items():
+            np.testing.assert_array_equal(
+                found[key][:, i], value[:, i], f"{key}, {row}"
+            )
+        error = np.abs(grads[:, i].astype(float) - slopes[:, i].astype(float)).max()
+        size = np.abs(slopes[:, i].astype(float)).max()
+        limit = 8e-3 if options.dtype == "bfloat16" else 5 * tolerance
+        assert error <= limit * size, (row, error, size)
+    assert grads.dtype == z.dtype
+    assert not grads[..., options.size :].any()
+    np.testing.assert_allclose(of_temperature, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("complements", [True, False])
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_a_row_without_classes_is_infinite_and_has_no_gradient(
+    implementation, complements
+):
+    z = jnp.stack([jnp.full(8, -jnp.inf), jnp.arange(8.0)])
+    query = Query(
+        targets=jnp.array([1, 2]), active=jnp.ones(2, bool), complements=complements
+    )
+
+    def nll(z):
+        vocabulary = Vocabulary(8, implementation=implementation)
+        values = token_statistics(z, query, vocabulary).nll
+        return jnp.sum(values), values
+
+    grad, values = jax.jit(jax.grad(nll, has_aux=True))(z)
+    assert not np.isfinite(values[0])
+    assert np.isfinite(values[1])
+    np.testing.assert_array_equal(grad[0], 0)
+    assert np.isfinite(grad[1]).all()
+    assert grad[1].any()
+
+
+# The whole loss --------------------------------------------------------------------
+
+B, S, D, V = 2, 29, 6, 23
+WHOLE: dict[str, Any] = {
+    "vocab_size": V - 3,
+    "initial_temperature": 1.4,
+    "use_mtp": True,
+    "mtp_type": "sequential",
+    "num_future_tokens": 2,
+    "unlikelihood_weight": 0.5,
+    "logit_soft_cap": 5.0,
+    "chunk_size": 13,
+    "block_size": 5,
+}
+
+
+def whole_batch() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Floats and integers; what does not count is NaN."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    weights = jax.random.uniform(keys[4], (B, S)).at[0, 3:7].set(0.0)
+    hidden = jnp.where(weights[..., None] == 0, jnp.nan, _normal(keys[0], B, S, D))
+    # The last position predicts no further token.
+    depths = _normal(keys[3], 2, B, S, D).at[:, :, -1].set(jnp.nan)
+    arrays = {
+        "hidden_states": hidden,
+        "lm_head": _normal(keys[1], D, V),
+        "lm_head_bias": _normal(keys[2], V),
+        "mtp_hidden_states": depths,
+    }
+    targets = jax.random.randint(keys[5], (B, S), 0, 6)
+    return arrays, {"targets": targets, "attention_mask": weights}
+
+
+def _normal(key, *shape):
+    return jax.random.normal(key, shape)
+
+
+@functools.cache
+def whole_loss(door, implementation):
+    """Loss, aux and all gradients."""
+    loss_fn = ava_jax.create_unified_loss(WHOLE, implementation=implementation)
+    arrays, ints = whole_batch()
+    if door == "logits":
+        hidden = arrays.pop("hidden_states")
+        arrays["logits"] = hidden @ arrays["lm_head"] + arrays["lm_head_bias"]
+
+    def loss(arrays: dict[str, Any]):
+        total, aux, _ = loss_fn(loss_fn.init(), **arrays, **ints)
+        return total, aux
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+
+@pytest.mark.parametrize("door", ["fused", "logits"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_whole_loss_is_that_of_the_definition(implementation, door):
+    want, got = whole_loss(door, "reference"), whole_loss(door, implementation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
+    assert all(np.abs(np.asarray(g)).max() > 1e-3 for g in want[1].values())
+    assert all(want[0][1][k] > 0 for k in ("mtp_loss", "unlikelihood"))
+    assert_trees_close(got, want, 2e-5)
+
+
+def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
+    """The projection's gradient of a short batch's share of a mean over many tokens."""
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=V, use_ngram_penalty=False, implementation=implementation
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = _normal(keys[0], B, S, D), _normal(keys[1], D, V)
+    targets = jax.random.randint(keys[2], (B, S), 0, V)
+    one = loss_fn.normalizers(targets=targets)
+    many = dataclasses.replace(one, tokens=jnp.asarray(tokens))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=1)
+    def gradients(hidden, head):
+        # As trainers in float16 do, to keep the gradients in its range.
+        return (
+            tokens
+            * loss_fn.accumulate(
+                loss_fn.init(),
+                normalizers=many,
+                targets=targets,
+                hidden_states=hidden,
+                lm_head=head,
+            )[0]
+        )
+
+    return gradients(hidden.astype(dtype), head.astype(dtype))
+
+
+def test_float16_gradients_survive_a_mean_over_many_tokens(monkeypatch):
+    want = mean_over(1e9, jnp.float32)
+    got = mean_over(1e9, jnp.float16)
+    assert got.dtype == jnp.float16
+    assert_trees_close(got, want, 1e-2)
+    monkeypatch.setattr(fused, "_largest", lambda _: jnp.asarray(1.0))
+    assert not mean_over(1e9, jnp.float16).any()
+
+
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.data())
+def test_shapes_that_divide_nothing(data):
+    def size(most):
+        return data.draw(st.integers(1, most))
+
+    b, s, d, v = size(3), size(17), size(9), 1 + size(40)
+    chunk, block, padding = size(19), size(9), size(4) - 1
+    keys = jax.random.split(jax.random.key(data.draw(st.integers(0, 99))), 3)
+    arrays = (_normal(keys[0], b, s, d), _normal(keys[1], d, v + padding))
+    targets = jax.random.randint(keys[2], (b, s), 0, v)
+
+    def run(implementation):
+        loss_fn = ava_jax.create_unified_loss(
+            vocab_size=v,
+            implementation=implementation,
+            chunk_size=chunk,
+            block_size=block,
+        )
+
+        def loss(hidden, head):
+            total, aux, _ = loss_fn(
+                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+            )
+            return total, aux
+
+        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(run)(*arrays)
+
+    assert_trees_close(run("xla"), run("reference"), 2e-5)
+
+
+# What a program computes and holds -------------------------------------------------
+
+
+def fused_loss(dtype: Any = jnp.bfloat16, **options):
+    """The loss of hidden states and lm_head, and both."""
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=V, use_ngram_penalty=False, chunk_size=13, block_size=5, **options
+    )
+
+    def loss(hidden, head):
+        targets = jnp.ones(hidden.shape[:2], jnp.int32)
+        return loss_fn(
+            loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+        )[0]
+
+    return loss, (jnp.ones((B, 26, D), dtype), jnp.ones((D, V), dtype))
+
+
+def arrays_of(jaxpr):
+    """The shape and dtype of all that a program computes."""
+    found = {(v.aval.shape, v.aval.dtype) for eqn in jaxpr.eqns for v in eqn.outvars}
+    inside = (j for eqn in jaxpr.eqns for j in jaxprs_of(eqn))
+    return found.union(*map(arrays_of, inside))
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("arguments", "units"), [((), 2), ((0,), 4), ((1,), 4), ((0, 1), 6)]
+)
+def test_what_is_not_differentiated_costs_nothing(arguments, units, implementation):
+    loss, operands = fused_loss(implementation=implementation, logit_soft_cap=5.0)
+    run = jax.grad(loss, argnums=arguments) if arguments else loss
+    jaxpr = jax.make_jaxpr(run)(*operands).jaxpr
+    # Blocks of 5 tokens repeat some of a chunk of 13, and their logits.
+    blocks = 13 if implementation == "cpu" else 15
+    logits, products = 2 * B * 26 * D * V, (units - 2) * B * 26 * D * V
+    assert dot_flops(jaxpr) <= (logits + products) * blocks / 13
+    assert dot_flops(jaxpr) >= logits + products
+    assert (((D, V), jnp.dtype("float32")) in arrays_of(jaxpr)) == (1 in arguments)
+
+
+# Which implementation runs ---------------------------------------------------------
+
+
+def lowered(function, operands, platform):
+    traced = jax.jit(function).trace(*operands)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("door", ["fused", "statistics"])
+def test_the_platform_of_the_lowering_chooses(door):
+    """All programs are lowered here, on a processor, for devices it does not have."""
+    if door == "fused":
+        loss, operands = fused_loss()
+        function = jax.grad(loss, argnums=(0, 1))
+    else:
+        query = Query(targets=jnp.zeros(9, jnp.int32), active=jnp.ones(9, bool))
+        operands = (jnp.ones((9, 256)),)
+
+        def function(z):
+            return token_statistics(z, query, Vocabulary(256)).nll
+
+    programs = {p: lowered(function, operands, p) for p in ("cpu", "tpu", "cuda")}
+    assert programs["cpu"] != programs["tpu"]
+    assert programs["cpu"] != programs["cuda"]
+
+
+def test_one_implementation_on_another_platform():
+    loss, operands = fused_loss(jnp.float32, implementation="xla")
+    own, _ = fused_loss(jnp.float32)
+    program = lowered(loss, operands, "cpu")
+    assert program != lowered(own, operands, "cpu")
+    np.testing.assert_allclose(
+        jax.jit(loss)(*operands), jax.jit(own)(*operands), rtol=1e-6
+    )
+
+
+def test_a_mesh_of_processors_takes_their_implementation(monkeypatch):
+    """Nothing else is traced there; without a mesh everything is."""
+    monkeypatch.setattr(statistics, "_MODULES", {"cpu": statistics.cpu})
+    loss, operands = fused_loss(mesh=MESH, vocab_axis="vocab")
+    jax.make_jaxpr(jax.grad(loss))(*operands)
+    loss, operands = fused_loss()
+    with pytest.raises(KeyError, match="xla"):
+        jax.make_jaxpr(jax.grad(loss))(*operands)
+
+
+def test_an_unknown_implementation_is_refused():
+    allowed = r"implementation must be one of \('reference', 'cpu', 'xla', None\)"
+    with pytest.raises(ValueError, match=f"{allowed}, got 'gpu'"):
+        ava_jax.create_unified_loss(vocab_size=V, implementation="gpu")
+
+
+def test_the_default_backend_decides_nothing():
+    sources = Path(ava_jax.__path__[0]).rglob("*.py")
+    assert not [p.name for p in sources if "default_backend" in p.read_text()]
