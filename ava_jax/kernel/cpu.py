@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.collectives import Largest, add_up, find_largest, first_id
 from ava_jax.kernel.gradient import bounded, exponentials, gradient_of_logits
-from ava_jax.kernel.logits import column_ids, pick, possible_logits
+from ava_jax.kernel.logits import column_ids, pick_all, possible_logits
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import RowSums, summarize
 from ava_jax.reduce import as_float
@@ -66,14 +66,11 @@ def reduce(
         "count": jnp.sum(as_float(possible), -1),
         "expected": jnp.exp(pivot) * jnp.sum(e * bounded(relative), -1),
         "top": _top_id(axis, peak, largest, z.shape[-1]),
-        "target": pick(vocabulary, logits, shift, query.targets[..., None])[..., 0],
-        "candidates": {
-            k: pick(vocabulary, logits, shift, c) for k, c in query.candidates.items()
-        },
         "every": None,
         "rest": None,
         "tempered": None,
     }
+    sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
     if query.complements:
         sums["rest"] = _rest(peak, largest, shift, pivot, e)
     else:

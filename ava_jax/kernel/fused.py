@@ -244,22 +244,31 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
 
 
 def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=None):
-    """Adds up what the devices that share the tokens have; scales the gradients."""
+    """Adds up what the devices that share the tokens have; finishes the gradients.
 
-    def scaled(g):
-        return g if scale is None else (scale * as_float(g)).astype(g.dtype)
+    They get their scale and the operands' dtypes here, before anybody keeps them;
+    those of float16 stay float32 until the cotangent of the total, which may scale the
+    loss, has joined them.
+    """
+
+    def scaled(g, dtype):
+        has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
+        g = g if scale is None else scale * as_float(g)
+        return g.astype(dtype if has_range else float_dtype())
+
+    def finish(g, x):
+        return None if g is None else scaled(g, x.dtype)
 
     if layout is None:
-        return sums, jax.tree.map(scaled, own)
-    kernel, (bias, shared) = None, layout.over_tokens((own.bias, own.shared))
-    if own.kernel is not None and operands.kernel is not None:
+        return sums, _map_gradients(finish, own, operands)
+    bias, shared, sums = layout.over_tokens((own.bias, own.shared, sums))
+    kernel = own.kernel
+    if kernel is not None and operands.kernel is not None:
         dtype = operands.kernel.dtype
-        kernel = layout.over_tokens_by_parts(
-            own.kernel, lambda part: scaled(part).astype(dtype)
-        )
+        kernel = layout.over_tokens_by_parts(kernel, lambda part: scaled(part, dtype))
     own = dataclasses.replace(own, kernel=None, bias=bias, shared=shared)
-    own = jax.tree.map(scaled, own)
-    return layout.over_tokens(sums), dataclasses.replace(own, kernel=kernel)
+    own = _map_gradients(finish, own, operands)
+    return sums, dataclasses.replace(own, kernel=kernel)
 
 
 def _largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:

@@ -159,26 +159,22 @@ def _through_exponentials(e, relative, stats, cotangents: TokenStats, vocabulary
 
 
 def _through_picks(axis, grad, query, stats, cotangents: TokenStats, add: Put):
-    """Adds what reaches the logits at single ids."""
+    """Adds what reaches the logits at single ids, all at once."""
     picks = [
         (query.candidates[name], stats.candidates[name], cotangent)
         for name, cotangent in cotangents.candidates.items()
     ]
-    if not is_zero_cotangent(cotangents.target):
-        picks.append(
-            (
-                query.targets[..., None],
-                stats.target[..., None],
-                cotangents.target[..., None],
-            )
-        )
-    for ids, logit, cotangent in picks:
-        if is_zero_cotangent(cotangent):
-            continue
-        kept = query.active[..., None] & (logit != -jnp.inf)
-        values = jnp.where(kept, cotangent, jnp.zeros_like(cotangent))
-        grad = add(grad, columns_of(axis, ids, grad.shape[-1]), values)
-    return grad
+    target = cotangents.target
+    if not is_zero_cotangent(target):
+        of_target = query.targets[..., None], stats.target[..., None]
+        picks.append((*of_target, target[..., None]))
+    picks = [pick for pick in picks if not is_zero_cotangent(pick[2])]
+    if not picks:
+        return grad
+    ids, logits, given = (jnp.concatenate(x, -1) for x in zip(*picks, strict=True))
+    kept = query.active[..., None] & (logits != -jnp.inf)
+    values = jnp.where(kept, given, jnp.zeros_like(given))
+    return add(grad, columns_of(axis, ids, grad.shape[-1]), values)
 
 
 def _through_soft_cap(vocabulary: Vocabulary, z, query: Query, grad):
