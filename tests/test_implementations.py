@@ -66,7 +66,14 @@ OPTIONS = {
     "finite": Options(finite=True),
     "finite with padding": Options(finite=True, size=WIDTH - 130, cap=30.0),
 }
-SHARED = ("plain", "soft cap", "no complements", "finite", "finite with padding")
+SHARED = (
+    "plain",
+    "soft cap",
+    "no complements",
+    "finite",
+    "finite with padding",
+    "float64",
+)
 
 
 def named_rows() -> dict[str, np.ndarray]:
@@ -230,6 +237,8 @@ CASES = [
     *((name, None, i) for name in OPTIONS for i in IMPLEMENTATIONS),
     *((name, "vocab", i) for name in SHARED for i in IMPLEMENTATIONS),
     ("finite", "vocab", "reference"),
+    ("plain", None, "reference"),
+    ("soft cap", None, "reference"),
 ]
 
 
@@ -361,7 +370,7 @@ def test_the_whole_loss_is_that_of_the_definition(implementation, door):
 
 
 def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
-    """The projection's gradient of a short batch's share of a mean over many tokens."""
+    """The gradients of a short batch's share of a mean over many tokens."""
     loss_fn = ava_jax.create_unified_loss(
         vocab_size=V, use_ngram_penalty=False, implementation=implementation
     )
@@ -372,7 +381,7 @@ def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
     many = dataclasses.replace(one, tokens=jnp.asarray(tokens))
 
     @jax.jit
-    @functools.partial(jax.grad, argnums=1)
+    @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(hidden, head):
         # As trainers in float16 do, to keep the gradients in its range.
         return (
@@ -392,10 +401,28 @@ def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
 def test_float16_gradients_survive_a_mean_over_many_tokens(monkeypatch):
     want = mean_over(1e9, jnp.float32)
     got = mean_over(1e9, jnp.float16)
-    assert got.dtype == jnp.float16
+    assert {x.dtype for x in got} == {jnp.dtype("float16")}
     assert_trees_close(got, want, 1e-2)
     monkeypatch.setattr(fused, "_largest", lambda _: jnp.asarray(1.0))
-    assert not mean_over(1e9, jnp.float16).any()
+    assert not any(x.any() for x in mean_over(1e9, jnp.float16))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_a_row_without_a_class_leaves_the_temperature_alone(implementation):
+    query = Query(targets=jnp.array([0, 1]), active=jnp.ones(2, bool))
+    logits = jnp.array([[1.0, 2.0, 0.0], [-jnp.inf] * 3])
+    vocabulary = Vocabulary(3, implementation=implementation)
+
+    def first(temperature):
+        stats = token_statistics(logits, query, vocabulary, temperature)
+        return stats.log_sum_tempered[0], stats
+
+    slope, stats = jax.grad(first, has_aux=True)(jnp.asarray(2.0))
+    z = np.array([1.0, 2.0, 0.0])
+    p = np.exp(z / 2) / np.exp(z / 2).sum()
+    np.testing.assert_allclose(slope, -(p * (z - 2)).sum() / 4, rtol=1e-5)
+    assert stats.nll[1] == jnp.inf
+    assert stats.entropy[1] == 0
 
 
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)

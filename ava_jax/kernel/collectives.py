@@ -53,7 +53,7 @@ def find_largest(
     gathered = lax.all_gather(jnp.stack(told), axis, axis=1)
     owner = jnp.argmax(gathered[0], 0)
     top = jnp.max(gathered[0], 0)
-    is_here = owner == lax.axis_index(axis)
+    is_here = owner == lax.axis_index(axis).astype(owner.dtype)
     if second is None:
         return Largest(top, None, is_here)
     shard = lax.broadcasted_iota(owner.dtype, gathered[0].shape, 0)

@@ -52,7 +52,9 @@ def reduce(
     peak = _find_peak(z)
     asked = peak.second if query.complements else None
     largest = find_largest(axis, peak.largest, asked)
-    exists = query.active & (largest.largest != -jnp.inf)
+    exists = largest.largest != -jnp.inf
+    if not vocabulary.finite:
+        exists &= query.active
     shift = jnp.where(exists, largest.largest, jnp.zeros_like(largest.largest))
     pivot = jnp.zeros_like(shift)
     if largest.second is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
@@ -60,6 +61,7 @@ def gradient_of_logits(
     """
     if not tempered:
         cotangents = _at_temperature_one(cotangents)
+    cotangents = _of_active(cotangents, query.active)
     z = possible_logits(vocabulary, logits)
     relative, e = exponentials(z, stats.shift, stats.pivot, query.complements)
     grad, at_top = _through_exponentials(e, relative, stats, cotangents, vocabulary)
@@ -89,6 +91,19 @@ def gradient_of_logits(
         direct = cotangents.temperature
         temperature = direct if temperature is None else temperature + direct
     return grad.astype(logits.dtype), temperature
+
+
+def _of_active(cotangents: TokenStats, active: Array) -> TokenStats:
+    """Zeros in place of the cotangents of inactive tokens."""
+
+    def keep(c: Array) -> Array:
+        if c.ndim < active.ndim:
+            return c
+        mask = active.reshape(*active.shape, *[1] * (c.ndim - active.ndim))
+        return jnp.where(mask, c, jnp.zeros_like(c))
+
+    numbers = {k: v for k, v in vars(cotangents).items() if k != "temperature"}
+    return dataclasses.replace(cotangents, **jax.tree.map(keep, numbers))
 
 
 def exponentials(

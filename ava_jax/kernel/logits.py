@@ -27,15 +27,29 @@ def possible_logits(
       logits: this shard's columns, or picked ones.
       ids: the ids of picked logits; None if the logits are all columns.
     """
+    return capped(vocabulary, raw_logits(vocabulary, logits, ids))
+
+
+def raw_logits(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*n W"],
+    ids: Int[Array, "*n W"] | None = None,
+) -> Float[Array, "*n W"]:
+    """Returns `possible_logits` without the soft-cap."""
     z = as_float(logits)
-    if vocabulary.soft_cap is not None:
-        capped = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
-        z = capped if vocabulary.finite else jnp.where(z == -jnp.inf, z, capped)
     if ids is None:
         if not has_padding(vocabulary, z.shape[-1]):
             return z
         ids = column_ids(z) + first_id(vocabulary.axis, z.shape[-1])
     return jnp.where(is_class(vocabulary, ids), z, -jnp.inf)
+
+
+def capped(vocabulary: Vocabulary, z: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Applies the soft-cap, which leaves −inf alone."""
+    if vocabulary.soft_cap is None:
+        return z
+    soft = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
+    return jnp.where(z == -jnp.inf, z, soft)
 
 
 def has_padding(vocabulary: Vocabulary, width: int) -> bool:

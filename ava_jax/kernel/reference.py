@@ -85,10 +85,11 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
     log_sum = _log_sum_exp(relative)
     top = jnp.argmax(z, -1).astype(jnp.int32)
     others = jnp.where(column_ids(z) == top[..., None], -jnp.inf, relative)
-    log_rest = _log_sum_exp(others) if query.complements else None
+    log_rest = _log_sum_exp(others, LOG_NOTHING) if query.complements else None
     probabilities = jnp.where(possible, jnp.exp(finite - log_sum[..., None]), 0.0)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
-    tempered = log_sum if temperature is None else _log_sum_exp(relative / given)
+    cooled = jnp.where(possible, finite / given, -jnp.inf)
+    tempered = log_sum if temperature is None else _log_sum_exp(cooled)
 
     def pick(ids):
         known = (ids >= 0) & (ids < vocabulary.size)
@@ -113,8 +114,8 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
     )
 
 
-def _log_sum_exp(z):
-    """The log-sum-exp of a row; of a row without classes a number like −inf."""
+def _log_sum_exp(z, of_nothing=0.0):
+    """The log-sum-exp of each row, and `of_nothing` where no class is possible."""
     exists = jnp.any(z != -jnp.inf, -1)
     safe = jnp.where(exists[..., None], z, 0.0)
-    return jnp.where(exists, jax.nn.logsumexp(safe, -1), LOG_NOTHING)
+    return jnp.where(exists, jax.nn.logsumexp(safe, -1), of_nothing)

@@ -50,8 +50,8 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
         log_sum = jnp.log1p(jnp.exp(sums.pivot + log_rest_sum))
     else:
         assert sums.every is not None
-        log_sum = jnp.log(sums.every)
-    tempered = log_sum if sums.tempered is None else jnp.log(sums.tempered)
+        log_sum = _log_or_zero(sums.every)
+    tempered = log_sum if sums.tempered is None else _log_or_zero(sums.tempered)
     top = sums.top
     stats = TokenStats(
         shift=sums.shift,
@@ -70,6 +70,12 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
         candidate_is_top={k: top[..., None] == c for k, c in query.candidates.items()},
     )
     return _without_inactive(stats, query.active)
+
+
+def _log_or_zero(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The logarithm; 0 for a row without a possible class, whose nll is infinite."""
+    exists = x > 0
+    return jnp.where(exists | jnp.isnan(x), jnp.log(x), jnp.zeros_like(x))
 
 
 def _without_inactive(stats: TokenStats, active: Array) -> TokenStats:

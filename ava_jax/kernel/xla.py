@@ -6,11 +6,11 @@ Nothing has the shape of a block but the logits and their gradient, and nothing 
 out anew.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.collectives import (
     add_up,
@@ -21,7 +21,14 @@ from ava_jax.kernel.collectives import (
 )
 from ava_jax.kernel.cpu import scatter_add
 from ava_jax.kernel.gradient import bounded, gradient_of_logits
-from ava_jax.kernel.logits import column_ids, has_padding, pick_all, possible_logits
+from ava_jax.kernel.logits import (
+    capped,
+    column_ids,
+    has_padding,
+    pick_all,
+    possible_logits,
+    raw_logits,
+)
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import RowSums, summarize
 from ava_jax.reduce import as_float
@@ -29,6 +36,8 @@ from ava_jax.reduce import as_float
 # Sums of exponentials below this are made again, relative to the second largest: their
 # parts may be near the smallest number of float32, 1e-38.
 _FAINT = 1e-30
+# No other logit of such a row is as near to the largest one.
+_FAR = -50.0
 # Comparing with every id is one more operation per logit and id, but needs no atomic
 # addition; with many ids a scatter is cheaper on any device.
 _MOST_COMPARED = 16
@@ -42,17 +51,18 @@ def reduce(
 ) -> TokenStats:
     """Computes the statistics of a block, see `token_statistics`."""
     axis, width = vocabulary.axis, logits.shape[-1]
-    z = possible_logits(vocabulary, logits)
+    raw = raw_logits(vocabulary, logits)
     if not vocabulary.finite:
         # A maximum of something made on the way is fused; a bare one is slow on TPUs.
-        z = jnp.where(query.active[..., None], z, -jnp.inf)
-    own = jnp.max(z, -1)
+        raw = jnp.where(query.active[..., None], raw, -jnp.inf)
+    own = jnp.max(raw, -1)
     # Without it the compiler would make the logits once for the largest and once more.
     logits, own = lax.optimization_barrier((logits, own))
-    largest = find_largest(axis, own, None)
-    exists = query.active & (largest.largest != -jnp.inf)
-    shift = jnp.where(exists, largest.largest, jnp.zeros_like(own))
+    whole = find_largest(axis, capped(vocabulary, own), None)
+    exists = whole.largest != -jnp.inf
+    shift = jnp.where(exists, whole.largest, jnp.zeros_like(own))
     z = possible_logits(vocabulary, logits)
+    compared = _compare(vocabulary, logits, z, own, shift)
     relative = z - shift[..., None]
     e = jnp.exp(relative)
     sums: dict[str, Any] = _plain_sums(vocabulary, z, relative, e)
@@ -61,15 +71,15 @@ def reduce(
     # As floats, the ids join the other reductions in one pass.
     first = as_float(column_ids(z) + first_id(axis, width))
     size = as_float(num_shards(axis) * width)
-    top = jnp.min(jnp.where(relative == 0, first, size), -1)
-    if largest.is_here is not None:
-        top = jnp.where(largest.is_here, top, jnp.zeros_like(top))
+    top = jnp.min(jnp.where(compared.is_equal, first, size), -1)
+    if whole.is_here is not None:
+        top = jnp.where(whole.is_here, top, jnp.zeros_like(top))
     sums["top"] = jnp.where(exists, top, jnp.zeros_like(top)).astype(jnp.int32)
     pivot, rest = jnp.zeros_like(shift), None
     if query.complements:
-        is_here = largest.is_here
-        rest = _rest(relative, e, exists, is_here)
-        pivot, rest = _without_underflow(vocabulary, logits, shift, exists, rest)
+        rest = _rest(compared, e, exists, whole.is_here)
+        counts = exists & query.active
+        pivot, rest = _without_underflow(vocabulary, logits, shift, counts, rest)
         pivot, rest = merge_rest(axis, pivot, rest)
     else:
         sums["every"] = jnp.sum(e, -1)
@@ -77,8 +87,8 @@ def reduce(
         sums["tempered"] = jnp.sum(jnp.exp(relative * (1 / temperature)), -1)
     added = add_up(axis, sums, shift.ndim)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
-    whole = RowSums(shift=shift, pivot=pivot, rest=rest, **added)
-    return summarize(whole, query, given)
+    row_sums = RowSums(shift=shift, pivot=pivot, rest=rest, **added)
+    return summarize(row_sums, query, given)
 
 
 def logits_gradient(
@@ -94,7 +104,8 @@ def logits_gradient(
     """Computes the cotangents of logits and temperature; ids are compared with."""
     return gradient_of_logits(
         vocabulary,
-        logits,
+        # Otherwise XLA would keep what both passes need, a mask of all logits, say.
+        lax.optimization_barrier(logits),
         query,
         stats,
         cotangents,
@@ -121,12 +132,34 @@ def _plain_sums(vocabulary: Vocabulary, z, relative, e):
     }
 
 
-def _rest(relative, e, exists, is_here):
+class _Comparison(NamedTuple):
+    """How logits compare with the largest one of their row.
+
+    Three answers that are one: of a single comparison with many readers, XLA would make
+    an array on GPUs.
+    """
+
+    is_below: Bool[Array, "*n W"]
+    is_not_below: Bool[Array, "*n W"]
+    is_equal: Bool[Array, "*n W"]
+
+
+def _compare(vocabulary: Vocabulary, logits, z, own, shift) -> _Comparison:
+    shift = shift[..., None]
+    if vocabulary.soft_cap is None:
+        return _Comparison(z < shift, z >= shift, z == shift)
+    # Capped by two programs, a logit may not equal itself; the raw one does.
+    is_top = capped(vocabulary, own)[..., None] >= shift
+    is_top &= raw_logits(vocabulary, logits) == own[..., None]
+    is_below = (z < shift) & ~is_top
+    return _Comparison(is_below, ~is_below, ~is_below)
+
+
+def _rest(compared: _Comparison, e, exists, is_here):
     """Sums this shard's exponentials but the largest logit's, without cancellation."""
-    # Comparisons of their own: of one with many readers, XLA makes an array on GPUs.
-    equals = jnp.sum(as_float(relative >= 0), -1)
+    equals = jnp.sum(as_float(compared.is_not_below), -1)
     top = jnp.ones_like(equals) if is_here is None else as_float(is_here)
-    rest = jnp.sum(jnp.where(relative < 0, e, jnp.zeros_like(e)), -1)
+    rest = jnp.sum(jnp.where(compared.is_below, e, jnp.zeros_like(e)), -1)
     # All equal logits but the first have exponentials of 1.
     return rest + jnp.where(exists, equals - top, jnp.zeros_like(equals))
 
@@ -139,25 +172,21 @@ def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, rest):
     Returns:
       What the sums are relative to, and the sums.
     """
-    width = logits.shape[-1]
-    rows, shifts = logits.reshape(-1, width), shift.reshape(-1)
+    rows, shifts = logits.reshape(-1, logits.shape[-1]), shift.reshape(-1)
 
     def is_left(state):
         return jnp.any(state[0])
 
     def sum_again(state):
-        left, pivots, sums = state
-        row = jnp.argmax(left)
-        z = possible_logits(vocabulary, rows[row]) - shifts[row]
-        others = jnp.where(z == 0, -jnp.inf, z)
+        row = jnp.argmax(state[0])
+        relative = possible_logits(vocabulary, rows[row]) - shifts[row]
+        # The largest logit is far above all others, however it is rounded.
+        others = jnp.where(relative > _FAR, -jnp.inf, relative)
         second = jnp.max(others)
         pivot = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
         total = jnp.sum(jnp.exp(others - pivot))
-        return (
-            left.at[row].set(False),
-            pivots.at[row].set(pivot),
-            sums.at[row].set(total),
-        )
+        new = zip(state, (False, pivot, total), strict=True)
+        return tuple(x.at[row].set(y) for x, y in new)
 
     flat = rest.reshape(-1)
     is_faint = exists.reshape(-1) & (flat < _FAINT)
