@@ -126,7 +126,7 @@ def local_gradients(
     Returns:
       The sums, and the gradient with None where it is not needed.
     """
-    operands, sizes = begun.operands, begun.sizes
+    operands = begun.operands
     whole = (
         _only(needed.bias, operands.bias),
         _only(needed.shared, operands.shared),
@@ -142,30 +142,10 @@ def local_gradients(
         of_block = functools.partial(
             _block_gradient, begun, objective, needs, whole, wanted
         )
-        carry = (_no_sums(begun, objective, source, inputs), d_whole)
-        if operands.kernel is None:
-            carry, d_source, d_input = transform(
-                of_block,
-                carry,
-                source,
-                inputs,
-                sizes.block,
-                makes_successors=needs.logits,
-                as_bits=begun.on_cpu,
-            )
-        else:
-            of_chunk = functools.partial(_chunk_gradient, begun, needs, of_block)
-            carry = (carry, d_kernel, _buffer(begun, needs, source))
-            (carry, d_kernel, _), d_source, d_input = transform(
-                of_chunk,
-                carry,
-                source,
-                (inputs, active),
-                sizes.chunk,
-                makes_successors=needs.source,
-                as_bits=begun.on_cpu,
-            )
-        sums, d_whole = carry
+        carry = (_no_sums(begun, objective, source, inputs), d_whole), d_kernel
+        group = (source, inputs, active)
+        carry, d_source, d_input = _group_gradient(begun, needs, of_block, carry, group)
+        (sums, d_whole), d_kernel = carry
         totals = _merge(totals, sums)
         d_sources.append(d_source)
         d_inputs.append(d_input)
@@ -179,6 +159,37 @@ def local_gradients(
         kernel=d_kernel,
         bias=d_bias,
     )
+
+
+def _group_gradient(begun: Pass, needs, of_block, carry, group):
+    """Iterates over the tokens of one objective.
+
+    Returns:
+      The carry and the projection's gradient, then those of the source and the inputs.
+    """
+    sizes = begun.sizes
+    (carry, d_kernel), (source, inputs, active) = carry, group
+    iterate = functools.partial(transform, as_bits=begun.on_cpu)
+    if begun.operands.kernel is None:
+        carry, d_source, d_inputs = iterate(
+            of_block,
+            carry,
+            source,
+            inputs,
+            sizes.block,
+            makes_successors=needs.logits,
+        )
+        return (carry, d_kernel), d_source, d_inputs
+    of_chunk = functools.partial(_chunk_gradient, begun, needs, of_block)
+    (carry, d_kernel, _), d_source, d_inputs = iterate(
+        of_chunk,
+        (carry, d_kernel, _buffer(begun, needs, source)),
+        source,
+        (inputs, active),
+        sizes.chunk,
+        makes_successors=needs.source,
+    )
+    return (carry, d_kernel), d_source, d_inputs
 
 
 class _Needs(NamedTuple):
@@ -277,14 +288,15 @@ def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
             begun, of_block, (carry, buffer), h, inputs
         )
         buffer = None if buffer is None else dz
-        rows, dz = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, dz))
     dh = None
     if needs.source:
-        dh = jnp.einsum("bcv,dv->bcd", dz, kernel, preferred_element_type=float_dtype())
+        dh = jnp.einsum(
+            "...v,dv->...d", dz, kernel, preferred_element_type=float_dtype()
+        )
         if begun.kernel.axis is not None:
             dh = lax.psum(dh, begun.kernel.axis)
-        dh = dh.astype(h.dtype).reshape(-1, h.shape[0], *dh.shape[1:])
-        dh = join_rows(dh, h.shape, dh.shape[2])
+        dh = dh.astype(h.dtype)
+        dh = dh if begun.on_cpu else join_rows(dh, h.shape, dh.shape[2])
     if needs.kernel:
         d_kernel = _add_product(d_kernel, rows, dz, sizes.parts)
     return (carry, d_kernel, buffer), dh, d_inputs
@@ -351,13 +363,18 @@ def _add_product(d_kernel, h, dz, parts: int):
     width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
 
     def product(part):
-        return jnp.einsum("bcd,bcv->dv", part, dz, preferred_element_type=float_dtype())
+        # Not reshaped to one axis: XLA could not share that among devices.
+        tokens = tuple(range(dz.ndim - 1))
+        over_tokens = ((tokens, tokens), ((), ()))
+        return lax.dot_general(
+            part, dz, over_tokens, preferred_element_type=float_dtype()
+        )
 
     if width == h.shape[-1]:
         return d_kernel + product(h)
 
     def add_part(i, total):
-        part = lax.dynamic_slice_in_dim(h, i * width, width, 2)
+        part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
         old = lax.dynamic_slice_in_dim(total, i * width, width, 0)
         new = old + product(part)
         return lax.dynamic_update_slice_in_dim(total, new, i * width, 0)

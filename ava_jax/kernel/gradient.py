@@ -73,10 +73,9 @@ def gradient_of_logits(
         grad += (of_sum * inverse)[..., None] * cooled
         at_top += of_sum * inverse
         if of_temperature:
-            mean = of_sum * jnp.sum(cooled * bounded(relative), -1)
-            mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
-            total = add_scalar(vocabulary.axis, jnp.sum(mean))
-            temperature = -(inverse**2) * total
+            temperature = _through_temperature(
+                vocabulary, query, stats, of_sum, cooled * bounded(relative)
+            )
     if not is_zero_cotangent(cotangents.total):
         grad += cotangents.total[..., None]
         at_top += cotangents.total
@@ -91,6 +90,13 @@ def gradient_of_logits(
         direct = cotangents.temperature
         temperature = direct if temperature is None else temperature + direct
     return grad.astype(logits.dtype), temperature
+
+
+def _through_temperature(vocabulary: Vocabulary, query, stats, of_sum, moments):
+    """The temperature's cotangent through the tempered sums."""
+    mean = of_sum * jnp.sum(moments, -1)
+    mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
+    return -add_scalar(vocabulary.axis, jnp.sum(mean)) / stats.temperature**2
 
 
 def _of_active(cotangents: TokenStats, active: Array) -> TokenStats:

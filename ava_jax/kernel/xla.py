@@ -8,6 +8,7 @@ out anew.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -167,32 +168,43 @@ def _rest(compared: _Comparison, e, exists, is_here):
 def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, rest):
     """Sums again, relative to the second largest logit, what is too small for a float.
 
-    One row after the other, because there is hardly ever any.
+    One position of the rows after the other, because there is hardly ever any: devices
+    that share the rows then have their own at hand.
 
     Returns:
       What the sums are relative to, and the sums.
     """
-    rows, shifts = logits.reshape(-1, logits.shape[-1]), shift.reshape(-1)
+    if not shift.ndim:
+        arrays = jax.tree.map(lambda x: x[None], (logits, shift, exists, rest))
+        found = _without_underflow(vocabulary, *arrays)
+        return jax.tree.map(lambda x: x[0], found)
+    axis = shift.ndim - 1
+
+    def at(x, index):
+        return lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
 
     def is_left(state):
         return jnp.any(state[0])
 
     def sum_again(state):
-        row = jnp.argmax(state[0])
-        relative = possible_logits(vocabulary, rows[row]) - shifts[row]
+        left, pivots, sums = state
+        index = jnp.argmax(jnp.any(left, range(axis)))
+        relative = possible_logits(vocabulary, at(logits, index))
+        relative -= at(shift, index)[..., None]
         # The largest logit is far above all others, however it is rounded.
         others = jnp.where(relative > _FAR, -jnp.inf, relative)
-        second = jnp.max(others)
+        second = jnp.max(others, -1)
         pivot = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
-        total = jnp.sum(jnp.exp(others - pivot))
-        new = zip(state, (False, pivot, total), strict=True)
-        return tuple(x.at[row].set(y) for x, y in new)
+        total = jnp.sum(jnp.exp(others - pivot[..., None]), -1)
+        is_faint = at(left, index)
+        pivot = jnp.where(is_faint, pivot, at(pivots, index))
+        total = jnp.where(is_faint, total, at(sums, index))
+        new = zip(state, (jnp.zeros_like(is_faint), pivot, total), strict=True)
+        put = lax.dynamic_update_index_in_dim
+        return tuple(put(x, y, index, axis) for x, y in new)
 
-    flat = rest.reshape(-1)
-    is_faint = exists.reshape(-1) & (flat < _FAINT)
-    start = (is_faint, jnp.zeros_like(flat), flat)
-    _, pivots, sums = lax.while_loop(is_left, sum_again, start)
-    return pivots.reshape(rest.shape), sums.reshape(rest.shape)
+    start = (exists & (rest < _FAINT), jnp.zeros_like(rest), rest)
+    return lax.while_loop(is_left, sum_again, start)[1:]
 
 
 def _add(grad, columns, values):
