@@ -44,6 +44,7 @@ def test_successors_and_outputs_come_back_in_place(size, groups, dtype):
         body, jnp.zeros((), jnp.int32), source, inputs, size
     )
     want = source * inputs["weights"][..., None].astype(dtype)
+    assert new is not None
     assert new.dtype == dtype
     assert int(count) == groups * B * S
     np.testing.assert_array_equal(new, want)

@@ -16,6 +16,8 @@ POD = Setup(
     (("data", DATA), ("fsdp", FSDP), ("tensor", TENSOR)),
 )
 COLUMNS = VOCAB // TENSOR
+# The gradient is added up in so many parts, one after the other.
+PARTS = 16
 TOKENS = BATCH * LENGTH // (DATA * FSDP)
 NAMES = pytest.mark.parametrize("name", ["plain", "everything"])
 
@@ -45,6 +47,7 @@ def test_the_projection_is_sent_once(name: str) -> None:
     added = [c for c in projection if c.kind in ("all-reduce", "reduce-scatter")]
     assert [(c.shape, c.times) for c in gathered] == [((WIDTH // FSDP, COLUMNS), 1)]
     assert added
-    assert all(c.times == 1 for c in projection)
+    assert all(c.times in (1, PARTS) for c in added)
     # Once over all devices, or over fsdp and then, a part of it, over data; XLA pads.
-    assert sum(c.size for c in added) <= 1.3 * 4 * WIDTH * COLUMNS
+    sent = sum(c.size * c.times for c in added)
+    assert 4 * WIDTH * COLUMNS <= sent <= 1.3 * 4 * WIDTH * COLUMNS
