@@ -80,7 +80,7 @@ class Place:
         return NamedSharding(self.mesh, P(*map(self._known, axes)))
 
     def options(self) -> dict[str, Any]:
-        """What the package is told of the mesh."""
+        """The arguments that tell the package of the mesh."""
         if self.mesh is None:
             return {}
         return {

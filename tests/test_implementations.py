@@ -344,11 +344,11 @@ def _normal(key, *shape):
 
 
 @functools.cache
-def whole_loss(door, implementation):
+def whole_loss(path, implementation):
     """Loss, aux and all gradients."""
     loss_fn = ava_jax.create_unified_loss(WHOLE, implementation=implementation)
     arrays, ints = whole_batch()
-    if door == "logits":
+    if path == "logits":
         hidden = arrays.pop("hidden_states")
         arrays["logits"] = hidden @ arrays["lm_head"] + arrays["lm_head_bias"]
 
@@ -359,10 +359,10 @@ def whole_loss(door, implementation):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
 
 
-@pytest.mark.parametrize("door", ["fused", "logits"])
+@pytest.mark.parametrize("path", ["fused", "logits"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_whole_loss_is_that_of_the_definition(implementation, door):
-    want, got = whole_loss(door, "reference"), whole_loss(door, implementation)
+def test_the_whole_loss_is_that_of_the_definition(implementation, path):
+    want, got = whole_loss(path, "reference"), whole_loss(path, implementation)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
     assert all(np.abs(np.asarray(g)).max() > 1e-3 for g in want[1].values())
     assert all(want[0][1][k] > 0 for k in ("mtp_loss", "unlikelihood"))
@@ -506,10 +506,10 @@ def lowered(function, operands, platform):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("door", ["fused", "statistics"])
-def test_the_platform_of_the_lowering_chooses(door):
+@pytest.mark.parametrize("path", ["fused", "statistics"])
+def test_the_platform_of_the_lowering_chooses(path):
     """All programs are lowered here, on a processor, for devices it does not have."""
-    if door == "fused":
+    if path == "fused":
         loss, operands = fused_loss()
         function = jax.grad(loss, argnums=(0, 1))
     else:

@@ -263,7 +263,7 @@ def _block_gradient(begun: Pass, objective, needs: _Needs, whole, wanted, *block
 
 
 def _buffer(begun: Pass, needs: _Needs, source) -> Array | None:
-    """Room for the logits' gradient of a chunk; None where a block is a chunk."""
+    """The buffer for a chunk's gradient of the logits; None where a block is one."""
     kernel, sizes = begun.operands.kernel, begun.sizes
     if kernel is None or begun.on_cpu or not needs.logits:
         return None

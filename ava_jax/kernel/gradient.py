@@ -82,8 +82,8 @@ def gradient_of_logits(
     grad = _where_possible(vocabulary, z, query, grad)
     if query.complements:
         top = columns_of(vocabulary.axis, stats.top, z.shape[-1])
-        kept = query.active & (stats.count > 0)
-        grad = put(grad, top, jnp.where(kept, at_top, jnp.zeros_like(at_top)))
+        exists = stats.count > 0
+        grad = put(grad, top, jnp.where(exists, at_top, jnp.zeros_like(at_top)))
     grad = _through_picks(vocabulary.axis, grad, query, stats, cotangents, add)
     grad = _through_soft_cap(vocabulary, z, query, grad)
     if of_temperature and not is_zero_cotangent(cotangents.temperature):
@@ -193,8 +193,7 @@ def _through_picks(axis, grad, query, stats, cotangents: TokenStats, add: Put):
     if not picks:
         return grad
     ids, logits, given = (jnp.concatenate(x, -1) for x in zip(*picks, strict=True))
-    kept = query.active[..., None] & (logits != -jnp.inf)
-    values = jnp.where(kept, given, jnp.zeros_like(given))
+    values = jnp.where(logits != -jnp.inf, given, jnp.zeros_like(given))
     return add(grad, columns_of(axis, ids, grad.shape[-1]), values)
 
 

@@ -69,3 +69,27 @@ def by_platform(
     return lax.platform_dependent(
         *operands, cpu=choose("cpu"), tpu=choose("tpu"), default=choose("gpu")
     )
+
+
+def by_implementation(
+    implementation: Implementation | None,
+    run: Callable[..., Result],
+    *operands: Any,
+) -> Result:
+    """Calls `run(implementation, *operands)` where no size depends on the platform.
+
+    Args:
+      implementation: takes the choice away from the platform.
+      run: a function of an implementation's name and of the operands.
+      *operands: pytrees of arrays.
+
+    Returns:
+      What `run` returns; as for `by_platform`, but traced for two platforms only.
+    """
+
+    def choose(name: Implementation) -> Callable[..., Result]:
+        return lambda *operands: run(name, *operands)
+
+    if implementation is not None:
+        return choose(implementation)(*operands)
+    return lax.platform_dependent(*operands, cpu=choose("cpu"), default=choose("xla"))

@@ -48,7 +48,7 @@ class Layout:
     ) -> Float[Array, "D V"]:
         """Adds up `x` as `over_tokens` does, one part after the other.
 
-        Compilers make room for the result of a collective; that of a part is small.
+        Compilers allocate the result of a collective; that of a part is small.
 
         Args:
           x: what every device has.

@@ -7,12 +7,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from ava_jax.kernel import cpu, reference, xla
 from ava_jax.kernel.gradient import is_zero_cotangent
-from ava_jax.kernel.platforms import Implementation
+from ava_jax.kernel.platforms import Implementation, by_implementation
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float
 
@@ -81,18 +80,8 @@ def _token_statistics(vocabulary, logits, query, temperature):
         module = _MODULES[implementation]
         return module.reduce(logits, query, vocabulary, temperature)
 
-    return _run(vocabulary, run, logits, query, temperature)
-
-
-def _run(vocabulary: Vocabulary, run, *operands):
-    """Calls `run(implementation, *operands)`."""
-
-    def choose(implementation: Implementation):
-        return lambda *operands: run(implementation, *operands)
-
-    if vocabulary.implementation is not None:
-        return choose(vocabulary.implementation)(*operands)
-    return lax.platform_dependent(*operands, cpu=choose("cpu"), default=choose("xla"))
+    operands = (logits, query, temperature)
+    return by_implementation(vocabulary.implementation, run, *operands)
 
 
 def _forward(vocabulary, logits, query, temperature):
@@ -125,7 +114,10 @@ def _backward(vocabulary, residuals, cotangents: TokenStats):
             of_temperature=is_learned is not None,
         )
 
-    d_logits, d_temperature = _run(vocabulary, run, logits, query, stats, cotangents)
+    operands = (logits, query, stats, cotangents)
+    d_logits, d_temperature = by_implementation(
+        vocabulary.implementation, run, *operands
+    )
     if d_temperature is None and temperature is not None:
         d_temperature = jnp.zeros_like(temperature)
     return d_logits, None, d_temperature
