@@ -3,12 +3,18 @@
 Nothing runs here, so the sizes are those of a real model.
 """
 
+import functools
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import ava_jax
 from benchmarks import wire
 from benchmarks.hlo import collectives
 
@@ -70,3 +76,37 @@ def test_the_table_of_the_docs_can_be_made_again(tmp_path: Path):
     told = record["rows"][6]
     assert told["mesh"] == {"data": 1, "tensor": 8}
     assert told["token_bytes"] == pytest.approx(4 * 32 + 4 * 19, rel=1e-3)
+
+
+def test_without_a_mesh_no_logits_are_gathered():
+    """XLA shares the chunk's gradient and the underflow loop by itself."""
+    mesh = wire.make_mesh({"data": 8})
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=2048,
+        eos_token_id=2,
+        implementation="xla",
+        chunk_size=64,
+        block_size=16,
+    )
+
+    def given(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, P(*axes))
+        )
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(hidden, head, targets):
+        return loss_fn(
+            loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+        )[0]
+
+    program = gradients.lower(
+        given((8, 128, 32), jnp.float32, "data"),
+        given((32, 2048), jnp.float32),
+        given((8, 128), jnp.int32, "data"),
+    ).compile()
+    found = collectives(str(program.as_text()))
+    over_vocabulary = {(c.kind, c.shape) for c in found if 2048 in c.shape}
+    # The gradient of the projection, once a chunk.
+    assert over_vocabulary == {("all-reduce", (32, 2048))}
