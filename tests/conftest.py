@@ -19,6 +19,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 jaxtyping.install_import_hook("ava_jax", f"{typechecking.__name__}.check")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Unmaps compiled programs: Linux allows a process 65,530 maps by default."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimized():
     """Compiles as users do, for tests that look at the compiled program."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from texts import make_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -26,15 +27,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp().parent / "xla"
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation(programs: Path) -> Iterator[None]:
-    """Many runs here compile the same step: once, without much optimization."""
+@pytest.fixture(scope="module", autouse=True)
+def keep_programs(programs: Path) -> Iterator[None]:
+    """Many runs here compile the same step: once.
+
+    Afterwards nothing may come out of the cache: programs for several devices can then
+    wait for each other for ever on a CPU.
+    """
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
