@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import UnifiedLossConfig, Weight, weight_at
+from ava_jax.kernel.product import Product
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses import likelihood
@@ -173,7 +174,7 @@ class TokenObjective:
 
     def __call__(
         self,
-        logits: Float[Array, "B C V"],
+        logits: Float[Array, "B C V"] | Product,
         inputs: TokenInputs,
         history: History | None,
         shared: SharedInputs,
@@ -224,6 +225,9 @@ class TokenObjective:
             complements=bool(charges or config.use_focal_loss or self.extra_terms),
         )
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
+        if self.extra_terms and isinstance(logits, Product):
+            # They may ask for the largest logit, whichever it is.
+            logits = logits.logits()
         return token_statistics(logits, query, vocabulary, temperature)
 
     def _main(self, stats, inputs):
@@ -264,7 +268,7 @@ class HeadObjective:
 
     def __call__(
         self,
-        logits: Float[Array, "*n V"],
+        logits: Float[Array, "*n V"] | Product,
         inputs: TokenInputs,
         history: History | None,
         shared: SharedInputs | None,

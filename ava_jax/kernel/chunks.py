@@ -7,6 +7,7 @@ differentiates the block, so that a bias, a soft-cap or the temperature cannot b
 forgotten.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ from ava_jax.kernel.blocks import (
     split_rows,
     transform,
 )
+from ava_jax.kernel.product import (
+    Product,
+    lay_by_columns,
+    near_largest,
+)
 from ava_jax.kernel.sizes import Sizes
 from ava_jax.kernel.stats import Kernel
 from ava_jax.reduce import as_float, float_dtype
@@ -32,7 +38,7 @@ Sums = dict[str, Array]
 
 # A pure, hashable function of a block of logits [B, C, V], of its inputs, its rows and
 # what is shared, and of how to reduce the block. It returns weighted sums over it.
-Objective = Callable[[Array, Any, Any, Any, Kernel], Sums]
+Objective = Callable[[Array | Product, Any, Any, Any, Kernel], Sums]
 
 
 @flax.struct.dataclass
@@ -66,16 +72,33 @@ class Pass(NamedTuple):
       operands: the arrays of this device.
       kernel: how blocks are reduced.
       sizes: how many tokens are handled at a time.
+      sample: columns of the projection, if the kernel makes the logits with their sums.
+      by_columns: see `Product`.
     """
 
     operands: Operands
     kernel: Kernel
     sizes: Sizes
+    sample: Float[Array, "D M"] | None = None
+    by_columns: bool = False
 
     def evaluate(self, objective: Objective, z, inputs, bias, shared) -> Sums:
         """The objective's sums over a block of logits."""
         rows = self.operands.rows
         return objective(_biased(z, bias), inputs, rows, shared, self.kernel)
+
+    def logits(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"] | Product:
+        """The logits of a block, or what they will be a product of."""
+        assert self.operands.kernel is not None
+        if self.sample is None:
+            return _project(h, self.operands.kernel)
+        return Product(
+            hidden=h.reshape(-1, h.shape[-1]),
+            kernel=self.operands.kernel,
+            near=near_largest(h, self.sample).reshape(-1),
+            shape=h.shape[:-1],
+            by_columns=self.by_columns,
+        )
 
     @property
     def on_cpu(self) -> bool:
@@ -97,7 +120,10 @@ def local_sums(objectives: tuple[Objective, ...], begun: Pass) -> Sums:
 
         def of_chunk(sums, h, given, of_block=of_block):
             inputs, active = given
-            z = _project(_masked(h, active), kernel)
+            h = _masked(h, active)
+            if not begun.on_cpu:
+                return of_block(sums, begun.logits(h), inputs)
+            z = _project(h, kernel)
             z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
             return fold_rows(of_block, sums, z, inputs, sizes.block)
 
@@ -232,7 +258,7 @@ def _no_sums(begun: Pass, objective, source, inputs) -> Sums:
     def one_token(source, inputs):
         block, inputs = jax.tree.map(lambda x: x[0, :, :1], (source, inputs))
         if operands.kernel is not None:
-            block = _project(block, operands.kernel)
+            block = begun.logits(block)
         return begun.evaluate(objective, block, inputs, operands.bias, operands.shared)
 
     return _zeros(jax.eval_shape(one_token, source, inputs))
@@ -246,13 +272,13 @@ def _block_gradient(begun: Pass, objective, needs: _Needs, whole, wanted, *block
     def evaluate(given, whole, floats):
         bias, shared = _refill(whole, (begun.operands.bias, begun.operands.shared))
         inputs_again = _refill(floats, inputs)
-        logits = z if given is None else given
+        logits = _replaced(z, given)
         block_sums = begun.evaluate(objective, logits, inputs_again, bias, shared)
         return {k: v for k, v in block_sums.items() if k in wanted}, block_sums
 
     of_interest, pull, block_sums = jax.vjp(
         evaluate,
-        z if needs.logits else None,
+        _differentiable(z) if needs.logits else None,
         whole,
         _only(needs.inputs, inputs),
         has_aux=True,
@@ -272,7 +298,8 @@ def _buffer(begun: Pass, needs: _Needs, source) -> Array | None:
     block = min(sizes.block, chunk)
     if block == chunk:
         return None
-    return lax.empty((-(-chunk // block), batch, block, kernel.shape[1]), source.dtype)
+    shape = (-(-chunk // block), batch * block, kernel.shape[1])
+    return lax.empty(shape, source.dtype)
 
 
 def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
@@ -296,7 +323,9 @@ def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
         if begun.kernel.axis is not None:
             dh = lax.psum(dh, begun.kernel.axis)
         dh = dh.astype(h.dtype)
-        dh = dh if begun.on_cpu else join_rows(dh, h.shape, dh.shape[2])
+        if not begun.on_cpu:
+            dh = dh.reshape(*dh.shape[:1], h.shape[0], -1, h.shape[-1])
+            dh = join_rows(dh, h.shape, dh.shape[2])
     if needs.kernel:
         d_kernel = _add_product(d_kernel, rows, dz, sizes.parts)
     return (carry, d_kernel, buffer), dh, d_inputs
@@ -329,8 +358,8 @@ def _by_blocks(begun: Pass, of_block, carry, h, inputs):
     Only the gradient exists for a whole chunk, once, in the operands' dtype.
 
     Returns:
-      The carry, the hidden states and their logits' gradient by blocks, [n, B, c, ·],
-      and the inputs' gradient.
+      The carry, the hidden states and their logits' gradient by blocks of one token
+      after the other, [n, B·c, ·], and the inputs' gradient.
     """
     size = min(begun.sizes.block, h.shape[1])
     parts = split_rows((h, inputs), h.shape, size)
@@ -338,10 +367,10 @@ def _by_blocks(begun: Pass, of_block, carry, h, inputs):
     def step(state, item):
         carry, written = state
         index, h, inputs = item
-        z = _project(h, begun.operands.kernel)
-        carry, dz, d_inputs = of_block(carry, z, inputs)
+        carry, dz, d_inputs = of_block(carry, begun.logits(h), inputs)
         if dz is not None:
-            dz = dz.astype(h.dtype)[None]
+            dz = dz.reshape(-1, dz.shape[-1]).astype(h.dtype)
+            dz = (lay_by_columns(dz) if begun.by_columns else dz)[None]
             if written is not None:
                 dz = lax.dynamic_update_slice_in_dim(written, dz, index, 0)
         return (carry, dz), d_inputs
@@ -355,7 +384,8 @@ def _by_blocks(begun: Pass, of_block, carry, h, inputs):
         (carry, dz), d_inputs = lax.scan(step, carry, (index, *parts))
     # Otherwise both products would make it again out of the logits.
     dz = lax.optimization_barrier(dz)
-    return carry, parts[0], dz, join_rows(d_inputs, h.shape, size)
+    rows = parts[0].reshape(len(parts[0]), -1, h.shape[-1])
+    return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
 
 def _add_product(d_kernel, h, dz, parts: int):
@@ -380,6 +410,20 @@ def _add_product(d_kernel, h, dz, parts: int):
         return lax.dynamic_update_slice_in_dim(total, new, i * width, 0)
 
     return lax.fori_loop(0, h.shape[-1] // width, add_part, d_kernel)
+
+
+def _differentiable(z: Array | Product) -> Array:
+    """What has the gradient of the logits."""
+    if isinstance(z, Product):
+        return jnp.zeros((z.hidden.shape[0], z.kernel.shape[1]), float_dtype())
+    return z
+
+
+def _replaced(z: Array | Product, given: Array | None) -> Array | Product:
+    """The logits with what has their gradient."""
+    if given is None:
+        return z
+    return dataclasses.replace(z, probe=given) if isinstance(z, Product) else given
 
 
 def _project(hidden, kernel):

@@ -61,6 +61,11 @@ def find_largest(
     return Largest(top, jnp.max(others, 0), is_here)
 
 
+def largest_anywhere(axis: str | None, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns the largest of the slices' numbers."""
+    return x if axis is None else lax.pmax(x, axis)
+
+
 def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
     """Adds up the slices' numbers, stacked into one collective.
 

@@ -25,6 +25,7 @@ from ava_jax.kernel.chunks import (
 )
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
+from ava_jax.kernel.product import sample_columns
 from ava_jax.kernel.sharding import Layout
 from ava_jax.kernel.sizes import choose_sizes
 from ava_jax.kernel.stats import Kernel
@@ -74,7 +75,13 @@ def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
         chunk=plan.chunk,
         block=plan.block,
     )
-    return Pass(operands, Kernel(axis, is_finite, target.implementation), sizes)
+    kernel = Kernel(axis, is_finite, target.implementation)
+    if not is_finite or target.implementation != "xla":
+        return Pass(operands, kernel, sizes)
+    assert operands.kernel is not None
+    by_columns = target.platform == "tpu"
+    sample = sample_columns(operands.kernel, by_columns=by_columns)
+    return Pass(operands, kernel, sizes, sample, by_columns)
 
 
 def token_sums(

@@ -85,6 +85,22 @@ def pick(
     columns = columns_of(vocabulary.axis, ids, logits.shape[-1])
     picked = jnp.take_along_axis(logits, columns, -1)
     picked = possible_logits(vocabulary, picked, ids) - shift[..., None]
+    return _if_here(vocabulary, logits, picked, ids, columns)
+
+
+def raw_picks(
+    vocabulary: Vocabulary,
+    logits: Float[Array, "*n W"],
+    ids: Int[Array, "*n Q"],
+    columns: Int[Array, "*n Q"],
+) -> Float[Array, "*n Q"]:
+    """Returns logits without the soft-cap at ids; 0 where another shard has them."""
+    picked = jnp.take_along_axis(logits, columns, -1)
+    picked = raw_logits(vocabulary, picked, ids)
+    return _if_here(vocabulary, logits, picked, ids, columns)
+
+
+def _if_here(vocabulary: Vocabulary, logits, picked, ids, columns):
     if vocabulary.axis is None:
         return picked
     elsewhere = (columns == logits.shape[-1]) & is_class(vocabulary, ids)
@@ -98,9 +114,21 @@ def pick_all(
     query: Query,
 ) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n Q"]]]:
     """Returns the relative logits of targets and candidates, picked in one gather."""
+    return by_query(query, pick(vocabulary, logits, shift, ids_of(query)))
+
+
+def ids_of(query: Query) -> Int[Array, "*n _"]:
+    """Returns the targets and all candidates."""
+    return jnp.concatenate(
+        [query.targets[..., None], *query.candidates.values()], axis=-1
+    )
+
+
+def by_query(
+    query: Query, picked: Float[Array, "*n _"]
+) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n _"]]]:
+    """Splits what belongs to `ids_of(query)` into the targets' and the candidates'."""
     named = list(query.candidates.items())
-    ids = jnp.concatenate([query.targets[..., None], *(c for _, c in named)], -1)
-    picked = pick(vocabulary, logits, shift, ids)
     ends = [1]
     for _, candidates in named:
         ends.append(ends[-1] + candidates.shape[-1])

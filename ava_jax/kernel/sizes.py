@@ -1,5 +1,6 @@
 """How many tokens are handled at a time, by implementation and shape."""
 
+import math
 from typing import NamedTuple
 
 from ava_jax.kernel.platforms import Target
@@ -20,20 +21,29 @@ class _Limits(NamedTuple):
     """The most that an accelerator handles at a time.
 
     Attributes:
-      block: tokens of a block.
-      chunk: tokens of a chunk.
-      block_bytes: of a block's float32 logits.
-      chunk_bytes: of a chunk's gradient of the logits, in the operands' dtype.
+      tokens: of them.
+      bytes: that their logits, or the gradient of those, take.
+      compromise: tokens², times the bytes of a token's logits. What is read once for
+        all tokens costs time as 1/c and what they need costs memory as c·V, so that
+        the best compromise between the two has c as 1/√V.
     """
 
-    block: int
-    chunk: int
-    block_bytes: int
-    chunk_bytes: int
+    tokens: int
+    bytes: int
+    compromise: float = math.inf
+
+    def most(self, bytes_per_token: int) -> int:
+        """Returns how many tokens that is."""
+        most = min(self.tokens, self.bytes // bytes_per_token)
+        if math.isinf(self.compromise):
+            return most
+        return min(most, math.isqrt(int(self.compromise / bytes_per_token)))
 
 
-_TPU = _Limits(512, 2048, 512 * MIB, 1024 * MIB)
-_GPU = _Limits(2048, 4096, 1024 * MIB, 1024 * MIB)
+_TPU_BLOCK = _Limits(1024, 512 * MIB, 2.4e11)
+_TPU_CHUNK = _Limits(4096, 1024 * MIB, 1.8e12)
+_GPU_BLOCK = _Limits(2048, 1024 * MIB)
+_GPU_CHUNK = _Limits(4096, 1024 * MIB)
 # Rows of an accelerator's tiles; other sizes are padded in memory.
 _TILE = 8
 
@@ -74,13 +84,14 @@ def choose_sizes(
 
     - The projection's gradient is read and written once a chunk: 8·D·V bytes against
       6·C·D·V flops. That costs a tenth of the products' time at C = 13·F/M: 2200
-      tokens on a TPU v5p, 3900 on an H100. So C is 2048 or 4096.
+      tokens on a TPU v5p, 3100 on a v5e, 3900 on an H100. So C is at most 4096.
     - The projection is read once a block: 2·D·V bytes against 2·c·D·V flops, which
       take as long at c = F/M: 166 tokens on a v5p, 240 on a v5e, 560 on a v6e. So c is
-      512. Products on GPUs do not make maxima and sums of their results on the way,
-      and read the projection anew for what those spare: there c is 2048.
+      at most 1024. Products on GPUs do not make sums of their results on the way, and
+      read the projection anew for what those spare: there c is 2048.
     - A block's float32 logits (4·c·V bytes) and a chunk's gradient in the operands'
-      dtype (b·C·V bytes) exist at once: at most 512 MiB, or 1 GiB, and 1 GiB.
+      dtype (b·C·V bytes) exist at once. On a TPU c and C fall as 1/√V: 1024 and 4096
+      tokens with V = 50304, 512 and 2048 with V = 64128 to 151936.
 
     Logits that are given exist already, and are handled whole.
 
@@ -106,10 +117,10 @@ def choose_sizes(
         return Sizes(min(chunk, length), min(block, length), _CPU_PARTS)
     if not is_projected:
         return Sizes(length, min(block or length, length))
-    limits = _GPU if target.platform == "gpu" else _TPU
-    most = min(limits.chunk, limits.chunk_bytes // (itemsize * width))
+    on_gpu = target.platform == "gpu"
+    most = (_GPU_CHUNK if on_gpu else _TPU_CHUNK).most(itemsize * width)
     chunk = min(chunk or _tiled(length, most // batch), length)
-    most = min(limits.block, limits.block_bytes // (4 * width))
+    most = (_GPU_BLOCK if on_gpu else _TPU_BLOCK).most(4 * width)
     return Sizes(chunk, min(block or _tiled(chunk, most // batch), chunk))
 
 

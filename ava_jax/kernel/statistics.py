@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ava_jax.kernel import cpu, reference, xla
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.platforms import Implementation, by_implementation
+from ava_jax.kernel.product import Product
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float
 
@@ -23,7 +24,7 @@ _MODULES: dict[Implementation, ModuleType] = {
 
 
 def token_statistics(
-    logits: Float[Array, "*n V"],
+    logits: Float[Array, "*n V"] | Product,
     query: Query,
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None = None,
@@ -34,7 +35,8 @@ def token_statistics(
     logits of inactive tokens may hold anything. All of these get a gradient of 0.
 
     Args:
-      logits: any float dtype; statistics are float32 (float64 under x64).
+      logits: any float dtype; statistics are float32 (float64 under x64). Or, inside a
+        pass, what they are a product of.
       query: targets, active tokens and further ids.
       vocabulary: the true vocabulary size, the soft-cap and the implementation.
       temperature: T > 0, a scalar; 1 if None.
@@ -58,20 +60,58 @@ def token_statistics(
     )
     if temperature is not None:
         temperature = as_float(temperature)
+    if isinstance(logits, Product):
+        return _of_block(logits, query, vocabulary, temperature)
     # XLA's CPU loops over an axis of size one are several times slower.
     lead = logits.shape[:-1]
     long = tuple(size for size in lead if size != 1)
     squeezed, query = jax.tree.map(
         lambda x: x.reshape(*long, *x.shape[len(lead) :]), (logits, query)
     )
-    stats = cast(
-        TokenStats, _token_statistics(vocabulary, squeezed, query, temperature)
-    )
+    stats = _token_statistics(vocabulary, squeezed, query, temperature)
+    return _reshaped(cast(TokenStats, stats), long, lead)
+
+
+def _reshaped(stats: TokenStats, old: tuple[int, ...], new: tuple[int, ...]):
+    """Replaces the tokens' axes."""
     whole = jax.tree.map(
-        lambda x: x.reshape(*lead, *x.shape[len(long) :]),
+        lambda x: x.reshape(*new, *x.shape[len(old) :]),
         dataclasses.replace(stats, temperature=stats.shift),
     )
     return dataclasses.replace(whole, temperature=stats.temperature)
+
+
+def _of_block(product: Product, query: Query, vocabulary: Vocabulary, temperature):
+    """Computes the statistics of a block that the kernel makes itself."""
+    shape = product.shape
+    query = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), query)
+    probe = product.probe
+    product = dataclasses.replace(product, probe=None)
+    stats = _product_statistics(vocabulary, probe, product, query, temperature)
+    return _reshaped(cast(TokenStats, stats), (-1,), shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product_statistics(vocabulary, probe, product, query, temperature):
+    del probe
+    return xla.reduce_product(product, query, vocabulary, temperature)[0]
+
+
+def _product_forward(vocabulary, probe, product, query, temperature):
+    is_learned = temperature is not None and temperature.perturbed
+    product, query, temperature = jax.tree.map(
+        lambda primal: primal.value, (product, query, temperature)
+    )
+    del probe
+    stats, logits = xla.reduce_product(product, query, vocabulary, temperature)
+    kept = (temperature, () if is_learned else None)
+    return stats, (logits, query, stats, kept)
+
+
+def _product_backward(vocabulary, residuals, cotangents: TokenStats):
+    vocabulary = vocabulary._replace(implementation="xla")
+    d_logits, _, d_temperature = _backward(vocabulary, residuals, cotangents)
+    return d_logits, None, None, d_temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,3 +164,4 @@ def _backward(vocabulary, residuals, cotangents: TokenStats):
 
 
 _token_statistics.defvjp(_forward, _backward, symbolic_zeros=True)
+_product_statistics.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

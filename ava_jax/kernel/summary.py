@@ -5,10 +5,14 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ava_jax.kernel.logits import LOG_NOTHING
-from ava_jax.kernel.stats import Query, TokenStats
+from ava_jax.kernel.gradient import bounded
+from ava_jax.kernel.logits import LOG_NOTHING, by_query, capped, ids_of
+from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+
+# In place of the largest logit's id where it is none of the query's; no id is as small.
+NOT_ASKED = -(2**31)
 
 
 @flax.struct.dataclass
@@ -27,6 +31,7 @@ class RowSums:
       top: the id of the largest logit.
       target: the target's logit.
       candidates: the candidates' logits, by name.
+      is_top: whether the target is the largest; None if `top` tells.
     """
 
     shift: Float[Array, "*n"]
@@ -40,6 +45,113 @@ class RowSums:
     top: Int[Array, "*n"]
     target: Float[Array, "*n"]
     candidates: dict[str, Float[Array, "*n Q"]]
+    is_top: Bool[Array, "*n"] | None = None
+
+
+def with_picks(
+    others: dict[str, Array],
+    maxima: Float[Array, "2 *n"],
+    shift: Float[Array, "*n"],
+    raw: Float[Array, "*n Q"],
+    query: Query,
+    vocabulary: Vocabulary,
+    temperature: Float[Array, ""] | None,
+) -> RowSums:
+    """Joins the sums over the classes that are not asked for with those that are.
+
+    Args:
+      others: the former, relative to the shift; `total` is of all classes.
+      maxima: of raw logits, the largest one not asked for, and the largest one before
+        the target.
+      shift: near the former.
+      raw: the raw logits of `ids_of(query)`.
+      query: the ids.
+      vocabulary: the soft-cap and how many classes there are, all of them possible.
+      temperature: T, or None for 1.
+
+    Returns:
+      The sums of whole rows, relative to the largest logit.
+    """
+    ids = ids_of(query)
+    best = jnp.max(raw, -1)
+    largest = jnp.maximum(best, maxima[0])
+    exists = largest != -jnp.inf
+    z, second = capped(vocabulary, raw), capped(vocabulary, maxima[0])
+    top_logit = jnp.where(exists, capped(vocabulary, largest), jnp.zeros_like(shift))
+    is_asked = exists & (best >= maxima[0])
+    is_best = raw == best[..., None]
+    top = jnp.min(jnp.where(is_best, ids, jnp.iinfo(jnp.int32).max), -1)
+    top = jnp.where(is_asked, top, NOT_ASKED)
+    counts = (raw != -jnp.inf) & _is_first(ids)
+    relative = z - top_logit[..., None]
+    e = _exp_where(counts, relative)
+    # Where nothing else is possible, nothing has corrected the shift.
+    has_others = maxima[0] != -jnp.inf
+    near = jnp.where(has_others, shift, top_logit)
+    offset = near - top_logit
+    scale = jnp.exp(offset)
+    every = others["every"] * scale + jnp.sum(e, -1)
+    moments = others["expected"] + offset * others["every"]
+    tempered = None
+    if temperature is not None:
+        cooled = _exp_where(counts, relative / temperature)
+        tempered = others["tempered"] * jnp.exp(offset / temperature)
+        tempered += jnp.sum(cooled, -1)
+    pivot, rest = jnp.zeros_like(shift), None
+    if query.complements:
+        is_other = counts & (ids != top[..., None])
+        pivot, rest = _besides_top(others["every"], near, second, is_other, z)
+        pivot = jnp.where(is_asked, pivot - top_logit, jnp.zeros_like(pivot))
+        rest = jnp.where(is_asked, rest, every - 1)
+    target, candidates = by_query(query, relative)
+    # Two programs may cap equal logits to different ones, and cap different ones alike.
+    is_largest = (raw[..., 0] == largest) | (z[..., 0] >= top_logit)
+    return RowSums(
+        shift=top_logit,
+        pivot=pivot,
+        every=None if query.complements else every,
+        rest=rest,
+        tempered=tempered,
+        total=others["total"] + vocabulary.size * (shift - top_logit),
+        count=jnp.full_like(shift, vocabulary.size),
+        expected=moments * scale + jnp.sum(e * bounded(relative), -1),
+        top=top,
+        target=target,
+        candidates=candidates,
+        is_top=is_largest & (capped(vocabulary, maxima[1]) < z[..., 0]),
+    )
+
+
+def _besides_top(every, shift, largest, is_other, z):
+    """Sums the exponentials of all classes but the largest, which is asked for.
+
+    Args:
+      every: the sum over the classes that are not asked for, relative to the shift.
+      shift: that number.
+      largest: of those classes.
+      is_other: which of those asked for are not the largest.
+      z: the logits of those.
+
+    Returns:
+      The largest of all these logits, and the sum relative to it.
+    """
+    second = jnp.maximum(largest, jnp.max(jnp.where(is_other, z, -jnp.inf), -1))
+    # A class alone has nothing besides it: the sum is 0, relative to anything.
+    second = jnp.where(second == -jnp.inf, shift, second)
+    lead = jnp.where(largest == -jnp.inf, jnp.zeros_like(shift), shift - second)
+    rest = every * jnp.exp(lead)
+    return second, rest + jnp.sum(_exp_where(is_other, z - second[..., None]), -1)
+
+
+def _is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
+    """Says which ids have not come before."""
+    place = jnp.arange(ids.shape[-1])
+    is_earlier = place[:, None] > place
+    return ~jnp.any((ids[..., None] == ids[..., None, :]) & is_earlier, -1)
+
+
+def _exp_where(counts, x):
+    return jnp.where(counts, jnp.exp(x), jnp.zeros_like(x))
 
 
 def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> TokenStats:
@@ -65,7 +177,7 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
         count=sums.count,
         expected=sums.expected * jnp.exp(-log_sum),
         top=top,
-        is_top=top == query.targets,
+        is_top=top == query.targets if sums.is_top is None else sums.is_top,
         candidates=sums.candidates,
         candidate_is_top={k: top[..., None] == c for k, c in query.candidates.items()},
     )
