@@ -7,7 +7,6 @@ differentiates the block, so that a bias, a soft-cap or the temperature cannot b
 forgotten.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,8 +26,10 @@ from ava_jax.kernel.blocks import (
 )
 from ava_jax.kernel.product import (
     Product,
+    differentiable,
     lay_by_columns,
     near_largest,
+    replaced,
 )
 from ava_jax.kernel.sizes import Sizes
 from ava_jax.kernel.stats import Kernel
@@ -272,13 +273,13 @@ def _block_gradient(begun: Pass, objective, needs: _Needs, whole, wanted, *block
     def evaluate(given, whole, floats):
         bias, shared = _refill(whole, (begun.operands.bias, begun.operands.shared))
         inputs_again = _refill(floats, inputs)
-        logits = _replaced(z, given)
+        logits = replaced(z, given)
         block_sums = begun.evaluate(objective, logits, inputs_again, bias, shared)
         return {k: v for k, v in block_sums.items() if k in wanted}, block_sums
 
     of_interest, pull, block_sums = jax.vjp(
         evaluate,
-        _differentiable(z) if needs.logits else None,
+        differentiable(z) if needs.logits else None,
         whole,
         _only(needs.inputs, inputs),
         has_aux=True,
@@ -410,20 +411,6 @@ def _add_product(d_kernel, h, dz, parts: int):
         return lax.dynamic_update_slice_in_dim(total, new, i * width, 0)
 
     return lax.fori_loop(0, h.shape[-1] // width, add_part, d_kernel)
-
-
-def _differentiable(z: Array | Product) -> Array:
-    """What has the gradient of the logits."""
-    if isinstance(z, Product):
-        return jnp.zeros((z.hidden.shape[0], z.kernel.shape[1]), float_dtype())
-    return z
-
-
-def _replaced(z: Array | Product, given: Array | None) -> Array | Product:
-    """The logits with what has their gradient."""
-    if given is None:
-        return z
-    return dataclasses.replace(z, probe=given) if isinstance(z, Product) else given
 
 
 def _project(hidden, kernel):

@@ -1,5 +1,7 @@
 """Logits that are not made yet: the kernel makes them together with their sums."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
@@ -60,6 +62,22 @@ class Product:
         if self.probe is not None:
             z += self.probe
         return z.reshape(*self.shape, z.shape[-1])
+
+
+def differentiable(z: Float[Array, "*n W"] | Product) -> Float[Array, "*m W"]:
+    """Returns what has the gradient of logits: themselves, or a product's probe."""
+    if isinstance(z, Product):
+        return jnp.zeros((z.hidden.shape[0], z.kernel.shape[1]), float_dtype())
+    return z
+
+
+def replaced(
+    z: Float[Array, "*n W"] | Product, given: Float[Array, "*m W"] | None
+) -> Float[Array, "*n W"] | Product:
+    """Returns logits with `given`, unless it is None, for `differentiable(z)`."""
+    if given is None:
+        return z
+    return dataclasses.replace(z, probe=given) if isinstance(z, Product) else given
 
 
 def lay_by_columns(x: Float[Array, "N W"]) -> Float[Array, "N W"]:

@@ -79,9 +79,7 @@ def with_picks(
     z, second = capped(vocabulary, raw), capped(vocabulary, maxima[0])
     top_logit = jnp.where(exists, capped(vocabulary, largest), jnp.zeros_like(shift))
     is_asked = exists & (best >= maxima[0])
-    is_best = raw == best[..., None]
-    top = jnp.min(jnp.where(is_best, ids, jnp.iinfo(jnp.int32).max), -1)
-    top = jnp.where(is_asked, top, NOT_ASKED)
+    top = jnp.where(is_asked, _first_of(ids, raw == best[..., None]), NOT_ASKED)
     counts = (raw != -jnp.inf) & _is_first(ids)
     relative = z - top_logit[..., None]
     e = _exp_where(counts, relative)
@@ -141,6 +139,11 @@ def _besides_top(every, shift, largest, is_other, z):
     lead = jnp.where(largest == -jnp.inf, jnp.zeros_like(shift), shift - second)
     rest = every * jnp.exp(lead)
     return second, rest + jnp.sum(_exp_where(is_other, z - second[..., None]), -1)
+
+
+def _first_of(ids: Int[Array, "*n Q"], chosen: Bool[Array, "*n Q"]):
+    """The smallest of the chosen ids."""
+    return jnp.min(jnp.where(chosen, ids, jnp.iinfo(jnp.int32).max), -1)
 
 
 def _is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
