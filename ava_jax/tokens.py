@@ -249,11 +249,17 @@ def _scatter(
     values: Shaped[Array, "B S *n"], order: Int[Array, "B S"]
 ) -> Shaped[Array, "B S *n"]:
     """Puts the value at index i of each row at `order[i]`, a permutation."""
-    rows = lax.broadcasted_iota(jnp.int32, order.shape, 0)
-    empty = jnp.zeros_like(values)
-    return empty.at[rows, order].set(
-        values, unique_indices=True, mode="promise_in_bounds"
-    )
+
+    # Row by row, so that devices which share the rows need not gather them.
+    @jax.vmap
+    def scatter(values, order):
+        return (
+            jnp.zeros_like(values)
+            .at[order]
+            .set(values, unique_indices=True, mode="promise_in_bounds")
+        )
+
+    return scatter(values, order)
 
 
 def _ending_at(tokens: Tokens, size: int, back: int) -> tuple[Int[Array, "B S"], ...]:
