@@ -78,29 +78,21 @@ def columns_of(axis: str | None, ids: Int[Array, "*n"], width: int) -> Array:
 def pick(
     vocabulary: Vocabulary,
     logits: Float[Array, "*n W"],
-    shift: Float[Array, "*n"],
     ids: Int[Array, "*n Q"],
+    shift: Float[Array, "*n"] | None = None,
 ) -> Float[Array, "*n Q"]:
-    """Returns logits at ids, relative to the shift; 0 where another shard has them."""
+    """Returns logits at ids; 0 where another shard has them.
+
+    Args:
+      vocabulary: the soft-cap and which ids are classes.
+      logits: this shard's columns.
+      ids: any; −inf where they are no classes.
+      shift: what capped logits are relative to; None for raw ones.
+    """
     columns = columns_of(vocabulary.axis, ids, logits.shape[-1])
-    picked = jnp.take_along_axis(logits, columns, -1)
-    picked = possible_logits(vocabulary, picked, ids) - shift[..., None]
-    return _if_here(vocabulary, logits, picked, ids, columns)
-
-
-def raw_picks(
-    vocabulary: Vocabulary,
-    logits: Float[Array, "*n W"],
-    ids: Int[Array, "*n Q"],
-    columns: Int[Array, "*n Q"],
-) -> Float[Array, "*n Q"]:
-    """Returns logits without the soft-cap at ids; 0 where another shard has them."""
-    picked = jnp.take_along_axis(logits, columns, -1)
-    picked = raw_logits(vocabulary, picked, ids)
-    return _if_here(vocabulary, logits, picked, ids, columns)
-
-
-def _if_here(vocabulary: Vocabulary, logits, picked, ids, columns):
+    picked = raw_logits(vocabulary, jnp.take_along_axis(logits, columns, -1), ids)
+    if shift is not None:
+        picked = capped(vocabulary, picked) - shift[..., None]
     if vocabulary.axis is None:
         return picked
     elsewhere = (columns == logits.shape[-1]) & is_class(vocabulary, ids)
@@ -114,7 +106,7 @@ def pick_all(
     query: Query,
 ) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n Q"]]]:
     """Returns the relative logits of targets and candidates, picked in one gather."""
-    return by_query(query, pick(vocabulary, logits, shift, ids_of(query)))
+    return by_query(query, pick(vocabulary, logits, ids_of(query), shift))
 
 
 def ids_of(query: Query) -> Int[Array, "*n _"]:

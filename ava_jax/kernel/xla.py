@@ -32,10 +32,10 @@ from ava_jax.kernel.logits import (
     columns_of,
     has_padding,
     ids_of,
+    pick,
     pick_all,
     possible_logits,
     raw_logits,
-    raw_picks,
 )
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
@@ -77,7 +77,13 @@ def reduce(
     compared = _compare(vocabulary, logits, z, own, shift)
     relative = z - shift[..., None]
     e = jnp.exp(relative)
-    sums: dict[str, Any] = _plain_sums(vocabulary, z, relative, e)
+    is_all = vocabulary.finite and not has_padding(vocabulary, width)
+    sums: dict[str, Any] = _plain_sums(is_all, z, relative, e, -1)
+    sums["count"] = (
+        jnp.full(shift.shape, width, z.dtype)
+        if is_all
+        else jnp.sum(as_float(z != -jnp.inf), -1)
+    )
     sums |= {"every": None, "tempered": None}
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
     # As floats, the ids join the other reductions in one pass.
@@ -133,7 +139,7 @@ def reduce_product(
     columns = columns_of(vocabulary.axis, ids, product.kernel.shape[1])
     made = _make(product, vocabulary, columns, query.targets, temperature)
     logits = product.by_token(made.logits)
-    picked = raw_picks(vocabulary, logits, ids, columns)
+    picked = pick(vocabulary, logits, ids)
     sums, picked = add_up(vocabulary.axis, (made.sums, picked), 1)
     row_sums = with_picks(
         sums, made.maxima, made.shift, picked, query, vocabulary, temperature
@@ -172,18 +178,16 @@ class _Made(NamedTuple):
 
     Attributes:
       logits: the block, as `Product.make` returns it.
-      shift: what the sums are relative to.
       sums: over this shard's classes that are not asked for.
       maxima: see `_sums_besides`.
-      next_shift: what the sums ought to be relative to.
-      is_off: whether that is something else.
+      shift: what the sums ought to be relative to.
+      is_off: whether they are relative to something else.
     """
 
     logits: Float[Array, "..."]
-    shift: Float[Array, "N"]
     sums: dict[str, Array]
     maxima: Float[Array, "2 N"]
-    next_shift: Float[Array, "N"]
+    shift: Float[Array, "N"]
     is_off: Bool[Array, ""]
 
 
@@ -205,16 +209,16 @@ def _make(
         distance = (largest - shift) * steepest
         is_off = (distance < _LOWEST_SHIFT) | (distance > _HIGHEST_SHIFT)
         is_off &= largest != -jnp.inf
-        next_shift = jnp.where(is_off, largest, shift)
-        return _Made(logits, shift, sums, maxima, next_shift, jnp.any(is_off))
+        shift = jnp.where(is_off, largest, shift)
+        return _Made(logits, sums, maxima, shift, jnp.any(is_off))
 
     def until_near(turn: Callable[[Array], _Made]) -> _Made:
         near = capped(vocabulary, largest_anywhere(axis, product.near))
         shapes = jax.eval_shape(turn, near)
         start = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), shapes)
-        start = start._replace(next_shift=near, is_off=jnp.ones_like(shapes.is_off))
+        start = start._replace(shift=near, is_off=jnp.ones_like(shapes.is_off))
         return lax.while_loop(
-            lambda made: made.is_off, lambda made: turn(made.next_shift), start
+            lambda made: made.is_off, lambda made: turn(made.shift), start
         )
 
     def make_again(shift):
@@ -273,13 +277,8 @@ def _sums_besides(
     z = capped(vocabulary, raw)
     relative = z - spread(shift)
     e = besides(jnp.exp(relative), 0.0)
-    sums = {"every": jnp.sum(e, axis)}
-    if is_padded:
-        sums["total"] = _sum_possible(z, relative, axis)
-        sums["expected"] = jnp.sum(e * bounded(relative), axis)
-    else:
-        sums["total"] = jnp.sum(relative, axis)
-        sums["expected"] = jnp.sum(e * relative, axis)
+    sums = _plain_sums(not is_padded, z, relative, e, axis)
+    sums["every"] = jnp.sum(e, axis)
     if temperature is not None:
         cooled = besides(jnp.exp(relative * (1 / temperature)), 0.0)
         sums["tempered"] = jnp.sum(cooled, axis)
@@ -289,25 +288,17 @@ def _sums_besides(
     return sums, jnp.stack([largest, before])
 
 
-def _sum_possible(z, relative, axis: int = -1):
-    """Sums the relative logits that are not −inf."""
-    possible = z != -jnp.inf
-    return jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), axis)
-
-
-def _plain_sums(vocabulary: Vocabulary, z, relative, e):
-    """The sums over all possible classes."""
-    if vocabulary.finite and not has_padding(vocabulary, z.shape[-1]):
+def _plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
+    """The sums over all possible classes: those whose logit is not −inf."""
+    if is_all:
         return {
-            "total": jnp.sum(relative, -1),
-            "count": jnp.full(z.shape[:-1], z.shape[-1], z.dtype),
-            "expected": jnp.sum(e * relative, -1),
+            "total": jnp.sum(relative, axis),
+            "expected": jnp.sum(e * relative, axis),
         }
-    possible = z != -jnp.inf
+    known = jnp.where(z != -jnp.inf, relative, jnp.zeros_like(relative))
     return {
-        "total": _sum_possible(z, relative),
-        "count": jnp.sum(as_float(possible), -1),
-        "expected": jnp.sum(e * bounded(relative), -1),
+        "total": jnp.sum(known, axis),
+        "expected": jnp.sum(e * bounded(relative), axis),
     }
 
 
