@@ -13,6 +13,7 @@ from errors import TrainingError
 from jax.experimental import multihost_utils
 
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+MESSAGE_BYTES = 1024
 
 
 def join_pod() -> None:
@@ -104,6 +105,21 @@ def from_first(decide: Callable[[], int]) -> int:
     if failed:
         raise TrainingError("the first process stopped, and says why")
     return answer
+
+
+def first_failure(failure: TrainingError | None) -> TrainingError:
+    """Returns the failure of the first process that has one; all must call it.
+
+    Gathered, because the process that knows may be ended before it speaks.
+    """
+    if jax.process_count() == 1:
+        return failure or TrainingError("no process has failed")
+    own = str(failure or "").encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+    everyone = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    for index, row in enumerate(everyone):
+        if message := row.tobytes().rstrip(b"\0").decode(errors="replace"):
+            return TrainingError(f"process {index}: {message}")
+    return TrainingError("no process has failed")
 
 
 def check_same(parts: Mapping[str, str]) -> None:

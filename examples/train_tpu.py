@@ -45,7 +45,7 @@ from metrics import Metrics, append_record, read_records, steps_of
 from model import LanguageModel, loss_inputs
 from optimizer import make_optimizer
 from plot import plot_losses
-from processes import from_first, is_first, join_pod, run_to_the_end
+from processes import first_failure, from_first, is_first, join_pod, run_to_the_end
 from recorder import Recorder
 from report import show_paths, show_table
 from rich.console import Console
@@ -322,10 +322,8 @@ class Run:
             self.save()
         is_done = self.step >= settings.steps
         if stop.has_failed and not is_done:
-            raise self.batches.failure or TrainingError(
-                "another process cannot read its data, and says why; everything was "
-                f"saved at step {self.step}"
-            )
+            self._say(f"everything was saved at step {self.step}")
+            raise first_failure(self.batches.failure)
         return is_done
 
     def save(self) -> None:
