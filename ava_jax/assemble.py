@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from ava_jax.batch_terms import Router, auxiliary_terms, updated_balance
 from ava_jax.config import UnifiedLossConfig
 from ava_jax.inputs import LossInputs, Normalizers, array, has_fused_door
-from ava_jax.kernel.chunks import Operands
 from ava_jax.kernel.fused import Plan, token_sums
+from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.sharding import Layout
 from ava_jax.losses.repetition import (
     early_eos_targets,

@@ -15,8 +15,8 @@ from ava_jax.inputs import (
     mtp_parameters,
     read_scores,
 )
-from ava_jax.kernel.chunks import Operands
 from ava_jax.kernel.fused import Plan, token_sums
+from ava_jax.kernel.passes import Operands
 from ava_jax.losses.mtp import (
     confidence_regularizer,
     effective_mtp_weight,

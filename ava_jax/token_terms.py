@@ -206,6 +206,16 @@ class TokenObjective:
                 values[term.name] = term.apply(state, stats, inputs)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
+    def num_ids(self, inputs: TokenInputs, history: History | None) -> int | None:
+        """Returns how many ids of a token it asks for; None with the user's terms.
+
+        A soft-cap's slope, too, wants the logits themselves.
+        """
+        if self.extra_terms or self.config.logit_soft_cap is not None:
+            return None
+        charges = jax.eval_shape(self._charges, inputs, history)
+        return 1 + sum(c.ids.shape[-1] for c in charges.values())
+
     def _charges(self, inputs, history) -> dict[str, Charges]:
         if not self.others:
             return {}
@@ -275,10 +285,10 @@ class HeadObjective:
         kernel: Kernel,
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
+        config = self.config
         query = Query(
             targets=inputs.targets, active=inputs.weights != 0, complements=False
         )
-        config = self.config
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = likelihood.smoothed_cross_entropy(stats, self.smoothing)
@@ -289,3 +299,8 @@ class HeadObjective:
         kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))
         axes = tuple(range(weights.ndim - 1))
         return {"heads": jnp.sum(weights * kept, axes)}
+
+    def num_ids(self, inputs: TokenInputs, history: History | None) -> int | None:
+        """Returns that it asks for one id of a token; None with a soft-cap."""
+        del inputs, history
+        return 1 if self.config.logit_soft_cap is None else None

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ava_jax.kernel.platforms import Target
-from ava_jax.kernel.sizes import MIB, Sizes, choose_sizes
+from ava_jax.kernel.sizes import MIB, Sizes, choose_sizes, fuses_gradient
 
 CPU = Target("cpu", "cpu")
 TPU, GPU = Target("xla", "tpu"), Target("xla", "gpu")
@@ -62,6 +62,16 @@ def test_a_wide_vocabulary_takes_no_more_memory(target, most_of_block):
         # The limits are made use of.
         assert 3 * block >= most_of_block
         assert 3 * itemsize * chunk >= 1024 * MIB
+
+
+def test_a_gradient_within_the_products_takes_a_chunk_of_one_block():
+    for width, tokens in ((50304, 2048), (151936, 2048), (1_000_000, 512)):
+        sizes = choose_sizes(TPU, 4, 4096, width, itemsize=2, is_one_block=True)
+        assert sizes == Sizes(tokens // 4, tokens // 4)
+    sizes = choose_sizes(TPU, 4, 4096, 50304, is_one_block=True, chunk=100, block=50)
+    assert sizes == Sizes(100, 50)
+    assert fuses_gradient(2560)
+    assert not fuses_gradient(4096)
 
 
 @pytest.mark.parametrize("target", [TPU, GPU])

@@ -8,14 +8,12 @@ forgotten.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from ava_jax.kernel.blocks import (
     fold,
@@ -24,87 +22,9 @@ from ava_jax.kernel.blocks import (
     split_rows,
     transform,
 )
-from ava_jax.kernel.product import (
-    Product,
-    differentiable,
-    lay_by_columns,
-    near_largest,
-    replaced,
-)
-from ava_jax.kernel.sizes import Sizes
-from ava_jax.kernel.stats import Kernel
+from ava_jax.kernel.passes import Objective, Operands, Pass, Sums
+from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
 from ava_jax.reduce import as_float, float_dtype
-
-Sums = dict[str, Array]
-
-# A pure, hashable function of a block of logits [B, C, V], of its inputs, its rows and
-# what is shared, and of how to reduce the block. It returns weighted sums over it.
-Objective = Callable[[Array | Product, Any, Any, Any, Kernel], Sums]
-
-
-@flax.struct.dataclass
-class Operands:
-    """The arrays of a pass.
-
-    Attributes:
-      sources: per objective, hidden states [G, B, S, D] or, without a kernel, logits.
-      inputs: per objective, a pytree of [G, B, S, ...] arrays.
-      active: per objective, which tokens count; hidden states of others are read as
-        zeros. None in a gradient.
-      rows: a pytree of [B, ...] integers, which every block of these rows sees whole.
-      shared: a pytree that every block sees whole.
-      kernel: the projection, or None.
-      bias: its bias or None.
-    """
-
-    sources: tuple[Float[Array, "G B S X"], ...]
-    inputs: tuple[Any, ...]
-    active: tuple[Bool[Array, "G B S"] | None, ...]
-    rows: Any
-    shared: Any
-    kernel: Float[Array, "D V"] | None = None
-    bias: Float[Array, "V"] | None = None
-
-
-class Pass(NamedTuple):
-    """A pass with one implementation: what all of its blocks share.
-
-    Attributes:
-      operands: the arrays of this device.
-      kernel: how blocks are reduced.
-      sizes: how many tokens are handled at a time.
-      sample: columns of the projection, if the kernel makes the logits with their sums.
-      by_columns: see `Product`.
-    """
-
-    operands: Operands
-    kernel: Kernel
-    sizes: Sizes
-    sample: Float[Array, "D M"] | None = None
-    by_columns: bool = False
-
-    def evaluate(self, objective: Objective, z, inputs, bias, shared) -> Sums:
-        """The objective's sums over a block of logits."""
-        rows = self.operands.rows
-        return objective(_biased(z, bias), inputs, rows, shared, self.kernel)
-
-    def logits(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"] | Product:
-        """The logits of a block, or what they will be a product of."""
-        assert self.operands.kernel is not None
-        if self.sample is None:
-            return _project(h, self.operands.kernel)
-        return Product(
-            hidden=h.reshape(-1, h.shape[-1]),
-            kernel=self.operands.kernel,
-            near=near_largest(h, self.sample).reshape(-1),
-            shape=h.shape[:-1],
-            by_columns=self.by_columns,
-        )
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether logits are made a chunk at a time, not a block at a time."""
-        return self.kernel.implementation == "cpu"
 
 
 def local_sums(objectives: tuple[Objective, ...], begun: Pass) -> Sums:
@@ -124,7 +44,7 @@ def local_sums(objectives: tuple[Objective, ...], begun: Pass) -> Sums:
             h = _masked(h, active)
             if not begun.on_cpu:
                 return of_block(sums, begun.logits(h), inputs)
-            z = _project(h, kernel)
+            z = begun.project(h)
             z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
             return fold_rows(of_block, sums, z, inputs, sizes.block)
 
@@ -166,12 +86,13 @@ def local_gradients(
         groups, needed.sources, needed.inputs, strict=True
     ):
         needs = _Needs(*needs, kernel=bool(needed.kernel))
+        own = begun.differentiating(objective, inputs)
         of_block = functools.partial(
-            _block_gradient, begun, objective, needs, whole, wanted
+            _block_gradient, own, objective, needs, whole, wanted
         )
-        carry = (_no_sums(begun, objective, source, inputs), d_whole), d_kernel
+        carry = (_no_sums(own, objective, source, inputs), d_whole), d_kernel
         group = (source, inputs, active)
-        carry, d_source, d_input = _group_gradient(begun, needs, of_block, carry, group)
+        carry, d_source, d_input = _group_gradient(own, needs, of_block, carry, group)
         (sums, d_whole), d_kernel = carry
         totals = _merge(totals, sums)
         d_sources.append(d_source)
@@ -338,7 +259,7 @@ def _at_once(begun: Pass, needs: _Needs, of_block, carry, h, inputs):
     Returns:
       The carry, the logits' gradient [B, C, V], and the inputs'.
     """
-    z = _project(h, begun.operands.kernel)
+    z = begun.project(h)
     z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
     carry, dz, d_inputs = transform(
         of_block,
@@ -383,8 +304,9 @@ def _by_blocks(begun: Pass, of_block, carry, h, inputs):
     else:
         index = jnp.arange(parts[0].shape[0], dtype=jnp.int32)
         (carry, dz), d_inputs = lax.scan(step, carry, (index, *parts))
-    # Otherwise both products would make it again out of the logits.
-    dz = lax.optimization_barrier(dz)
+    if parts[0].shape[0] > 1 or not begun.may_round:
+        # Otherwise both products would make it again out of the logits.
+        dz = lax.optimization_barrier(dz)
     rows = parts[0].reshape(len(parts[0]), -1, h.shape[-1])
     return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
@@ -411,16 +333,6 @@ def _add_product(d_kernel, h, dz, parts: int):
         return lax.dynamic_update_slice_in_dim(total, new, i * width, 0)
 
     return lax.fori_loop(0, h.shape[-1] // width, add_part, d_kernel)
-
-
-def _project(hidden, kernel):
-    return jnp.einsum(
-        "bcd,dv->bcv", hidden, kernel, preferred_element_type=float_dtype()
-    )
-
-
-def _biased(z, bias):
-    return z if bias is None else z + as_float(bias)
 
 
 def _zeros(tree):

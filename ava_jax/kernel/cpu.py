@@ -61,7 +61,8 @@ def reduce(
         second = largest.second - shift
         far = (second < _FAR) & (second != -jnp.inf)
         pivot = jnp.where(far, second, pivot)
-    relative, e = exponentials(z, shift, pivot, query.complements)
+    relative = z - shift[..., None]
+    e = exponentials(relative, pivot, query.complements)
     possible = z != -jnp.inf
     sums: dict[str, Any] = {
         "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),

@@ -15,21 +15,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ava_jax.kernel.chunks import (
-    Objective,
-    Operands,
-    Pass,
-    Sums,
-    local_gradients,
-    local_sums,
-)
+from ava_jax.kernel.chunks import local_gradients, local_sums
 from ava_jax.kernel.gradient import is_zero_cotangent
+from ava_jax.kernel.passes import Objective, Operands, Pass, Sums
 from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
 from ava_jax.kernel.product import sample_columns
 from ava_jax.kernel.sharding import Layout
-from ava_jax.kernel.sizes import choose_sizes
+from ava_jax.kernel.sizes import choose_sizes, fuses_gradient
 from ava_jax.kernel.stats import Kernel
 from ava_jax.reduce import as_float, float_dtype
+
+# As precise as the exponentials that may then be kept in place of logits.
+ROUNDED_OPERANDS = "bfloat16"
 
 
 class Plan(NamedTuple):
@@ -65,7 +62,8 @@ def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
     axis = None if plan.layout is None else plan.layout.vocab_axis
     # Masked hidden states are zeros; logits that are given, or a bias, may hold −inf.
     is_finite = operands.kernel is not None and operands.bias is None
-    sizes = choose_sizes(
+    choose = functools.partial(
+        choose_sizes,
         target,
         plan.batch,
         plan.length,
@@ -75,13 +73,17 @@ def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
         chunk=plan.chunk,
         block=plan.block,
     )
-    kernel = Kernel(axis, is_finite, target.implementation)
+    begun = Pass(operands, Kernel(axis, is_finite, target.implementation), choose())
     if not is_finite or target.implementation != "xla":
-        return Pass(operands, kernel, sizes)
+        return begun
     assert operands.kernel is not None
     by_columns = target.platform == "tpu"
     sample = sample_columns(operands.kernel, by_columns=by_columns)
-    return Pass(operands, kernel, sizes, sample, by_columns)
+    begun = begun._replace(sample=sample, by_columns=by_columns)
+    if not by_columns or operands.kernel.dtype != ROUNDED_OPERANDS:
+        return begun
+    is_one_block = fuses_gradient(operands.kernel.shape[0])
+    return begun._replace(rounded_sizes=choose(is_one_block=is_one_block))
 
 
 def token_sums(

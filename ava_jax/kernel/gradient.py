@@ -59,32 +59,26 @@ def gradient_of_logits(
     Returns:
       The logits' cotangent in their own dtype, and the temperature's.
     """
-    if not tempered:
-        cotangents = _at_temperature_one(cotangents)
-    cotangents = _of_active(cotangents, query.active)
+    cotangents = of_active(cotangents, query.active, tempered=tempered)
     z = possible_logits(vocabulary, logits)
-    relative, e = exponentials(z, stats.shift, stats.pivot, query.complements)
-    grad, at_top = _through_exponentials(e, relative, stats, cotangents, vocabulary)
+    relative = z - stats.shift[..., None]
+    e = exponentials(relative, stats.pivot, query.complements)
+    is_finite = vocabulary.finite and not has_padding(vocabulary, z.shape[-1])
+    grad, at_top = through_sums(e, relative, stats, cotangents, is_finite=is_finite)
     temperature = None
-    if not is_zero_cotangent(cotangents.log_sum_tempered):
-        inverse = 1 / stats.temperature
-        cooled = jnp.exp(relative * inverse)
-        of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
-        grad += (of_sum * inverse)[..., None] * cooled
-        at_top += of_sum * inverse
-        if of_temperature:
-            temperature = _through_temperature(
-                vocabulary, query, stats, of_sum, cooled * bounded(relative)
-            )
-    if not is_zero_cotangent(cotangents.total):
-        grad += cotangents.total[..., None]
-        at_top += cotangents.total
+    if of_temperature and not is_zero_cotangent(cotangents.log_sum_tempered):
+        temperature = _through_temperature(
+            vocabulary, query, relative, stats, cotangents
+        )
     grad = _where_possible(vocabulary, z, query, grad)
     if query.complements:
         top = columns_of(vocabulary.axis, stats.top, z.shape[-1])
         exists = stats.count > 0
         grad = put(grad, top, jnp.where(exists, at_top, jnp.zeros_like(at_top)))
-    grad = _through_picks(vocabulary.axis, grad, query, stats, cotangents, add)
+    picks = cotangents_of_picks(query, stats, cotangents)
+    if picks is not None:
+        ids, values = picks
+        grad = add(grad, columns_of(vocabulary.axis, ids, grad.shape[-1]), values)
     grad = _through_soft_cap(vocabulary, z, query, grad)
     if of_temperature and not is_zero_cotangent(cotangents.temperature):
         direct = cotangents.temperature
@@ -92,15 +86,26 @@ def gradient_of_logits(
     return grad.astype(logits.dtype), temperature
 
 
-def _through_temperature(vocabulary: Vocabulary, query, stats, of_sum, moments):
+def _through_temperature(vocabulary: Vocabulary, query, relative, stats, cotangents):
     """The temperature's cotangent through the tempered sums."""
+    of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
+    moments = jnp.exp(relative * (1 / stats.temperature)) * bounded(relative)
     mean = of_sum * jnp.sum(moments, -1)
     mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
     return -add_scalar(vocabulary.axis, jnp.sum(mean)) / stats.temperature**2
 
 
-def _of_active(cotangents: TokenStats, active: Array) -> TokenStats:
-    """Zeros in place of the cotangents of inactive tokens."""
+def of_active(cotangents: TokenStats, active: Array, *, tempered: bool) -> TokenStats:
+    """Returns cotangents with zeros for inactive tokens.
+
+    Args:
+      cotangents: None where they are known to be zero.
+      active: tokens that count.
+      tempered: whether the temperature can differ from 1; if not, its sum's cotangent
+        joins that of the other sum.
+    """
+    if not tempered:
+        cotangents = _at_temperature_one(cotangents)
 
     def keep(c: Array) -> Array:
         if c.ndim < active.ndim:
@@ -112,17 +117,14 @@ def _of_active(cotangents: TokenStats, active: Array) -> TokenStats:
     return dataclasses.replace(cotangents, **jax.tree.map(keep, numbers))
 
 
-def exponentials(
-    z: Array, shift: Array, pivot: Array, complements: bool
-) -> tuple[Array, Array]:
-    """Returns z relative to the largest logit, and its exponential, to the pivot.
+def exponentials(relative: Array, pivot: Array, complements: bool) -> Array:
+    """Returns exponentials of relative logits, to the pivot if that may not be 0.
 
-    Where the pivot is not 0, the largest logit's own exponential is not meant.
+    Where it is not, the largest logit's own exponential is not meant.
     """
-    relative = z - shift[..., None]
-    if not complements:
-        return relative, jnp.exp(relative)
-    return relative, jnp.exp(jnp.minimum(relative - pivot[..., None], 0))
+    if complements:
+        relative = jnp.minimum(relative - pivot[..., None], 0)
+    return jnp.exp(relative)
 
 
 def bounded(relative: Array) -> Array:
@@ -153,7 +155,39 @@ def _at_temperature_one(cotangents: TokenStats) -> TokenStats:
     return dataclasses.replace(cotangents, log_sum=total, log_sum_tempered=None)
 
 
-def _through_exponentials(e, relative, stats, cotangents: TokenStats, vocabulary):
+def through_sums(
+    e: Array,
+    relative: Array,
+    stats: TokenStats,
+    cotangents: TokenStats,
+    *,
+    is_finite: bool,
+) -> tuple[Array, Array]:
+    """Computes the gradient through all sums over the vocabulary.
+
+    Args:
+      e: what `exponentials` returns, [..., W].
+      relative: the logits, relative to the largest one.
+      stats: from `reduce`.
+      cotangents: from `of_active`.
+      is_finite: whether no logit is −inf.
+
+    Returns:
+      The gradient, and what it is at the largest logit, where `e` may not be meant.
+    """
+    grad, at_top = _through_exponentials(e, relative, stats, cotangents, is_finite)
+    if not is_zero_cotangent(cotangents.log_sum_tempered):
+        inverse = 1 / stats.temperature
+        of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
+        grad += (of_sum * inverse)[..., None] * jnp.exp(relative * inverse)
+        at_top += of_sum * inverse
+    if not is_zero_cotangent(cotangents.total):
+        grad += cotangents.total[..., None]
+        at_top += cotangents.total
+    return grad, at_top
+
+
+def _through_exponentials(e, relative, stats, cotangents: TokenStats, is_finite: bool):
     """The gradient through `log_sum`, `log_rest_sum` and `expected`: e·(a + b·z).
 
     Returns:
@@ -174,13 +208,14 @@ def _through_exponentials(e, relative, stats, cotangents: TokenStats, vocabulary
         slope = jnp.where(known, slope, zero)
     factor = (slope + of_p * scale)[..., None]
     if curve is not None:
-        is_finite = vocabulary.finite and not has_padding(vocabulary, e.shape[-1])
         factor += curve[..., None] * (relative if is_finite else bounded(relative))
     return e * factor, of_p * jnp.exp(-stats.log_sum)
 
 
-def _through_picks(axis, grad, query, stats, cotangents: TokenStats, add: Put):
-    """Adds what reaches the logits at single ids, all at once."""
+def cotangents_of_picks(
+    query: Query, stats: TokenStats, cotangents: TokenStats
+) -> tuple[Array, Array] | None:
+    """Returns ids and what reaches their logits, [..., Q]; None if nothing does."""
     picks = [
         (query.candidates[name], stats.candidates[name], cotangent)
         for name, cotangent in cotangents.candidates.items()
@@ -191,10 +226,9 @@ def _through_picks(axis, grad, query, stats, cotangents: TokenStats, add: Put):
         picks.append((*of_target, target[..., None]))
     picks = [pick for pick in picks if not is_zero_cotangent(pick[2])]
     if not picks:
-        return grad
+        return None
     ids, logits, given = (jnp.concatenate(x, -1) for x in zip(*picks, strict=True))
-    values = jnp.where(logits != -jnp.inf, given, jnp.zeros_like(given))
-    return add(grad, columns_of(axis, ids, grad.shape[-1]), values)
+    return ids, jnp.where(logits != -jnp.inf, given, jnp.zeros_like(given))
 
 
 def _through_soft_cap(vocabulary: Vocabulary, z, query: Query, grad):

@@ -28,6 +28,8 @@ class Product:
       shape: of the block of tokens, as everything but these arrays has it.
       by_columns: whether the logits of a column lie side by side, as TPUs want it:
         what is one number per token then needs no broadcast within a register.
+      may_round: whether the gradient may be made of rounded exponentials, which are
+        then kept in place of the logits, see `rounded`.
     """
 
     hidden: Float[Array, "N D"]
@@ -36,6 +38,7 @@ class Product:
     probe: Float[Array, "N W"] | None = None
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
+    may_round: bool = flax.struct.field(pytree_node=False, default=False)
 
     def make(self) -> Float[Array, "..."]:
         """Returns the logits [N, W], or by columns [W, N]."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ava_jax.kernel import cpu, reference, xla
+from ava_jax.kernel import cpu, reference, rounded, xla, xla_product
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.platforms import Implementation, by_implementation
 from ava_jax.kernel.product import Product
@@ -94,7 +94,7 @@ def _of_block(product: Product, query: Query, vocabulary: Vocabulary, temperatur
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product_statistics(vocabulary, probe, product, query, temperature):
     del probe
-    return xla.reduce_product(product, query, vocabulary, temperature)[0]
+    return xla_product.reduce(product, query, vocabulary, temperature)[0]
 
 
 def _product_forward(vocabulary, probe, product, query, temperature):
@@ -103,12 +103,27 @@ def _product_forward(vocabulary, probe, product, query, temperature):
         lambda primal: primal.value, (product, query, temperature)
     )
     del probe
-    stats, logits = xla.reduce_product(product, query, vocabulary, temperature)
+    keep = "exponentials" if product.may_round and not is_learned else "logits"
+    stats, block = xla_product.reduce(
+        product, query, vocabulary, temperature, keep=keep
+    )
     kept = (temperature, () if is_learned else None)
-    return stats, (logits, query, stats, kept)
+    return stats, (block, query, stats, kept)
 
 
 def _product_backward(vocabulary, residuals, cotangents: TokenStats):
+    block, query, stats, (temperature, _) = residuals
+    if isinstance(block, rounded.Exponentials):
+        d_logits = rounded.logits_gradient(
+            block,
+            query,
+            vocabulary,
+            stats,
+            _known(cotangents),
+            tempered=temperature is not None,
+        )
+        d_temperature = None if temperature is None else jnp.zeros_like(temperature)
+        return d_logits, None, None, d_temperature
     vocabulary = vocabulary._replace(implementation="xla")
     d_logits, _, d_temperature = _backward(vocabulary, residuals, cotangents)
     return d_logits, None, None, d_temperature
@@ -137,11 +152,7 @@ def _forward(vocabulary, logits, query, temperature):
 
 def _backward(vocabulary, residuals, cotangents: TokenStats):
     logits, query, stats, (temperature, is_learned) = residuals
-    cotangents = jax.tree.map(
-        lambda c: None if is_zero_cotangent(c) else c,
-        cotangents,
-        is_leaf=is_zero_cotangent,
-    )
+    cotangents = _known(cotangents)
 
     def run(implementation, logits, query, stats, cotangents):
         return _MODULES[implementation].logits_gradient(
@@ -161,6 +172,15 @@ def _backward(vocabulary, residuals, cotangents: TokenStats):
     if d_temperature is None and temperature is not None:
         d_temperature = jnp.zeros_like(temperature)
     return d_logits, None, d_temperature
+
+
+def _known(cotangents: TokenStats) -> TokenStats:
+    """None in place of the cotangents that are known to be zero."""
+    return jax.tree.map(
+        lambda c: None if is_zero_cotangent(c) else c,
+        cotangents,
+        is_leaf=is_zero_cotangent,
+    )
 
 
 _token_statistics.defvjp(_forward, _backward, symbolic_zeros=True)

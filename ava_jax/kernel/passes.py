@@ -1,0 +1,137 @@
+"""What a pass over tokens is made of: its arrays, its functions, how it goes."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ava_jax.kernel.product import Product, near_largest
+from ava_jax.kernel.sizes import Sizes
+from ava_jax.kernel.stats import Kernel
+from ava_jax.kernel.xla import MOST_COMPARED
+from ava_jax.reduce import as_float, float_dtype
+
+Sums = dict[str, Array]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A pure, hashable function of a block of logits that returns weighted sums."""
+
+    def __call__(
+        self,
+        logits: Array | Product,
+        inputs: Any,
+        rows: Any,
+        shared: Any,
+        kernel: Kernel,
+        /,
+    ) -> Sums:
+        """Returns the sums.
+
+        Args:
+          logits: the block, [B, C, V].
+          inputs: its tokens', a pytree of [B, C, ...] arrays.
+          rows: what its rows know of all their tokens.
+          shared: what every block sees whole.
+          kernel: how the block is reduced.
+        """
+        ...
+
+    def num_ids(self, inputs: Any, rows: Any, /) -> int | None:
+        """Returns how many ids of a token it asks for; None for the logits as such."""
+        ...
+
+
+@flax.struct.dataclass
+class Operands:
+    """The arrays of a pass.
+
+    Attributes:
+      sources: per objective, hidden states [G, B, S, D] or, without a kernel, logits.
+      inputs: per objective, a pytree of [G, B, S, ...] arrays.
+      active: per objective, which tokens count; hidden states of others are read as
+        zeros. None in a gradient.
+      rows: a pytree of [B, ...] integers, which every block of these rows sees whole.
+      shared: a pytree that every block sees whole.
+      kernel: the projection, or None.
+      bias: its bias or None.
+    """
+
+    sources: tuple[Float[Array, "G B S X"], ...]
+    inputs: tuple[Any, ...]
+    active: tuple[Bool[Array, "G B S"] | None, ...]
+    rows: Any
+    shared: Any
+    kernel: Float[Array, "D V"] | None = None
+    bias: Float[Array, "V"] | None = None
+
+
+class Pass(NamedTuple):
+    """A pass with one implementation: what all of its blocks share.
+
+    Attributes:
+      operands: the arrays of this device.
+      kernel: how blocks are reduced.
+      sizes: how many tokens are handled at a time.
+      sample: columns of the projection, if the kernel makes the logits with their sums.
+      by_columns: see `Product`.
+      rounded_sizes: how many tokens are where `may_round`; None if nothing may.
+      may_round: see `Product`; it depends on the objective.
+    """
+
+    operands: Operands
+    kernel: Kernel
+    sizes: Sizes
+    sample: Float[Array, "D M"] | None = None
+    by_columns: bool = False
+    rounded_sizes: Sizes | None = None
+    may_round: bool = False
+
+    def differentiating(self, objective: Objective, inputs) -> "Pass":
+        """Returns how a pass with a gradient goes over the tokens of one objective."""
+        if self.rounded_sizes is None:
+            return self
+        one = jax.tree.map(lambda x: x[0], inputs)
+        count = objective.num_ids(one, self.operands.rows)
+        if count is None or count > MOST_COMPARED:
+            return self
+        return self._replace(sizes=self.rounded_sizes, may_round=True)
+
+    def evaluate(self, objective: Objective, z, inputs, bias, shared) -> Sums:
+        """The objective's sums over a block of logits."""
+        rows = self.operands.rows
+        return objective(_biased(z, bias), inputs, rows, shared, self.kernel)
+
+    def project(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
+        """The logits of hidden states, without the bias."""
+        kernel = self.operands.kernel
+        assert kernel is not None
+        return jnp.einsum(
+            "bcd,dv->bcv", h, kernel, preferred_element_type=float_dtype()
+        )
+
+    def logits(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"] | Product:
+        """The logits of a block, or what they will be a product of."""
+        if self.sample is None:
+            return self.project(h)
+        assert self.operands.kernel is not None
+        return Product(
+            hidden=h.reshape(-1, h.shape[-1]),
+            kernel=self.operands.kernel,
+            near=near_largest(h, self.sample).reshape(-1),
+            shape=h.shape[:-1],
+            by_columns=self.by_columns,
+            may_round=self.may_round,
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether logits are made a chunk at a time, not a block at a time."""
+        return self.kernel.implementation == "cpu"
+
+
+def _biased(z, bias):
+    return z if bias is None else z + as_float(bias)
