@@ -88,6 +88,8 @@ def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
       config: makes the loss's config from the size of the vocabulary.
     """
 
+    nnx = importlib.import_module("flax.nnx")
+
     def loss(
         model: Any,
         hidden_states: jax.Array,
@@ -96,7 +98,11 @@ def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
         is_train: bool,
     ) -> tuple[jax.Array, jax.Array]:
         del is_train
-        hidden = model.decoder.decoder_norm(hidden_states)
+        # Both gradients of the norm before the layers', or XLA keeps until the end what
+        # it makes the scale's of. Tiling has the norm in its own gradient.
+        norm, scale = nnx.split(model.decoder.decoder_norm)
+        hidden_states, scale = jax.lax.optimization_barrier((hidden_states, scale))
+        hidden = nnx.merge(norm, scale)(hidden_states)
         head = model.decoder.logits_dense.kernel[...].astype(hidden.dtype)
         loss_fn = ava_jax.unified_loss(
             config(settings.vocab_size), mesh=model.mesh, batch_axes=("data", "fsdp")

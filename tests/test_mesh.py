@@ -255,6 +255,63 @@ def test_rows_over_all_devices(types):
     check("sequential", "fused", {"sequence": 8, "tensor": 1}, types)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows", "types", "columns"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 16, AxisType.Auto, COLUMNS),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 16, AxisType.Explicit, COLUMNS),
+        ({"data": 2, "sequence": 2, "tensor": 2}, 16, AxisType.Auto, V),
+        # Eighths of 64 rows are a tile; sixteenths would not be.
+        ({"fsdp": 8}, 8, AxisType.Auto, V),
+        ({"data": 2, "fsdp": 4}, 8, AxisType.Explicit, COLUMNS),
+    ],
+)
+def test_a_device_keeps_its_rows_of_the_projections_gradient(
+    sizes, rows, types, columns
+):
+    targets = integers()["targets"]
+    hidden, head = projection_arrays(64, columns)
+    want = projection_gradients()(hidden, head, targets)
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(types,) * len(sizes)
+    )
+    told = projection_gradients(
+        mesh=mesh,
+        batch_axes=tuple(a for a in ROWS if a in sizes),
+        sequence_axis="sequence" if "sequence" in sizes else None,
+        vocab_axis="tensor" if "tensor" in sizes else None,
+    )
+    arrays = {"hidden_states": hidden, "lm_head": head, "targets": targets}
+    context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
+    with context or contextlib.nullcontext():
+        got = told(*placed(mesh, arrays, columns).values())
+    assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
+    if types is AxisType.Auto and columns == COLUMNS:
+        shard = got[1].sharding.shard_shape(got[1].shape)
+        assert shard == (rows, columns // sizes.get("tensor", 1))
+
+
+def projection_arrays(width, columns):
+    """Hidden states and a projection."""
+    one, two = jax.random.split(jax.random.key(2))
+    head = jax.random.normal(two, (width, columns)) / width**0.5
+    return jax.random.normal(one, (B, S, width)), head
+
+
+def projection_gradients(**layout):
+    """The function that returns the gradients of hidden states and the projection."""
+    loss_fn = ava_jax.create_unified_loss(vocab_size=V, **layout)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(hidden, head, targets):
+        return loss_fn(
+            loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+        )[0]
+
+    return gradients
+
+
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_micro_batches_on_a_mesh(types):
     """The routing bias moves by the loads of all devices and micro-batches, once."""

@@ -21,7 +21,7 @@ from benchmarks.hlo import collectives
 B, S, D, V = wire.BATCH, wire.LENGTH, 768, 131072
 N = B * S
 PADDING = 72  # columns of lm_head that are no classes
-PARTS = 16  # of the projection's gradient, which are added up one after the other
+PARTS = 16  # of the projection's gradient at most, added up one after the other
 
 pytestmark = pytest.mark.usefixtures("optimized", "unannotated")
 
@@ -29,6 +29,11 @@ pytestmark = pytest.mark.usefixtures("optimized", "unannotated")
 def compiled(sizes, name):
     loss = wire.losses(sizes, V - PADDING)[name]
     return wire.compile_gradient(sizes, loss, D, V)
+
+
+def most_parts(rows):
+    """In how many parts of whole tiles a device's rows fall."""
+    return max(n for n in range(1, PARTS + 1) if rows % (8 * n) == 0)
 
 
 def test_only_scalars_and_hidden_gradients_cross_a_split_vocabulary():
@@ -54,8 +59,31 @@ def test_rows_on_several_devices_add_up_the_projection_once(data, tensor):
     program = compiled({"data": data, "tensor": tensor}, wire.TOLD)
     told = collectives(str(program.as_text()))
     large = [c for c in told if c.size * c.times > 4 * N * D // data]
+    parts = most_parts(D // data)
     assert [(c.kind, c.shape, c.times) for c in large] == [
-        ("all-reduce", (D // PARTS, V // tensor), PARTS)
+        ("reduce-scatter", (data, D // data // parts, V // tensor), parts),
+        # What is asked for is whole on every device.
+        ("all-gather", (D // data, V // tensor), 1),
+    ]
+
+
+def test_a_device_keeps_its_share_of_the_projections_gradient():
+    """As does an optimizer whose state lies along the axis that shares the rows."""
+    mesh = wire.make_mesh({"data": 8, "tensor": 1})
+    places = [NamedSharding(mesh, P("data")) for _ in range(3)]
+    shapes = ((B, S), jnp.int32), ((B, S, D), jnp.float32), ((D, V), jnp.float32)
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for (shape, dtype), place in zip(shapes, places, strict=True)
+    ]
+    loss = wire.losses({"data": 8, "tensor": 1}, V - PADDING)[wire.TOLD]
+    step = jax.jit(jax.grad(loss, argnums=(1, 2)), out_shardings=tuple(places[1:]))
+    program = step.lower(*given).compile()
+    told = [c for c in collectives(str(program.as_text())) if V in c.shape]
+    # The projection is gathered, its gradient is not.
+    assert [(c.kind, c.times) for c in told] == [
+        ("all-gather", 1),
+        ("reduce-scatter", most_parts(D // 8)),
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import optimization_barrier
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -186,16 +187,21 @@ def _with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
     return dataclasses.replace(operands, kernel=pad(kernel), bias=bias)
 
 
-def _specs(layout: Layout, operands: Operands) -> Operands:
-    """Where the operands, and their gradients, lie."""
-    columns = layout.vocab_axis
+def _specs(
+    layout: Layout, operands: Operands, *, of_gradients: bool = False
+) -> Operands:
+    """Where the operands, or their gradients, lie."""
+    columns, kernel = layout.vocab_axis, operands.kernel
+    rows = ()
+    if of_gradients and kernel is not None:
+        rows = layout.row_axes(kernel.shape[0])
     specs: dict[str, Any] = {
-        "sources": layout.tokens(None if operands.kernel is not None else columns),
+        "sources": layout.tokens(None if kernel is not None else columns),
         "inputs": layout.tokens(),
         "active": layout.tokens(),
         "rows": layout.rows(),
         "shared": P(),
-        "kernel": P(None, columns),
+        "kernel": P(rows or None, columns),
         "bias": P(columns),
     }
     return Operands(**specs)
@@ -247,8 +253,12 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
 
     if layout is None:
         return on_this_device(operands, wanted)
-    specs = _specs(layout, operands)
-    run_on_all = layout.run(on_this_device, (specs, P()), (P(), specs))
+    specs = _specs(layout, operands), _specs(layout, operands, of_gradients=True)
+    if operands.kernel is not None:
+        # Or XLA gathers the projection before the model makes the hidden states.
+        sources, kernel = optimization_barrier((operands.sources, operands.kernel))
+        operands = dataclasses.replace(operands, sources=sources, kernel=kernel)
+    run_on_all = layout.run(on_this_device, (specs[0], P()), (P(), specs[1]))
     return run_on_all(operands, wanted)
 
 
@@ -272,12 +282,15 @@ def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=Non
         return sums, _map_gradients(finish, own, operands)
     bias, shared, sums = layout.over_tokens((own.bias, own.shared, sums))
     kernel = own.kernel
-    if kernel is not None and operands.kernel is not None:
-        dtype = operands.kernel.dtype
-        kernel = layout.over_tokens_by_parts(kernel, lambda part: scaled(part, dtype))
     own = dataclasses.replace(own, kernel=None, bias=bias, shared=shared)
     own = _map_gradients(finish, own, operands)
-    return sums, dataclasses.replace(own, kernel=kernel)
+    if kernel is None or operands.kernel is None:
+        return sums, own
+    dtype = operands.kernel.dtype
+    kernel = layout.over_tokens_by_rows(kernel, lambda part: scaled(part, dtype))
+    # Or XLA keeps what is to be added up, whole, until the model has its gradients.
+    sources, kernel = optimization_barrier((own.sources, kernel))
+    return sums, dataclasses.replace(own, sources=sources, kernel=kernel)
 
 
 def _largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 Result = TypeVar("Result")
 
 _PARTS = 16
+_TILE = 8  # rows, on a TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +45,46 @@ class Layout:
         """Adds up what the shards of the tokens have, inside `run`."""
         return lax.psum(sums, self.token_axes) if self.token_axes else sums
 
-    def over_tokens_by_parts(
+    def over_tokens_by_rows(
         self, x: Float[Array, "D V"], finish: Callable[[Array], Array]
-    ) -> Float[Array, "D V"]:
-        """Adds up `x` as `over_tokens` does, one part after the other.
+    ) -> Float[Array, "d V"]:
+        """Adds up `x` as `over_tokens` does; every device keeps its share of the rows.
 
-        Compilers allocate the result of a collective; that of a part is small.
+        It does so one part of each share after the other: compilers allocate what a
+        collective takes and returns; that of a part is small.
 
         Args:
           x: what every device has.
           finish: is done to each part of the sum, such as a cast to a shorter dtype.
         """
-        parts = math.gcd(x.shape[0], _PARTS)
         if not self.token_axes:
             return finish(x)
-        by_part = x.reshape(parts, -1, x.shape[1])
-        return lax.map(lambda part: finish(self.over_tokens(part)), by_part).reshape(
-            x.shape
-        )
+        axes = self.row_axes(x.shape[0])
+        others = tuple(axis for axis in self.token_axes if axis not in axes)
+        shares = x.reshape(math.prod(map(self._count, axes)), -1, x.shape[1])
+        rows = shares.shape[1]
+        cuts = rows // _TILE if axes else rows
+        parts = max(n for n in range(1, _PARTS + 1) if cuts % n == 0)
+
+        def add_part(index: Array) -> Array:
+            size = rows // parts
+            part = lax.dynamic_slice_in_dim(shares, index * size, size, 1)
+            part = lax.psum_scatter(part, axes) if axes else part[0]
+            return finish(lax.psum(part, others) if others else part)
+
+        return lax.map(add_part, jnp.arange(parts)).reshape(rows, -1)
+
+    def row_axes(self, rows: int) -> tuple[str, ...]:
+        """Returns the axes that share the rows of a sum over tokens, [rows, V].
+
+        They are as many of those that share the tokens as leave whole tiles, the last
+        of the batch first: a parameter often lies along that one alone, and then needs
+        what its neighbours along the others have, nothing else.
+        """
+        axes = (*reversed(self.batch_axes), *filter(None, [self.sequence_axis]))
+        while axes and rows % (_TILE * math.prod(map(self._count, axes))):
+            axes = axes[:-1]
+        return axes
 
     @property
     def token_axes(self) -> tuple[str, ...]:

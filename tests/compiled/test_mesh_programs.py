@@ -16,8 +16,9 @@ POD = Setup(
     (("data", DATA), ("fsdp", FSDP), ("tensor", TENSOR)),
 )
 COLUMNS = VOCAB // TENSOR
-# The gradient is added up in so many parts, one after the other.
-PARTS = 16
+# The gradient's rows are shared along fsdp, whose shares fall into so many parts of
+# whole tiles at most; they are added up one after the other.
+PARTS = 10
 TOKENS = BATCH * LENGTH // (DATA * FSDP)
 NAMES = pytest.mark.parametrize("name", ["plain", "everything"])
 
