@@ -37,7 +37,7 @@ def head_inputs(tokens: Tokens, num_heads: int) -> TokenInputs:
     stacked = stack_ahead(tokens, num_heads)
     index = jnp.arange(num_heads, dtype=jnp.int32)[:, None, None]
     head = jnp.broadcast_to(index, stacked.targets.shape)
-    return token_inputs(stacked, {}, {"head": head})
+    return token_inputs(stacked, None, {"head": head})
 
 
 def head_denominators(normalizers: Normalizers, num_heads: int) -> Float[Array, "K"]:

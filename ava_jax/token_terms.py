@@ -21,6 +21,7 @@ from ava_jax.losses.repetition import (
     early_eos_charges,
     history_charges,
     immediate_charges,
+    join_charges,
     ngram_charges,
 )
 from ava_jax.reduce import as_float, weighted_sum
@@ -37,7 +38,7 @@ class TokenInputs:
       positions: position within the segment.
       segments: segment ids.
       row_positions: position within the row.
-      charges: what each penalty charges, by name.
+      charges: what the penalties charge; None if there are none.
       extra: the caller's `extra_inputs`.
     """
 
@@ -46,7 +47,7 @@ class TokenInputs:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     row_positions: Int[Array, "B S"]
-    charges: dict[str, Charges]
+    charges: Charges | None
     extra: dict[str, Array]
 
 
@@ -122,26 +123,24 @@ def updated_extra(term: ExtraTerm, state: Any, mean: Float[Array, ""]) -> Any:
     return state if update is None else update(state, mean)
 
 
-def charges_for(config: UnifiedLossConfig, tokens: Tokens) -> dict[str, Charges]:
+def charges_for(config: UnifiedLossConfig, tokens: Tokens) -> Charges | None:
     """Finds, once per step, what the penalties on predictions charge."""
     if config.penalty_source != "predictions":
-        return {}
-    charges = {}
+        return None
+    charges = []
     if config.use_ngram_penalty:
-        charges["ngram"] = ngram_charges(
-            tokens, config.ngram_size, config.ngram_max_matches
-        )
+        size, most = config.ngram_size, config.ngram_max_matches
+        charges.append(ngram_charges(tokens, size, most))
     if config.use_immediate_repetition_penalty:
-        charges["immediate"] = immediate_charges(tokens)
+        charges.append(immediate_charges(tokens))
     if config.eos_token_id is not None and config.is_on("eos_penalty_weight"):
-        charges["eos"] = early_eos_charges(
-            tokens, config.eos_token_id, config.min_sequence_length
-        )
-    return charges
+        length = config.min_sequence_length
+        charges.append(early_eos_charges(tokens, config.eos_token_id, length))
+    return join_charges(charges)
 
 
 def token_inputs(
-    tokens: Tokens, charges: dict[str, Charges], extra: dict[str, Array]
+    tokens: Tokens, charges: Charges | None, extra: dict[str, Array]
 ) -> TokenInputs:
     """Collects the per-token inputs of the objectives."""
     shape = tokens.targets.shape
@@ -214,25 +213,24 @@ class TokenObjective:
         if self.extra_terms or self.config.logit_soft_cap is not None:
             return None
         charges = jax.eval_shape(self._charges, inputs, history)
-        return 1 + sum(c.ids.shape[-1] for c in charges.values())
+        return 1 + (0 if charges is None else charges.ids.shape[-1])
 
-    def _charges(self, inputs, history) -> dict[str, Charges]:
-        if not self.others:
-            return {}
-        if history is None:
-            return inputs.charges
+    def _charges(self, inputs, history) -> Charges | None:
+        if not self.others or history is None:
+            return inputs.charges if self.others else None
         of_history = history_charges(
             history, inputs.targets, inputs.segments, inputs.row_positions
         )
-        return inputs.charges | {"unlikelihood": of_history}
+        return join_charges([c for c in (inputs.charges, of_history) if c is not None])
 
     def _statistics(self, logits, inputs, charges, temperature, kernel) -> TokenStats:
         config = self.config
+        is_charged = charges is not None
         query = Query(
             targets=inputs.targets,
             active=inputs.weights != 0,
-            candidates={k: c.ids for k, c in charges.items()},
-            complements=bool(charges or config.use_focal_loss or self.extra_terms),
+            candidates={"charged": charges.ids} if is_charged else {},
+            complements=bool(is_charged or config.use_focal_loss or self.extra_terms),
         )
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         if self.extra_terms and isinstance(logits, Product):
@@ -254,7 +252,9 @@ class TokenObjective:
         return values
 
     def _penalties(self, stats, charges):
-        values = {k: c.of(stats, k) for k, c in charges.items()}
+        values = {}
+        if charges is not None:
+            values |= charges.of(stats.unlikelihood("charged"))
         if self.config.use_ngram_penalty:
             values["token_diversity"] = likelihood.token_diversity(
                 stats, self.config.vocab_size

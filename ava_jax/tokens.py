@@ -5,6 +5,7 @@ docstring says otherwise, and nothing crosses a segment.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -15,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from ava_jax.reduce import as_float
 
 RUN_CAP = 10
+# Of indices that name every position once.
+_PERMUTATION: Any = {"unique_indices": True, "mode": "promise_in_bounds"}
 
 
 @flax.struct.dataclass
@@ -153,7 +156,7 @@ def stretch_lengths(tokens: Tokens) -> Int[Array, "B S"]:
 
 def whole_windows(tokens: Tokens, size: int) -> Bool[Array, "B S"]:
     """Says where a window of `size` counted targets of one segment ends."""
-    return tokens.active & (stretch_lengths(tokens) >= size)
+    return (_streaks(tokens.active, size) == size) & (tokens.positions >= size - 1)
 
 
 @flax.struct.dataclass
@@ -162,18 +165,21 @@ class SortedWindows:
 
     Attributes:
       order: position of the window at each index of the sorted row.
-      first: sorted index of the first window equal to this one.
+      targets: the target at that position.
+      is_first: whether no window before this one is equal to it.
       whole: whether the window at this index counts.
     """
 
     order: Int[Array, "B S"]
-    first: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    is_first: Bool[Array, "B S"]
     whole: Bool[Array, "B S"]
 
     @property
     def rank(self) -> Int[Array, "B S"]:
         """How many equal windows come earlier in the row."""
-        return _index(self.first.shape) - self.first
+        index = _index(self.order.shape)
+        return index - lax.cummax(jnp.where(self.is_first, index, 0), axis=1)
 
     def in_row_order(self, values: Shaped[Array, "B S *n"]) -> Shaped[Array, "B S *n"]:
         """Brings values from the sorted row back to the windows' positions."""
@@ -188,61 +194,73 @@ def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
     """
     if size < 1:
         raise ValueError(f"ngram_size must be at least 1, got {size}")
-    keys = (tokens.segments, *_ending_at(tokens, size, 0))
-    return _sort_windows(whole_windows(tokens, size), keys)
+    return _sort_windows(tokens, size, size)
 
 
 def count_ngrams(tokens: Tokens, size: int) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Returns how many distinct windows of `size` targets each row has, and of all."""
     windows = sort_ngrams(tokens, size)
-    distinct = windows.whole & (windows.rank == 0)
+    distinct = windows.whole & windows.is_first
     return jnp.sum(distinct, axis=1), jnp.sum(windows.whole, axis=1)
 
 
-def _sort_windows(
-    whole: Bool[Array, "B S"], keys: tuple[Int[Array, "B S"], ...]
-) -> SortedWindows:
-    """Groups equal windows exactly, O(S log S) per row and key.
+def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
+    """Groups windows whose first targets are equal, exactly, O(S log S) per target.
 
-    One key after the other joins a rank, which is equal where all keys so far are. That
-    is one small sort in a loop: compiling a sort takes the TPU's compiler 3 s with two
-    operands, 7 s with three and 18 s with six.
+    Rows are sorted by one key after the other, and stay in order where it is equal.
+    That is one small sort in a loop: compiling a sort takes the TPU's compiler 3 s with
+    two operands, 7 s with three and 18 s with six.
+
+    Args:
+      tokens: the rows.
+      size: targets in a window.
+      compared: how many of them, from the first, equal windows share.
     """
-    index = _index(whole.shape)
+    whole = whole_windows(tokens, size)
+    # No window of segment 0 counts.
+    segments = jnp.where(whole, tokens.segments, 0)
+    columns = (segments, *_ending_at(tokens.targets, size, 0))
+    widest = max((x.dtype for x in columns), key=lambda dtype: dtype.itemsize)
+    stacked = jnp.stack([x.astype(widest) for x in columns], -1)
 
-    def join(k: Int[Array, ""], state: SortedWindows) -> SortedWindows:
-        rank = _scatter(state.first, state.order)
-        key = lax.dynamic_index_in_dim(stacked, k, keepdims=False)
-        key, rank, order = _sort_keys(key, rank, index)
-        starts = index == 0
-        for sorted_key in (rank, key):
-            starts |= sorted_key != previous(sorted_key, -1)
-        first = lax.cummax(jnp.where(starts, index, 0), axis=1)
-        return SortedWindows(order=order, first=first, whole=state.whole)
+    def sort_by(k: Int[Array, ""], order: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        key = lax.dynamic_index_in_dim(stacked, k, -1, keepdims=False)
+        return _sort_once(_gather(key, order), order)
 
-    widest = max((key.dtype for key in keys), key=lambda dtype: dtype.itemsize)
-    stacked = jnp.stack([key.astype(widest) for key in keys])
-    # Windows that do not count differ from all others in their first rank.
-    start = SortedWindows(order=index, first=(~whole).astype(jnp.int32), whole=whole)
-    windows = lax.fori_loop(0, len(keys), join, start)
-    return dataclasses.replace(
-        windows, whole=jnp.take_along_axis(whole, windows.order, axis=1)
+    order = lax.fori_loop(0, compared + 1, sort_by, _index(whole.shape))
+    columns = _gather(stacked, order)
+    keys = columns[..., : compared + 1]
+    is_equal = jnp.pad(jnp.all(keys[:, 1:] == keys[:, :-1], -1), ((0, 0), (1, 0)))
+    return SortedWindows(
+        order=order,
+        targets=columns[..., -1],
+        is_first=~is_equal[:, : whole.shape[1]],
+        whole=columns[..., 0] != 0,
     )
 
 
-def _sort_keys(
-    key: Int[Array, "B S"], rank: Int[Array, "B S"], index: Int[Array, "B S"]
-) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]]:
-    """Sorts rows by key, then rank, then index."""
-    width = index.shape[1]
+def _sort_once(key: Int[Array, "B S"], order: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Sorts the rows' order by key; equal keys stay as they are."""
+    index = _index(order.shape)
+    width = order.shape[1]
     if width**2 >= 2**31:
-        operands = (key, rank, index)
-        key, rank, index = lax.sort(operands, dimension=1, num_keys=3, is_stable=False)
-        return key, rank, index
-    # A rank is an index: both fit one number.
-    operands = (key, rank * width + index)
-    key, both = lax.sort(operands, dimension=1, num_keys=2, is_stable=False)
-    return key, both // width, both % width
+        operands = (key, index, order)
+        return lax.sort(operands, dimension=1, num_keys=2, is_stable=False)[2]
+    # Both fit one number.
+    operands = (key, index * width + order)
+    return lax.sort(operands, dimension=1, num_keys=2, is_stable=False)[1] % width
+
+
+def _gather(
+    values: Shaped[Array, "B S *n"], order: Int[Array, "B S"]
+) -> Shaped[Array, "B S *n"]:
+    """Puts the value at `order[i]` of each row, a permutation, at index i."""
+
+    @jax.vmap
+    def gather(values, order):
+        return values.at[order].get(**_PERMUTATION)
+
+    return gather(values, order)
 
 
 def _scatter(
@@ -253,20 +271,29 @@ def _scatter(
     # Row by row, so that devices which share the rows need not gather them.
     @jax.vmap
     def scatter(values, order):
-        return (
-            jnp.zeros_like(values)
-            .at[order]
-            .set(values, unique_indices=True, mode="promise_in_bounds")
-        )
+        return jnp.zeros_like(values).at[order].set(values, **_PERMUTATION)
 
     return scatter(values, order)
 
 
-def _ending_at(tokens: Tokens, size: int, back: int) -> tuple[Int[Array, "B S"], ...]:
-    """The `size` targets that end `back` positions before each one."""
-    padded = jnp.pad(tokens.targets, ((0, 0), (size + back, 0)))
-    width = tokens.targets.shape[1]
+def _ending_at(
+    x: Shaped[Array, "B S"], size: int, back: int
+) -> tuple[Shaped[Array, "B S"], ...]:
+    """The `size` values that end `back` positions before each one."""
+    padded = jnp.pad(x, ((0, 0), (size + back, 0)))
+    width = x.shape[1]
     return tuple(padded[:, k + 1 : k + 1 + width] for k in range(size))
+
+
+def _streaks(links: Bool[Array, "B S"], cap: int) -> Int[Array, "B S"]:
+    """Returns how many positions up to each one are links without a gap, up to `cap`.
+
+    One kernel on a CPU, where a cumulative maximum is eight.
+    """
+    length = jnp.zeros(links.shape, jnp.int32)
+    for link in _ending_at(links.astype(jnp.int32), cap, 0):
+        length = (length + 1) * link
+    return length
 
 
 def earlier_continuations(
@@ -280,20 +307,13 @@ def earlier_continuations(
     Returns:
       The targets at those positions, latest first, and whether each one exists.
     """
-    context = ngram_size - 1
-    whole = whole_windows(tokens, ngram_size)
-    keys = (tokens.segments, *_ending_at(tokens, context, 1))
-    windows = _sort_windows(whole, keys)
-    follows = jnp.take_along_axis(tokens.targets, windows.order, axis=1)
-    width = follows.shape[1]
-    shifted = [
-        jnp.pad(follows, ((0, 0), (back, 0)))[:, :width]
-        for back in range(1, max_matches + 1)
-    ]
+    windows = _sort_windows(tokens, ngram_size, ngram_size - 1)
+    follows = jnp.stack(_ending_at(windows.targets, max_matches, 1)[::-1], -1)
     back = jnp.arange(1, max_matches + 1, dtype=jnp.int32)
-    found = windows.whole[..., None] & (windows.rank[..., None] >= back)
+    rank = _streaks(~windows.is_first, max_matches)
+    found = windows.whole[..., None] & (rank[..., None] >= back)
     # No id is −1: what was not found travels with the ids.
-    ids = windows.in_row_order(jnp.where(found, jnp.stack(shifted, -1), -1))
+    ids = windows.in_row_order(jnp.where(found, follows, -1))
     return jnp.maximum(ids, 0), ids >= 0
 
 
@@ -340,11 +360,11 @@ def repeated_token(
     The length is capped at 10, and 0 where no run could be extended: the token before
     does not count or lies in another segment.
     """
-    unmatched = jnp.where(tokens.active, tokens.targets, -1)
-    runs = previous(run_lengths(tokens, unmatched), 0)
     before = previous(tokens.active, False)
     exists = before & (tokens.segments == previous(tokens.segments, -1))
-    length = jnp.where(exists, jnp.minimum(runs, RUN_CAP), 0)
+    repeats = exists & tokens.active & (tokens.targets == previous(tokens.targets, 0))
+    run = previous(_streaks(repeats, RUN_CAP - 1) + 1, 0)
+    length = jnp.where(exists, run, 0)
     return previous(tokens.targets, 0), length
 
 
@@ -366,7 +386,7 @@ class History:
 def read_history(tokens: Tokens) -> History:
     """Finds the first occurrence of every id in its segment, by one sort."""
     windows = sort_ngrams(tokens, 1)
-    first = windows.in_row_order(windows.whole & (windows.rank == 0))
+    first = windows.in_row_order(windows.whole & windows.is_first)
     return History(ids=tokens.targets, first=first, segments=tokens.segments)
 
 

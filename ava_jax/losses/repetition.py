@@ -4,6 +4,8 @@ A charge names ids and how much of their unlikelihood a token pays; the vocabula
 picks those ids' logits, so a charge costs no array over the vocabulary.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.config import Weight, weight_at
 from ava_jax.kernel.statistics import token_statistics
-from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import (
@@ -68,7 +70,7 @@ def sequence_unlikelihood(
     query = Query(targets=tokens.targets, active=tokens.active)
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     windows = sort_ngrams(tokens, ngram_size)
-    repeats = as_float(windows.in_row_order(windows.whole & (windows.rank > 0)))
+    repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
     return weighted_mean(-repeats * stats.target_complement, tokens.weights)
 
 
@@ -186,23 +188,43 @@ class Charges:
     """Ids that a token is charged for, and how much of `u(c) = −log(1 − p_c)` each.
 
     Attributes:
-      ids: [B, S, Q].
+      ids: [B, S, Q], those of all penalties side by side.
       amount: [B, S, Q]; 0 where there is nothing to charge.
+      widths: the penalties' names, and how many of the ids each of them charges.
     """
 
     ids: Int[Array, "B S Q"]
     amount: Float[Array, "B S Q"]
+    widths: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
 
-    def of(self, stats: TokenStats, name: str) -> Float[Array, "B S"]:
-        """Returns `Σ_q amount · u(c_q)` per token."""
-        return jnp.sum(self.amount * stats.unlikelihood(name), -1)
+    def of(self, unlikelihood: Float[Array, "B S Q"]) -> dict[str, Array]:
+        """Returns `Σ_q amount · u(c_q)` per token, by penalty."""
+        due, start, totals = self.amount * unlikelihood, 0, {}
+        for name, width in self.widths:
+            totals[name] = jnp.sum(due[..., start : start + width], -1)
+            start += width
+        return totals
+
+
+def join_charges(charges: Sequence[Charges]) -> Charges | None:
+    """Puts the charges of several penalties side by side; None where there are none."""
+    if len(charges) <= 1:
+        return charges[0] if charges else None
+    return Charges(
+        ids=jnp.concatenate([c.ids for c in charges], -1),
+        amount=jnp.concatenate([c.amount for c in charges], -1),
+        widths=tuple(width for c in charges for width in c.widths),
+    )
+
+
+def _charges(name: str, ids: Int[Array, "B S Q"], amount: Array) -> Charges:
+    return Charges(ids, as_float(amount), ((name, ids.shape[-1]),))
 
 
 def ngram_charges(tokens: Tokens, ngram_size: int, max_matches: int) -> Charges:
     """What followed the same context earlier, unless it is the target again."""
     ids, exists = earlier_continuations(tokens, ngram_size, max_matches)
-    wrong = exists & (ids != tokens.targets[..., None])
-    return Charges(ids=ids, amount=as_float(wrong))
+    return _charges("ngram", ids, exists & (ids != tokens.targets[..., None]))
 
 
 def immediate_charges(tokens: Tokens) -> Charges:
@@ -210,7 +232,7 @@ def immediate_charges(tokens: Tokens) -> Charges:
     ids, run = repeated_token(tokens)
     wrong = tokens.active & (run > 0) & (ids != tokens.targets)
     amount = jnp.where(wrong, 2 * run - 1, 0)
-    return Charges(ids=ids[..., None], amount=as_float(amount)[..., None])
+    return _charges("immediate", ids[..., None], amount[..., None])
 
 
 def early_eos_charges(
@@ -218,9 +240,9 @@ def early_eos_charges(
 ) -> Charges:
     """The EOS id at early positions whose target it is not."""
     early = tokens.active & (tokens.positions < min_sequence_length)
-    amount = as_float(early & (tokens.targets != eos_token_id))
+    amount = early & (tokens.targets != eos_token_id)
     ids = jnp.full((*tokens.targets.shape, 1), eos_token_id, jnp.int32)
-    return Charges(ids=ids, amount=amount[..., None])
+    return _charges("eos", ids, amount[..., None])
 
 
 def history_charges(
@@ -231,7 +253,7 @@ def history_charges(
 ) -> Charges:
     """All distinct earlier ids of the segment but the target, for a block of tokens."""
     ids, found = earlier_ids(history, segments, positions)
-    return Charges(ids=ids, amount=as_float(found & (ids != targets[..., None])))
+    return _charges("unlikelihood", ids, found & (ids != targets[..., None]))
 
 
 def repeated_ngram_pairs(tokens: Tokens, ngram_size: int) -> Float[Array, ""]:
