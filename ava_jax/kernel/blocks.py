@@ -23,7 +23,7 @@ def fold(
     inputs: Any,
     size: int,
     *,
-    as_bits: bool = False,
+    on_cpu: bool = False,
 ) -> Carry:
     """Folds `body(carry, block, inputs)` over the blocks.
 
@@ -33,8 +33,9 @@ def fold(
       source: what is iterated over.
       inputs: a pytree of [G, B, S, ...] arrays; zeros at tokens a block repeats.
       size: C; the whole row if it is larger than that.
-      as_bits: reads short floats as integers, because XLA's CPU would convert the
-        whole source to cut a block out of it.
+      on_cpu: reads short floats as integers, because XLA's CPU would convert the
+        whole source to cut a block out of it, and cuts a block out once, because it
+        would do so for every reader of it.
 
     Returns:
       The last carry.
@@ -42,11 +43,13 @@ def fold(
     blocks = _blocks_of(source, size)
     if blocks.is_whole:
         return body(carry, source[0], _first(inputs))
-    bits = _as_bits(source) if as_bits else source
+    bits = _as_bits(source) if on_cpu else source
 
     def step(carry, item):
         offset, inputs = item
-        return body(carry, blocks.read(bits, offset, source.dtype), inputs), None
+        block = blocks.read(bits, offset, source.dtype)
+        block = lax.optimization_barrier(block) if on_cpu else block
+        return body(carry, block, inputs), None
 
     return lax.scan(step, carry, (blocks.offsets(), _split(blocks, inputs)))[0]
 
@@ -64,7 +67,7 @@ def transform(
     size: int,
     *,
     makes_successors: bool = True,
-    as_bits: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[Carry, Float[Array, "G B S X"] | None, Any]:
     """Folds as `fold` does and makes a successor of each block.
 
@@ -75,7 +78,7 @@ def transform(
       inputs: as for `fold`.
       size: as for `fold`.
       makes_successors: `False` if the body returns None in place of a block.
-      as_bits: as for `fold`.
+      on_cpu: as for `fold`.
 
     Returns:
       The last carry, the successors [G, B, S, X], and the outputs [G, B, S, ...].
@@ -84,12 +87,13 @@ def transform(
     if blocks.is_whole:
         carry, new, outputs = body(carry, source[0], _first(inputs))
         return carry, *jax.tree.map(lambda x: x[None], (new, outputs))
-    bits = _as_bits(source) if as_bits else source
+    bits = _as_bits(source) if on_cpu else source
 
     def step(state, item):
         carry, written = state
         offset, inputs = item
         block = blocks.read(bits, offset, source.dtype)
+        block = lax.optimization_barrier(block) if on_cpu else block
         carry, new, outputs = body(carry, block, inputs)
         if new is not None:
             written = blocks.write(written, offset, new)
@@ -160,8 +164,7 @@ class _Blocks(NamedTuple):
     def read(self, bits, offset: _Offset, dtype) -> Array:
         shape = (1, self.batch, self.size, bits.shape[3])
         block = lax.dynamic_slice(bits, self._start(offset), shape)[0]
-        # Otherwise every reader of the block would cut it out anew.
-        return lax.optimization_barrier(_from_bits(block, dtype))
+        return _from_bits(block, dtype)
 
     def write(self, bits, offset: _Offset, new) -> Array:
         """Writes a block; the next one overwrites the tokens they share."""

@@ -29,7 +29,7 @@ from ava_jax.reduce import as_float, float_dtype
 
 def local_sums(objectives: tuple[Objective, ...], begun: Pass) -> Sums:
     """Computes one device's sums, without a gradient."""
-    fold_rows = functools.partial(fold, as_bits=begun.on_cpu)
+    fold_rows = functools.partial(fold, on_cpu=begun.on_cpu)
     operands, sizes = begun.operands, begun.sizes
     kernel, bias = operands.kernel, operands.bias
     totals: Sums = {}
@@ -117,7 +117,7 @@ def _group_gradient(begun: Pass, needs, of_block, carry, group):
     """
     sizes = begun.sizes
     (carry, d_kernel), (source, inputs, active) = carry, group
-    iterate = functools.partial(transform, as_bits=begun.on_cpu)
+    iterate = functools.partial(transform, on_cpu=begun.on_cpu)
     if begun.operands.kernel is None:
         carry, d_source, d_inputs = iterate(
             of_block,
@@ -268,7 +268,7 @@ def _at_once(begun: Pass, needs: _Needs, of_block, carry, h, inputs):
         inputs,
         begun.sizes.block,
         makes_successors=needs.logits,
-        as_bits=True,
+        on_cpu=True,
     )
     dz = None if dz is None else dz[0].astype(h.dtype)
     return carry, dz, jax.tree.map(lambda x: x[0], d_inputs)
