@@ -225,12 +225,12 @@ class TokenObjective:
 
     def _statistics(self, logits, inputs, charges, temperature, kernel) -> TokenStats:
         config = self.config
-        is_charged = charges is not None
+        is_penalized = charges is not None
         query = Query(
             targets=inputs.targets,
             active=inputs.weights != 0,
-            candidates={"charged": charges.ids} if is_charged else {},
-            complements=bool(is_charged or config.use_focal_loss or self.extra_terms),
+            candidates={"penalized": charges.ids} if is_penalized else {},
+            complements=bool(is_penalized or config.use_focal_loss or self.extra_terms),
         )
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         if self.extra_terms and isinstance(logits, Product):
@@ -254,7 +254,7 @@ class TokenObjective:
     def _penalties(self, stats, charges):
         values = {}
         if charges is not None:
-            values |= charges.of(stats.unlikelihood("charged"))
+            values |= charges.of(stats.unlikelihood("penalized"))
         if self.config.use_ngram_penalty:
             values["token_diversity"] = likelihood.token_diversity(
                 stats, self.config.vocab_size

@@ -112,11 +112,11 @@ def first_failure(failure: TrainingError | None) -> TrainingError:
 
     Gathered, because the process that knows may be ended before it speaks.
     """
-    if jax.process_count() == 1:
-        return failure or TrainingError("no process has failed")
+    if failure is not None and jax.process_count() == 1:
+        return failure
     own = str(failure or "").encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     everyone = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
-    for index, row in enumerate(everyone):
+    for index, row in enumerate(np.atleast_2d(everyone)):
         if message := row.tobytes().rstrip(b"\0").decode(errors="replace"):
             return TrainingError(f"process {index}: {message}")
     return TrainingError("no process has failed")

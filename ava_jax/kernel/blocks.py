@@ -47,8 +47,7 @@ def fold(
 
     def step(carry, item):
         offset, inputs = item
-        block = blocks.read(bits, offset, source.dtype)
-        block = lax.optimization_barrier(block) if on_cpu else block
+        block = blocks.read(bits, offset, source.dtype, once=on_cpu)
         return body(carry, block, inputs), None
 
     return lax.scan(step, carry, (blocks.offsets(), _split(blocks, inputs)))[0]
@@ -92,8 +91,7 @@ def transform(
     def step(state, item):
         carry, written = state
         offset, inputs = item
-        block = blocks.read(bits, offset, source.dtype)
-        block = lax.optimization_barrier(block) if on_cpu else block
+        block = blocks.read(bits, offset, source.dtype, once=on_cpu)
         carry, new, outputs = body(carry, block, inputs)
         if new is not None:
             written = blocks.write(written, offset, new)
@@ -161,10 +159,11 @@ class _Blocks(NamedTuple):
         start = jnp.maximum(block * self.size - self.overlap, 0)
         return _Offset(group, start)
 
-    def read(self, bits, offset: _Offset, dtype) -> Array:
+    def read(self, bits, offset: _Offset, dtype, *, once: bool) -> Array:
         shape = (1, self.batch, self.size, bits.shape[3])
         block = lax.dynamic_slice(bits, self._start(offset), shape)[0]
-        return _from_bits(block, dtype)
+        block = _from_bits(block, dtype)
+        return lax.optimization_barrier(block) if once else block
 
     def write(self, bits, offset: _Offset, new) -> Array:
         """Writes a block; the next one overwrites the tokens they share."""

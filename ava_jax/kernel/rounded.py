@@ -21,6 +21,7 @@ from ava_jax.kernel.gradient import (
 )
 from ava_jax.kernel.logits import column_ids, columns_of, has_padding, ids_of, is_class
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.kernel.xla import put
 from ava_jax.reduce import as_float
 
 
@@ -70,9 +71,8 @@ def logits_gradient(
     asked = ids_of(query)
     exact = _at_ids(asked, query, stats, cotangents)
     columns = columns_of(vocabulary.axis, asked, width)
-    every = column_ids(grad)
     for k in range(asked.shape[-1]):
-        grad = jnp.where(every == columns[:, k : k + 1], exact[:, k : k + 1], grad)
+        grad = put(grad, columns[:, k], exact[:, k])
     return grad
 
 

@@ -117,7 +117,7 @@ def logits_gradient(
         tempered=tempered,
         of_temperature=of_temperature,
         add=_add,
-        put=_put,
+        put=put,
     )
 
 
@@ -220,6 +220,6 @@ def _add(grad, columns, values):
     return grad
 
 
-def _put(grad, columns, values):
+def put(grad: Array, columns: Array, values: Array) -> Array:
     """Sets grad [..., W] to values [...] at those columns that it has."""
     return jnp.where(column_ids(grad) == columns[..., None], values[..., None], grad)

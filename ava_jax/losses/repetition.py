@@ -190,7 +190,7 @@ class Charges:
     Attributes:
       ids: [B, S, Q], those of all penalties side by side.
       amount: [B, S, Q]; 0 where there is nothing to charge.
-      widths: the penalties' names, and how many of the ids each of them charges.
+      widths: the penalties' names, and how many of the ids are each one's.
     """
 
     ids: Int[Array, "B S Q"]
@@ -207,7 +207,7 @@ class Charges:
 
 
 def join_charges(charges: Sequence[Charges]) -> Charges | None:
-    """Puts the charges of several penalties side by side; None where there are none."""
+    """Puts the ids of several penalties side by side; None where there are none."""
     if len(charges) <= 1:
         return charges[0] if charges else None
     return Charges(
