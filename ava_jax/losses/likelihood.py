@@ -79,7 +79,7 @@ def focal_cross_entropy(
     weight = as_float(jnp.asarray(alpha))
     if weight.ndim:
         weight = weight[targets]
-    return weight * jnp.exp(gamma * stats.target_complement) * stats.nll
+    return weight * jnp.exp(gamma * stats.log_one_minus_p) * stats.nll
 
 
 def log_z_squared(stats: TokenStats) -> Float[Array, "*n"]:
@@ -135,7 +135,7 @@ def read_logits(
     targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
     *,
-    complements: bool = False,
+    log_one_minus_p: bool = False,
 ) -> tuple[TokenStats, Float[Array, "*n"], Int[Array, "*n"]]:
     """Statistics of plain logits; ids outside [0, V) get weight 0 and become id 0."""
     if targets.shape != logits.shape[:-1]:
@@ -147,7 +147,7 @@ def read_logits(
     inside = (targets >= 0) & (targets < logits.shape[-1])
     counted = jnp.where(inside, as_float(given), 0.0)
     ids = jnp.where(counted != 0, targets, 0)
-    query = Query(targets=ids, active=counted != 0, complements=complements)
+    query = Query(targets=ids, active=counted != 0, log_one_minus_p=log_one_minus_p)
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     return stats, counted, ids
 
@@ -185,7 +185,7 @@ def focal_loss(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    stats, counted, ids = read_logits(inputs, targets, complements=True)
+    stats, counted, ids = read_logits(inputs, targets, log_one_minus_p=True)
     return counted * focal_cross_entropy(stats, ids, alpha, gamma)
 
 

@@ -71,7 +71,7 @@ def sequence_unlikelihood(
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     windows = sort_ngrams(tokens, ngram_size)
     repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
-    return weighted_mean(-repeats * stats.target_complement, tokens.weights)
+    return weighted_mean(-repeats * stats.log_one_minus_p, tokens.weights)
 
 
 def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> None:
@@ -151,7 +151,7 @@ def _decay(stats, log_earlier, decay):
     probability = jnp.exp(-stats.nll)
     rising = probability > goal
     log_goal = jnp.log(as_float(decay)) + log_earlier
-    above = -jnp.logaddexp(stats.target_complement, log_goal)
+    above = -jnp.logaddexp(stats.log_one_minus_p, log_goal)
     below = -jnp.log1p(jnp.where(rising, 0.0, probability - goal))
     return jnp.where(rising, above, below)
 
