@@ -230,7 +230,9 @@ class TokenObjective:
             targets=inputs.targets,
             active=inputs.weights != 0,
             candidates={"penalized": charges.ids} if is_penalized else {},
-            complements=bool(is_penalized or config.use_focal_loss or self.extra_terms),
+            log_one_minus_p=bool(
+                is_penalized or config.use_focal_loss or self.extra_terms
+            ),
         )
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         if self.extra_terms and isinstance(logits, Product):
@@ -287,7 +289,7 @@ class HeadObjective:
         """Returns `Σ w·ce` over the block, [K]."""
         config = self.config
         query = Query(
-            targets=inputs.targets, active=inputs.weights != 0, complements=False
+            targets=inputs.targets, active=inputs.weights != 0, log_one_minus_p=False
         )
         vocabulary = kernel.vocabulary(config.vocab_size, config.logit_soft_cap)
         stats = token_statistics(logits, query, vocabulary)
