@@ -118,9 +118,9 @@ class Layout:
         ):
             if size % count:
                 raise ValueError(
-                    f"the targets have {size} {what}, not a multiple of the {count} "
-                    f"devices of {argument}: pad with tokens that attention_mask "
-                    "leaves out"
+                    f"the targets have {size} {what}, which the {count} devices of "
+                    f"{argument} do not divide evenly: pad with tokens that "
+                    "attention_mask leaves out"
                 )
         return batch // rows, length // parts, -(-width // self.vocab_shards)
 
