@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scenes import ADAPTIVE, EVERYTHING, B, S, adaptive_floats, floats, integers, jitted
-from test_passes import assert_trees_close
+from support.scenes import (
+    ADAPTIVE,
+    EVERYTHING,
+    B,
+    S,
+    adaptive_floats,
+    floats,
+    integers,
+    jitted,
+)
+from support.trees import assert_trees_close
 
 import ava_jax
 

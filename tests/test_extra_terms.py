@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scenes import B, D, S, V, integers, jitted
+from support.scenes import B, D, S, V, integers, jitted
 
 import ava_jax
 from ava_jax.config import Weight

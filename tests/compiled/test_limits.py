@@ -6,7 +6,7 @@ Time is the TPU compiler's estimate; on a GPU it is the bytes that the kernels m
 from typing import NamedTuple
 
 import pytest
-from compiled_programs import Setup, compiled
+from support.compiled_programs import Setup, compiled
 
 from benchmarks import hlo
 from benchmarks.candidates import NAIVE, OPTAX

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from compiled_programs import Setup, compiled
+from support.compiled_programs import Setup, compiled
 
 from benchmarks.hlo import Collective, collectives
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, assert_close, cases_of, on_device
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from support.golden_cases import GoldenCase, assert_close, cases_of, on_device
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,

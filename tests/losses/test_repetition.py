@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle_terms
 import pytest
 from jax.test_util import check_grads
+from support import oracle_terms
 
 from ava_jax import losses
 

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, cases_of, compare, on_device
-from head_checks import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from numpy.typing import NDArray
+from support.golden_cases import GoldenCase, cases_of, compare, on_device
+from support.head_checks import (
     ACTIVATIONS,
     KEY,
     B,
@@ -28,10 +32,6 @@ from head_checks import (
     oracle_gelu,
     oracle_layer_norm,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.test_util import check_grads
-from numpy.typing import NDArray
 
 from ava_jax.heads import ConfidenceGate, MTPHeads
 

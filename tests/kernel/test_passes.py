@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.programs import dot_flops
+from support.trees import assert_trees_close
 
 import ava_jax
 from benchmarks.costs import dot_flops as compiled_dot_flops
@@ -70,16 +72,6 @@ def run(config, arrays, integers, fused, **options):
         arrays
     )
     return {"loss": total, "aux": aux, "state": after, "grads": grads}
-
-
-def assert_trees_close(got, want, tolerance):
-    def check(path, a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.max(np.abs(a - b), initial=0)
-        size = max(np.max(np.abs(b), initial=0), 1e-3)
-        assert error <= tolerance * size, (jax.tree_util.keystr(path), error, size)
-
-    jax.tree_util.tree_map_with_path(check, got, want)
 
 
 @functools.cache
@@ -226,29 +218,6 @@ def test_parallel_heads_never_hold_their_logits():
         "heads": {"kernel": jnp.ones((2, D, V)), "bias": jnp.zeros((2, V))},
     }
     assert largest_over_the_vocabulary(config, arrays, integers) < B * S * V
-
-
-def jaxprs_of(eqn):
-    """The programs inside an equation, such as the body of a loop."""
-    leaves = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns"))
-    inside = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
-    return [jaxpr for jaxpr in inside if hasattr(jaxpr, "eqns")]
-
-
-def dot_flops(jaxpr):
-    """Multiply-adds of all matrix products, loops unrolled; the dearest branches'."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            inner = np.prod([lhs[i] for i in contract])
-            total += 2 * inner * np.prod(eqn.outvars[0].aval.shape)
-        inside = [dot_flops(jaxpr) for jaxpr in jaxprs_of(eqn)]
-        is_choice = eqn.primitive.name == "cond"
-        own = max(inside) if is_choice else sum(inside)
-        total += eqn.params.get("length", 1) * own
-    return total
 
 
 def test_the_gradient_costs_six_and_the_value_two():

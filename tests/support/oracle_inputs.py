@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import oracle_terms as term
-from oracle_terms import Floats, Ints
+
+from support import oracle_terms as term
+from support.oracle_terms import Floats, Ints
 
 Aux = dict[str, Any]
 

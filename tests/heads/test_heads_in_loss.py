@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from head_checks import B, CausalBlock, D, K, S, V, adaptive, apply, init, normal
+from support.head_checks import (
+    B,
+    CausalBlock,
+    D,
+    K,
+    S,
+    V,
+    adaptive,
+    apply,
+    init,
+    normal,
+)
 
 import ava_jax
 from ava_jax.heads import MTPHeads, SequentialMTP

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import ava_jax
 from ava_jax import losses
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 # Below this a number is rounding noise: the smallest stored weight times 1e-4.
 SMALLEST = 1e-8
 HEAD_KINDS = ("confidence_gate", "mtp_heads")

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from hypothesis import strategies as st
 from numpy.random import Generator, default_rng
-from oracle_inputs import read_tokens, resolve
-from oracle_terms import shifted_weights
+
+from support.oracle_inputs import read_tokens, resolve
+from support.oracle_terms import shifted_weights
 
 # (B, S, V)
 SHAPES = ((1, 1, 2), (2, 3, 5), (3, 12, 17), (1, 40, 6), (3, 12, 17), (2, 9, 300))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from head_checks import (
+from support.head_checks import (
     B,
     CausalBlock,
     D,
@@ -25,7 +25,7 @@ from head_checks import (
     normal,
     randomized,
 )
-from loss_checks import untyped
+from support.loss_checks import untyped
 
 from ava_jax.heads import ConfidenceGate, MTPHeads, SequentialMTP
 

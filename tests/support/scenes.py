@@ -8,6 +8,7 @@ import jax
 import ava_jax
 
 B, S, D, V, K, E = 4, 9, 5, 13, 2, 3
+DOORS = ("logits", "fused")
 
 EVERYTHING: dict[str, Any] = {
     "vocab_size": V,

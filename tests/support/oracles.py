@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import oracle_batch as batch
-import oracle_terms as term
-from oracle_inputs import (
+
+from support import oracle_batch as batch
+from support import oracle_terms as term
+from support.oracle_inputs import (
     Aux,
     OracleConfig,
     OracleState,
@@ -25,7 +26,7 @@ from oracle_inputs import (
     resolve,
     statistics,
 )
-from oracle_terms import Floats
+from support.oracle_terms import Floats
 
 __all__ = [
     "OracleConfig",

@@ -6,7 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from head_checks import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from support.head_checks import (
     B,
     CausalBlock,
     D,
@@ -21,9 +24,6 @@ from head_checks import (
     oracle_dense,
     oracle_rms_norm,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from ava_jax.heads import SequentialMTP
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
-from oracle_terms import Floats, Ints, log_sum_exp, nll, softmax, window
+
+from support.oracle_terms import Floats, Ints, log_sum_exp, nll, softmax, window
 
 COUNT_EPSILON = 1e-6
 COSINE_EPSILON = 1e-8

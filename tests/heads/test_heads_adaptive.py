@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from head_checks import KEY, B, D, K, S, V, adaptive, apply, init, made, normal
+from support.head_checks import KEY, B, D, K, S, V, adaptive, apply, init, made, normal
 
 from ava_jax.heads import AdaptiveMTPOutput, ConfidenceGate, MTPHeads
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from head_checks import B, CausalBlock, D, K, S, V, adaptive, apply, normal
+from support.head_checks import B, CausalBlock, D, K, S, V, adaptive, apply, normal
 
 from ava_jax.heads import ConfidenceGate, MTPHeads, SequentialMTP
 
