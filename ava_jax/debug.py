@@ -1,4 +1,4 @@
-"""A loss call that raises on bad values instead of excluding or propagating them."""
+"""A wrapper of the loss that raises on bad inputs."""
 
 from collections.abc import Callable
 from typing import Unpack
@@ -19,21 +19,21 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 
 
 def checked(loss_fn: UnifiedLoss) -> LossCall:
-    """Wraps a loss so that a bad value raises, with its position and the value.
+    """Wraps a loss so that a bad input raises, with its position and its value.
 
     At unmasked positions it checks targets against the vocabulary, expert indices
     against the number of experts, and logits (or hidden states and `lm_head`), router
-    logits and attention weights for NaN and infinities. A logit of −inf is a
-    masked vocabulary entry and legal, unless it is the target's.
+    logits and `attention_mask` for NaN and infinities. A logit of −inf is valid, a
+    masked vocabulary entry, unless it is the target's.
 
-    Outside jit it raises at once. Inside jit, transform the step with
+    Outside jit it raises immediately. Inside jit, transform the step with
     `jax.experimental.checkify.checkify` and call `throw()` on the error it returns.
 
     Args:
       loss_fn: from `unified_loss`.
 
     Returns:
-      A function called like the loss.
+      A function with the arguments and results of the loss.
 
     Raises:
       jax.experimental.checkify.JaxRuntimeError: at run time, on a bad value.
@@ -89,8 +89,8 @@ def _check_heads(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> No
         name, own = f"additional_logits[{j}]", ahead(tokens, j + 1)
         _check_logits(name, logits[..., :vocab_size], own)
     if (depths := inputs.get("mtp_hidden_states")) is not None:
-        counted = stack_ahead(tokens, depths.shape[0]).active
-        fine = jnp.isfinite(depths) | ~counted[..., None]
+        unmasked = stack_ahead(tokens, depths.shape[0]).active
+        fine = jnp.isfinite(depths) | ~unmasked[..., None]
         _check("mtp_hidden_states", fine, depths, "is not finite")
 
 
@@ -115,9 +115,9 @@ def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> N
 
 def _check(name: str, fine: Bool[Array, "..."], values: Array, problem: str) -> None:
     first = jnp.argmin(fine.reshape(-1))
-    place = jnp.unravel_index(first, fine.shape)
+    position = jnp.unravel_index(first, fine.shape)
     slots = ", ".join(f"{{i{axis}}}" for axis in range(fine.ndim))
     message = f"{name} {{value}} at [{slots}] {problem}"
-    shown = {f"i{axis}": index for axis, index in enumerate(place)}
+    shown = {f"i{axis}": index for axis, index in enumerate(position)}
     shown["value"] = values.reshape(-1)[first]
     checkify.check(jnp.all(fine), message, debug=False, **shown)

@@ -28,21 +28,22 @@ def sequence_unlikelihood(
     *,
     ngram_size: int = 4,
 ) -> Float[Array, ""]:
-    """Charges every generated token that completes an n-gram already seen in its row.
+    """Computes the unlikelihood of generated tokens that complete a repeated n-gram.
 
-    `mean_w(r_t · −log(1 − p_t(y_t)))`, r_t = 1 where `y_{t−n+1} … y_t` occurred before.
+    `mean_w(r_t · −log(1 − p_t(y_t)))`, with r_t = 1 where `y_{t−n+1} … y_t` occurred
+    earlier in the row, else 0.
 
     Args:
-      logits: what generated the continuations, [B, S, V]; row t gave token t.
+      logits: those that generated the continuations, [B, S, V]; row t gave token t.
       token_ids: the continuations [B, S].
       mask: weight per token [B, S]; ones if None.
       ngram_size: n.
 
     Returns:
-      The mean over w, a scalar; 0 where no token counts.
+      The mean over w, a scalar; 0 if all tokens are masked.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +63,7 @@ def sequence_unlikelihood(
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     windows = sort_ngrams(tokens, ngram_size)
     repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
-    return weighted_mean(-repeats * stats.target_complement, tokens.weights)
+    return weighted_mean(-repeats * stats.log_one_minus_p, tokens.weights)
 
 
 def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> None:
@@ -81,10 +82,11 @@ def repetition_decay_loss(
     span_length: int | Int[Array, ""] | Int[Array, "B"],
     decay: float = 0.5,
 ) -> Float[Array, ""]:
-    """Teaches that a span repeated on purpose must lose probability with each repeat.
+    """Computes the DITTO loss: a repeated span should get less likely each time.
 
     `mean_w [t ≥ ℓ]·−log(1 − |p_t(y_t) − λ·stop_gradient(p_{t−ℓ}(y_t))|)`, for rows made
-    by `repeat_spans`. A token counts if the one ℓ before it does. It needs no decoding.
+    by `repeat_spans`. A token is left out if the one ℓ before it is masked. The loss
+    needs no decoding.
 
     Args:
       logits: [B, S, V].
@@ -94,10 +96,10 @@ def repetition_decay_loss(
       decay: λ in [0, 1].
 
     Returns:
-      The mean over w, a scalar; 0 where no token counts.
+      The mean over w, a scalar; 0 if all tokens are masked.
 
     Raises:
-      ValueError: `decay` is out of its range, or shapes do not fit.
+      ValueError: `decay` is out of its range, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,18 +139,18 @@ def repetition_decay_loss(
 
 
 def _decay(stats, log_earlier, decay):
-    """`−log(1 − |p − λp'|)`, exact also where p rounds to 1 and p' to 0."""
+    """Computes `−log(1 − |p − λp'|)`, exact even where p rounds to 1 and p' to 0."""
     goal = decay * jnp.exp(log_earlier)
     probability = jnp.exp(-stats.nll)
     rising = probability > goal
     log_goal = jnp.log(as_float(decay)) + log_earlier
-    above = -jnp.logaddexp(stats.target_complement, log_goal)
+    above = -jnp.logaddexp(stats.log_one_minus_p, log_goal)
     below = -jnp.log1p(jnp.where(rising, 0.0, probability - goal))
     return jnp.where(rising, above, below)
 
 
 def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]:
-    """Makes the rows of repetition decay: each span repeated to `length` tokens.
+    """Repeats each span to `length` tokens, for `repetition_decay_loss`.
 
     Args:
       spans: one span per row, [B, L].
@@ -187,12 +189,13 @@ def anti_repetition_loss(
     diversity_bonus_weight: Weight = 0.05,
     step: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The PyTorch pipeline's anti-repetition loss, kept for migration.
+    """Computes the anti-repetition loss of the PyTorch pipeline, kept for migration.
 
     `CE + a·(1 − distinct/total n-grams) + b·EOS misuse − c·distinct/total tokens`. The
-    three scores look at the labels, per row over the first `Σ mask` of them, and have
-    no gradient. EOS misuse is count/length if EOS occurs more than once, 0.5/length if
-    once and not last, else 0. New code should use the unified loss's penalties.
+    three scores are functions of the labels, per row over the first `Σ mask` of them,
+    and have no gradient. EOS misuse is count/length if EOS occurs more than once,
+    0.5/length if it occurs once and not last, else 0. New code should use the penalties
+    of the unified loss.
 
     Args:
       logits: [B, S, V].
@@ -211,7 +214,7 @@ def anti_repetition_loss(
       (unweighted scores, means over the batch) and `total_loss`.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -222,8 +225,8 @@ def anti_repetition_loss(
       0.3333
     """
     _check_logits(logits, labels)
-    stats, counted, _ = read_logits(logits, labels)
-    base = weighted_mean(stats.nll, counted)
+    stats, weights, _ = read_logits(logits, labels)
+    base = weighted_mean(stats.nll, weights)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
     repetition, misuse, diversity = (jnp.mean(s) for s in scores)
     a, b, c = (
@@ -241,7 +244,7 @@ def anti_repetition_loss(
 
 
 def _row_scores(labels, mask, eos_token_id, pad_token_id, ngram_size):
-    """Repetition, EOS misuse and diversity per row, each [B]."""
+    """Computes repetition, EOS misuse and diversity per row, each [B]."""
     given = jnp.ones(labels.shape) if mask is None else as_float(mask)
     length = jnp.sum(given, 1, keepdims=True)
     index = as_float(jnp.arange(labels.shape[1]))[None, :]
