@@ -159,7 +159,7 @@ class TokenObjective:
             targets=inputs.targets,
             active=inputs.weights != 0,
             candidates={_CANDIDATES: jnp.concatenate(ids, -1)} if ids else {},
-            complements=any(t.needs_log_one_minus_p for t in self.terms),
+            log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
         )
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if self._needs_logits and isinstance(logits, Product):
@@ -213,7 +213,7 @@ class HeadObjective:
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
         active = inputs.weights != 0
-        query = Query(targets=inputs.targets, active=active, complements=False)
+        query = Query(targets=inputs.targets, active=active, log_one_minus_p=False)
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = smoothed_cross_entropy(stats, self.label_smoothing)
