@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight, weight_at
-from ava_jax.inputs import LossInputs, Normalizers
+from ava_jax.inputs import LossInputs, Normalizers, array
 from ava_jax.kernel.fused import Plan
 from ava_jax.kernel.stats import TokenStats
 from ava_jax.reduce import safe_divide
@@ -73,6 +73,10 @@ class Call:
     train: bool
     settings: Settings
     plan: Plan
+
+    def array(self, name: str) -> Array:
+        """Returns an argument that the term requires."""
+        return array(self.inputs, name)
 
     @property
     def share(self) -> Scalar:
@@ -259,7 +263,7 @@ class BatchTerm(Term):
       ...     weight: float = 0.1
       ...     requires = ("hidden_states",)
       ...     def __call__(self, call):
-      ...         return jnp.mean(call.inputs["hidden_states"] ** 2)
+      ...         return jnp.mean(call.array("hidden_states") ** 2)
       >>> config = ava_jax.UnifiedLossConfig(vocab_size=8)
       >>> loss_fn = ava_jax.unified_loss(config, extra_terms=(SmallStates(),))
       >>> _, aux, _ = loss_fn(

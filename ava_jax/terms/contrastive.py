@@ -3,7 +3,6 @@
 import dataclasses
 
 from ava_jax.config import ContrastiveType, Weight
-from ava_jax.inputs import array
 from ava_jax.losses import contrastive
 from ava_jax.terms.base import BatchTerm, Call, Scalar
 
@@ -26,7 +25,7 @@ class InfoNCE(BatchTerm):
 
     def __call__(self, call: Call) -> Scalar:
         return contrastive.contrastive_infonce_loss(
-            array(call.inputs, "embeddings"),
+            call.array("embeddings"),
             labels=call.inputs.get("labels"),
             temperature=self.temperature,
         )
@@ -49,8 +48,8 @@ class Margin(BatchTerm):
 
     def __call__(self, call: Call) -> Scalar:
         return contrastive.contrastive_margin_loss(
-            array(call.inputs, "embeddings"),
-            labels=array(call.inputs, "labels"),
+            call.array("embeddings"),
+            labels=call.array("labels"),
             margin=self.margin,
         )
 
@@ -72,8 +71,8 @@ class Triplet(BatchTerm):
 
     def __call__(self, call: Call) -> Scalar:
         return contrastive.contrastive_triplet_loss(
-            array(call.inputs, "embeddings"),
-            labels=array(call.inputs, "labels"),
+            call.array("embeddings"),
+            labels=call.array("labels"),
             margin=self.margin,
         )
 
@@ -95,7 +94,7 @@ class SimCTG(BatchTerm):
 
     def __call__(self, call: Call) -> Scalar:
         return contrastive.simctg_loss(
-            array(call.inputs, "hidden_states"),
+            call.array("hidden_states"),
             margin=self.margin,
             mask=call.tokens.active,
             segment_ids=call.tokens.segments,

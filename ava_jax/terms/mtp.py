@@ -138,7 +138,7 @@ class ParallelHeads(_Heads, BatchTerm):
         heads = head_inputs(call.tokens, count)
         params = mtp_parameters(call.inputs)
         counted = jnp.any(heads.weights != 0, 0)[..., None]
-        hidden = array(call.inputs, "hidden_states")
+        hidden = call.array("hidden_states")
         hidden = jnp.where(counted, hidden, jnp.zeros_like(hidden))
         normed = layer_norm(hidden, params["norm"]["scale"], params["norm"]["bias"])
         objective = self._objective(call, 1)
@@ -188,7 +188,7 @@ class SequentialHeads(_Heads):
         count = usable_heads(self.num_heads, call.tokens)
         if count < 1:
             return None
-        hidden = array(call.inputs, "mtp_hidden_states")[:count]
+        hidden = call.array("mtp_hidden_states")[:count]
         inputs = head_inputs(call.tokens, count)
         return Group(self._objective(call, count), hidden, inputs, True)
 
@@ -469,6 +469,9 @@ class AdaptivePrimary(_Adaptive, TokenTerm):
 class AdaptiveSecondary(_Adaptive, BatchTerm):
     """The adaptive loss of heads and confidences beside another main loss.
 
+    `primary_logits` and `hidden_states`, which models with such heads return as well,
+    may be given: their weight is 0 here.
+
     Attributes:
       heads: what it consists of.
     """
@@ -477,7 +480,7 @@ class AdaptiveSecondary(_Adaptive, BatchTerm):
     name: str = "adaptive_mtp_loss"
     option = 'mtp_type="adaptive"'
     requires = ("additional_logits",)
-    accepts = ("confidence_scores", "mtp_active")
+    accepts = ("confidence_scores", "mtp_active", "primary_logits", "hidden_states")
     keys = ("adaptive_mtp_loss", *_adaptive_keys("adaptive_mtp"))
 
     def finish(self, call: Call) -> Output:

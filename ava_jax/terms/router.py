@@ -97,6 +97,8 @@ class _Balancing(RouterTerm):
     """Carries the experts' load from step to step; only training steps move it."""
 
     option = "use_moe_balancing"
+    # They come with the router's output; their similarity is a term of its own.
+    accepts = ("expert_outputs",)
     fields = ("moe_balancing",)
 
     def per_layer(self, function: Callable[..., Leaf]) -> Callable[..., Leaf]:
