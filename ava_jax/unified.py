@@ -25,7 +25,7 @@ from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import LossState, states_of, with_states
 from ava_jax.terms.base import Aux, Call, Step, Term
 from ava_jax.terms.listing import RESERVED_NAMES, terms_of
-from ava_jax.terms.user import ExtraTerm, as_term
+from ava_jax.terms.user import TermLike, as_term
 from ava_jax.tokens import Tokens
 
 
@@ -271,7 +271,7 @@ class UnifiedLoss:
 
 def unified_loss(
     config: UnifiedLossConfig,
-    extra_terms: Sequence[Term | ExtraTerm] = (),
+    extra_terms: Sequence[TermLike] = (),
     *,
     mesh: Mesh | None = None,
     batch_axes: str | Sequence[str] = (),
@@ -343,7 +343,7 @@ def _distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 
 def compose(
-    terms: Sequence[Term | ExtraTerm],
+    terms: Sequence[TermLike],
     *,
     vocab_size: int,
     ignore_index: int = -100,

@@ -83,7 +83,10 @@ class _Adapted(TokenTerm):
         return update(state, statistics, step)
 
 
-def as_term(term: Term | ExtraTerm | Callable[..., Array]) -> Term:
+TermLike = Term | ExtraTerm | Callable[..., Array]
+
+
+def as_term(term: TermLike) -> Term:
     """Returns a user's term in the form of the built-in ones.
 
     Raises:

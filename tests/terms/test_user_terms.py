@@ -181,8 +181,8 @@ def test_it_adds_its_weighted_mean_to_the_loss():
     nll = optax.softmax_cross_entropy_with_integer_labels(
         given["logits"], given["targets"]
     )
-    mean = jnp.sum(reward * nll * given["attention_mask"])
-    mean /= jnp.sum(given["attention_mask"])
+    mask = given["attention_mask"].astype(jnp.float32)
+    mean = jnp.sum(reward * nll * mask) / jnp.sum(mask)
     np.testing.assert_allclose(aux["reward"], 0.5 * mean, rtol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_token_unlikelihood_as_a_users_term():
 
     built_in = both("unlikelihood")
     chex.assert_trees_all_close(both("own_unlikelihood"), built_in, rtol=1e-5)
-    assert float(built_in[0]) > 0.1
+    assert float(built_in[0]) > 0.01
 
 
 def test_candidates_that_are_prepared_once_per_step():
@@ -219,7 +219,7 @@ def test_candidates_that_are_prepared_once_per_step():
     _, aux, _ = jitted(loss_fn)(loss_fn.init(), given)
     log_p = jax.nn.log_softmax(given["logits"])
     wanted = jnp.take_along_axis(log_p, (given["targets"] + 1)[..., None] % V, -1)
-    mask = given["attention_mask"][..., None]
+    mask = given["attention_mask"][..., None].astype(jnp.float32)
     np.testing.assert_allclose(
         aux["next_id"], jnp.sum(wanted * mask) / jnp.sum(mask), rtol=1e-5
     )
@@ -270,6 +270,7 @@ def test_every_entry_of_aux_is_reserved():
         (dataclasses.replace(Reward(), weight=np.ones(2)), TypeError, "hashable"),
     ],
 )
+@pytest.mark.usefixtures("unannotated")
 def test_an_object_that_is_no_term_is_an_error(term, error, words):
     with pytest.raises(error, match=words):
         ava_jax.unified_loss(CONFIG, (term,))
