@@ -37,13 +37,13 @@ def rows():
     return jnp.asarray(z, jnp.float32)
 
 
-def make_query(complements=True):
+def make_query(log_one_minus_p=True):
     ids = jax.random.randint(jax.random.key(1), (12, 5), 0, 9).at[3].set(4)
     return Query(
         targets=jnp.array([0, 3, 3, 5, 6, 2, 8, 5, 0, 0, 7, 8]),
         active=jnp.arange(12) != 9,
         candidates={"a": ids},
-        complements=complements,
+        log_one_minus_p=log_one_minus_p,
     )
 
 
@@ -55,8 +55,8 @@ def measure(vocabulary, query, z, temperature):
         known = (stats.count > 0) & query.active
         parts = [stats.log_sum, stats.log_sum_tempered, stats.target, stats.total]
         parts += [stats.expected, *jnp.moveaxis(stats.candidates["a"], -1, 0)]
-        if query.complements:
-            parts += [stats.target_complement, stats.unlikelihood("a").sum(-1)]
+        if query.log_one_minus_p:
+            parts += [stats.log_one_minus_p, stats.unlikelihood("a").sum(-1)]
         weights = jnp.arange(1.0, 1 + len(parts))
         kept = [jnp.where(known & jnp.isfinite(x), x, 0.0) for x in parts]
         return weights @ jnp.stack(kept).sum(-1), stats
@@ -65,12 +65,12 @@ def measure(vocabulary, query, z, temperature):
     return stats, grads
 
 
-@pytest.mark.parametrize("complements", [True, False])
+@pytest.mark.parametrize("log_one_minus_p", [True, False])
 @pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("size", [WIDTH, WIDTH - 2, 9])
-def test_shards_know_what_the_whole_row_says(size, cap, complements):
+def test_shards_know_what_the_whole_row_says(size, cap, log_one_minus_p):
     """Of 9 classes the last shard has none and the one before it a single one."""
-    query, temperature = make_query(complements), jnp.asarray(1.3)
+    query, temperature = make_query(log_one_minus_p), jnp.asarray(1.3)
     z = rows() if cap is None else jnp.clip(rows(), -1e4, 1e4)
 
     @jax.jit
@@ -90,7 +90,7 @@ def test_shards_know_what_the_whole_row_says(size, cap, complements):
     got = shared(z, temperature)
     assert not bool(jnp.any(got[1][0][9]))
     got, want = (jax.tree.map(without_inactive, tree) for tree in (got, want))
-    for name in ("shift", "pivot", "count", "top", "is_top", "candidate_is_top"):
+    for name in ("shift", "second_shift", "count", "top", "is_top", "candidate_is_top"):
         chex.assert_trees_all_equal(getattr(got[0], name), getattr(want[0], name))
     chex.assert_trees_all_close(finite(got), finite(want), rtol=3e-6, atol=3e-6)
     assert bool(jnp.all(jnp.isfinite(got[1][0])))

@@ -186,7 +186,7 @@ def test_bad_arguments() -> None:
     with untyped():
         with pytest.raises(ValueError, match="outputs_augmented must have one shape"):
             consistency_loss(a, jnp.zeros((2, 4)))
-        with pytest.raises(ValueError, match="weights must have one entry a row"):
+        with pytest.raises(ValueError, match="weights must have one entry per row"):
             consistency_loss(a, a, weights=jnp.ones((2, 3)))
 
 

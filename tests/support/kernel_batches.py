@@ -55,7 +55,7 @@ class Lead:
         return ()
 
     def apply(self, state, stats, inputs):
-        return stats.top.astype(jnp.float32) - stats.log_rest
+        return stats.top.astype(jnp.float32) - stats.log_sum_without_top
 
 
 def compile_for(monkeypatch, platform, *, rounds=False):

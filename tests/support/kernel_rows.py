@@ -29,7 +29,7 @@ class Options(NamedTuple):
       cap: the soft cap.
       finite: only rows without −inf and NaN, and the promise of that.
       tempered: whether there is a temperature.
-      complements: whether log(1 − p) is asked for.
+      log_one_minus_p: whether log(1 − p) is asked for.
       ids: how many candidates.
       dtype: of the logits.
     """
@@ -38,7 +38,7 @@ class Options(NamedTuple):
     cap: float | None = None
     finite: bool = False
     tempered: bool = True
-    complements: bool = True
+    log_one_minus_p: bool = True
     ids: int = 3
     dtype: str = "float32"
 
@@ -49,8 +49,8 @@ OPTIONS = {
     # Of four shards the last has no class and the one before it a single one.
     "soft cap": Options(cap=30.0, size=WIDTH // 2 + 1),
     "no temperature": Options(tempered=False, ids=0),
-    "no complements": Options(complements=False, tempered=False, ids=17),
-    "bfloat16": Options(complements=False, dtype="bfloat16", cap=30.0),
+    "without log(1 - p)": Options(log_one_minus_p=False, tempered=False, ids=17),
+    "bfloat16": Options(log_one_minus_p=False, dtype="bfloat16", cap=30.0),
     "float64": Options(dtype="float64", size=WIDTH - 5),
     "finite": Options(finite=True),
     "finite with padding": Options(finite=True, size=WIDTH - 130, cap=30.0),
@@ -58,7 +58,7 @@ OPTIONS = {
 SHARED = (
     "plain",
     "soft cap",
-    "no complements",
+    "without log(1 - p)",
     "finite",
     "finite with padding",
     "float64",
@@ -138,7 +138,7 @@ def batch(options: Options):
         targets=jnp.asarray(targets, jnp.int32),
         active=jnp.asarray([active, active]),
         candidates=candidates,
-        complements=options.complements,
+        log_one_minus_p=options.log_one_minus_p,
     )
     return names, z, query
 
@@ -147,12 +147,12 @@ def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
     """Everything that a loss can ask for, [2, n] or [2, n, Q]."""
     names = ["log_z", "nll", "entropy", "total", "count", "expected", "target"]
     names += ["log_sum_tempered"]
-    if query.complements:
-        names += ["log_rest", "target_complement"]
+    if query.log_one_minus_p:
+        names += ["log_sum_without_top", "log_one_minus_p"]
     values = {name: getattr(stats, name) for name in names}
     for name in query.candidates:
         values[f"logits of {name}"] = stats.candidates[name]
-        if query.complements:
+        if query.log_one_minus_p:
             values[f"unlikelihood of {name}"] = stats.unlikelihood(name)
     return values
 
@@ -163,22 +163,22 @@ def facts(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
     return {"top": stats.top, "is_top": stats.is_top, **matches}
 
 
-class Largest(NamedTuple):
+class TopLogit(NamedTuple):
     """What is known of rows' largest logits, [2, n].
 
     Attributes:
-      is_asked: whether the first largest one is the target's or a candidate's.
+      is_queried: whether the first largest one is the target's or a candidate's.
       is_tied: whether several are equal.
       lead: how far the largest logit is above the second largest.
     """
 
-    is_asked: np.ndarray
+    is_queried: np.ndarray
     is_tied: np.ndarray
     lead: np.ndarray
 
 
 @functools.cache
-def largest_of(options: Options) -> Largest:
+def top_logit_of(options: Options) -> TopLogit:
     _, z, query = batch(options)
     raw = np.asarray(z)[..., : options.size]
     z = raw if options.cap is None else options.cap * np.tanh(raw / options.cap)
@@ -186,13 +186,13 @@ def largest_of(options: Options) -> Largest:
     named = [np.asarray(ids) for ids in query.candidates.values()]
     ids = np.concatenate([np.asarray(query.targets)[..., None], *named], -1)
     lead = np.diff(np.sort(z, -1)[..., -2:])[..., 0]
-    is_asked = (ids == top[..., None]).any(-1)
-    return Largest(is_asked, lead == 0, lead)
+    is_queried = (ids == top[..., None]).any(-1)
+    return TopLogit(is_queried, lead == 0, lead)
 
 
 def unknown(options: Options) -> dict[str, np.ndarray]:
     """Where which values of a product mean nothing."""
-    return {"log_rest": ~largest_of(options).is_asked}
+    return {"log_sum_without_top": ~top_logit_of(options).is_queried}
 
 
 def mixed(stats: TokenStats, query: Query, left_out: dict[str, np.ndarray]):
@@ -299,7 +299,7 @@ def assert_rows_agree(
     names, _, query = batch(options)
     named = [query.targets[..., None], *query.candidates.values()]
     ids = np.concatenate(named, -1)[..., None, :]
-    is_asked = (np.arange(WIDTH)[:, None] == ids).any(-1)
+    is_queried = (np.arange(WIDTH)[:, None] == ids).any(-1)
     rounding = np.broadcast_to(rounding, (2, len(names)))
     tolerance = 1e-12 if options.dtype == "float64" else 4e-6
     for i, row in enumerate(names):
@@ -324,7 +324,7 @@ def assert_rows_agree(
         size = np.abs(slope).max()
         limit = 8e-3 if options.dtype == "bfloat16" else 5 * tolerance
         limit += rounding[:, i].max()
-        limit = np.where(is_asked[:, i] | (not is_rounded), limit, limit + 2**-7)
+        limit = np.where(is_queried[:, i] | (not is_rounded), limit, limit + 2**-7)
         error = np.abs(grad - slope) / (limit * size)
         assert error.max() <= 1, (row, error.max(), size)
     assert not got[2][0][..., options.size :].any()
