@@ -1,4 +1,4 @@
-"""The table of compiled programs: what it is told, what it prints and keeps."""
+"""The table of compiled programs: its options, its output and its files."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import compiled, topologies
-from benchmarks.candidates import Entry
 from benchmarks.compiled import head, line, measure, read_shape
+from benchmarks.programs import Entry
 from benchmarks.records import CompiledRow
 from benchmarks.shapes import COMPILED, Shape
 from benchmarks.topologies import CHIPS, topology_name

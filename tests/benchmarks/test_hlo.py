@@ -177,7 +177,7 @@ def test_loop_of_unknown_length_is_named():
 
 
 def test_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no compiled program"):
+    with pytest.raises(ValueError, match="not a compiled program"):
         hlo.parse("module @jit_f {}")
 
 

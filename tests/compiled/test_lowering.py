@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.candidates import CONFIGS, Place, loss_of
+from benchmarks.programs import CONFIGS, Devices, loss_of
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 4096, 64, 32000
 CONFIG_NAMES = pytest.mark.parametrize("name", list(CONFIGS))
@@ -21,7 +21,7 @@ PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @functools.cache
 def lowered(name: str, platform: str) -> str:
     """The program of the loss and its gradients, as it is handed to the compiler."""
-    here = Place("v5p")  # whose devices are not asked for
+    here = Devices("v5p")  # whose devices are not asked for
     loss = loss_of(CONFIGS[name](VOCAB), here, "hidden_states", "lm_head", "targets")
     arrays = (
         jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.bfloat16),
