@@ -1,4 +1,4 @@
-"""Statistics of a product that is never stored are those of its logits."""
+"""The statistics of a product that is never stored equal those of its logits."""
 
 import functools
 from typing import Any
@@ -111,7 +111,7 @@ def measured_product(
 def assert_product_agrees(
     options: Options, *, near: str = "", may_round: bool = False, **how
 ):
-    """Compares a product with the definition, where it says what that says."""
+    """Compares a product with the definition where both are specified."""
     with jax.enable_x64(options.dtype == "float64"):
         largest = top_logit_of(options)
         want = measured(options, "reference", None, as_product=True)
@@ -124,7 +124,7 @@ def assert_product_agrees(
         found = found | {"top": np.where(largest.is_queried, found["top"], NOT_QUERIED)}
 
     def comparable(values, found, slopes):
-        """Zeros where the two may differ."""
+        """Zeroes the values that may differ."""
         # Label smoothing takes the mean; its rounding is that of a single logit.
         values = values | {"total": values["total"] / options.size}
         if "log_sum_without_top" in values:
@@ -134,8 +134,8 @@ def assert_product_agrees(
             values = values | {"log_sum_without_top": log_sum_without_top}
         kept = {}
         for key, fact in found.items():
-            # Of several largest logits any that is asked for may be the one, but the
-            # target is only if it is the first.
+            # If several logits are largest, any queried one may be the top, but the
+            # target only if it is the first.
             differs = largest.is_tied & (key != "is_top")
             differs = differs.reshape(*differs.shape, *[1] * (fact.ndim - 2))
             kept[key] = np.where(differs, 0, fact)
@@ -152,7 +152,7 @@ def assert_product_agrees(
         comparable(values, found, slopes),
         absolute=absolute,
         of_inactive=True,
-        # A logit's distance from the largest one is rounded; in log(1 − p) it counts.
+        # The difference to the largest logit is rounded, which matters in log(1 − p).
         rounding=largest.lead * np.finfo(largest.lead.dtype).eps,
         is_rounded=may_round,
     )

@@ -1,4 +1,4 @@
-"""Every implementation says of a row what the definition says."""
+"""Every implementation agrees with the definition on every row."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The vocabulary pass: values, gradients, and what must not reach either."""
+"""The statistics: values, gradients, and inputs that must not affect them."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_equal_logits_of_any_size_lose_nothing():
 
 @pytest.mark.parametrize("gap", [20.0, 1e3, 1e6])
 def test_unlikelihood_is_exact_where_the_probability_rounds_to_one(gap):
-    def charge(logits):
+    def penalty(logits):
         stats = token_statistics(
             logits[None],
             Query(
@@ -81,7 +81,7 @@ def test_unlikelihood_is_exact_where_the_probability_rounds_to_one(gap):
         return stats.unlikelihood("c")[0, 0]
 
     logits = jnp.array([gap, 0.0, 0.0, 0.0])
-    value, grad = jax.value_and_grad(charge)(logits)
+    value, grad = jax.value_and_grad(penalty)(logits)
     np.testing.assert_allclose(value, gap - np.log(3), rtol=1e-6)
     np.testing.assert_allclose(grad, [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-5)
     # The textbook form, log(1 - p), is infinite here.
@@ -154,8 +154,8 @@ def test_log_one_minus_p_must_be_requested():
 
 
 @pytest.mark.parametrize("width", [5, 256, 1000])
-def test_the_largest_logit_is_found_in_whichever_part_it_lies(width):
-    """Rows fall into parts from 128 classes on; ties go to the first class."""
+def test_the_largest_logit_is_found_in_any_segment(width):
+    """Rows have several segments from 128 classes on; of equal logits the first is top."""
     z = np.array(jax.random.normal(jax.random.key(0), (40, width)))
     z[1] = 0.0
     z[2, -1] = z[2, 3] = 9.0

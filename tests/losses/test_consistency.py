@@ -145,7 +145,7 @@ def test_a_class_masked_on_both_sides_is_absent(kind: str) -> None:
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(a, b)
     want = sum(oracle(np.delete(A, 2, 1), np.delete(B, 2, 1), kind, 1.0))
-    # A mean over classes counts the absent one.
+    # A mean over classes includes the absent one.
     np.testing.assert_allclose(value, want * (5 / 6 if kind == "mse" else 1), rtol=1e-5)
     for gradient in gradients:
         chex.assert_tree_all_finite(gradient)

@@ -1,4 +1,4 @@
-"""Rows that an implementation of the kernel could get wrong, and their statistics."""
+"""Rows on which an implementation of the kernel could fail, and their statistics."""
 
 import functools
 import zlib
@@ -18,18 +18,18 @@ MESH = jax.make_mesh(
     (4,), ("vocab",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
 )
 TEMPERATURE = 1.3
-WIDTH = 512  # a row of the cpu implementation has 8 parts, that of a shard 2
+WIDTH = 512  # 8 segments of a row in the cpu implementation, 2 on a shard
 
 
 class Options(NamedTuple):
-    """What a program is traced for.
+    """The static options of a traced program.
 
     Attributes:
       size: classes; the columns from it on are padding.
       cap: the soft cap.
       finite: only rows without −inf and NaN, and the promise of that.
       tempered: whether there is a temperature.
-      log_one_minus_p: whether log(1 − p) is asked for.
+      log_one_minus_p: whether log(1 − p) is requested.
       ids: how many candidates.
       dtype: of the logits.
     """
@@ -66,7 +66,7 @@ SHARED = (
 
 
 def named_rows() -> dict[str, np.ndarray]:
-    """Rows that an implementation could get wrong."""
+    """Returns rows on which an implementation could fail."""
     z = np.random.default_rng(0).normal(size=(40, WIDTH))
     named = {f"of size {s:g}": s * z[i] for i, s in enumerate((0.01, 1, 30, 1e4))}
     # Where exponentials of the others are small, denormal or 0.
@@ -110,7 +110,7 @@ def batch(options: Options):
     """The rows' names, logits [2, n, WIDTH] and a query: the targets of [0] are top."""
     rows = named_rows()
     if options.finite:
-        # Inactive ones are zeros in a pass; these are as harmless.
+        # Masked ones are zeros in a pass; these are finite as well.
         rows = {k: z for k, z in rows.items() if np.isfinite(z).all()}
         del rows["inactive, large"]
     names = list(rows)
@@ -125,7 +125,7 @@ def batch(options: Options):
     if options.ids:
         ids = rng.integers(0, options.size, (*top.shape, options.ids))
         ids[:, ::2, 0] = top[:, ::2]
-        ids[:, ::5, 0], ids[:, ::7, 0] = WIDTH + 3, -1  # no classes
+        ids[:, ::5, 0], ids[:, ::7, 0] = WIDTH + 3, -1  # outside [0, V)
         ids[:, 1::11, 0] = options.size  # likewise, where there is padding its first
         ids[:, ::3, -1] = ids[:, ::3, 0]  # one of them twice
         candidates = {
@@ -144,7 +144,7 @@ def batch(options: Options):
 
 
 def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
-    """Everything that a loss can ask for, [2, n] or [2, n, Q]."""
+    """Returns all differentiable values, [2, n] or [2, n, Q]."""
     names = ["log_z", "nll", "entropy", "total", "count", "expected", "target"]
     names += ["log_sum_tempered"]
     if query.log_one_minus_p:
@@ -158,18 +158,18 @@ def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
 
 
 def facts(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
-    """What has no gradient."""
+    """Returns the values without a gradient."""
     matches = {f"is {k}": stats.candidate_is_top[k] for k in query.candidates}
     return {"top": stats.top, "is_top": stats.is_top, **matches}
 
 
 class TopLogit(NamedTuple):
-    """What is known of rows' largest logits, [2, n].
+    """The largest logits of rows, [2, n].
 
     Attributes:
-      is_queried: whether the first largest one is the target's or a candidate's.
-      is_tied: whether several are equal.
-      lead: how far the largest logit is above the second largest.
+      is_queried: whether the first of the largest is the target or a candidate.
+      is_tied: whether several logits are largest.
+      lead: the difference of the largest and the second largest logit.
     """
 
     is_queried: np.ndarray
@@ -191,7 +191,7 @@ def top_logit_of(options: Options) -> TopLogit:
 
 
 def unknown(options: Options) -> dict[str, np.ndarray]:
-    """Where which values of a product mean nothing."""
+    """Returns where which values of a product are unspecified."""
     return {"log_sum_without_top": ~top_logit_of(options).is_queried}
 
 
@@ -294,7 +294,7 @@ def assert_rows_agree(
       absolute: error that the values may have besides a relative one.
       of_inactive: whether the values of inactive tokens must be finite.
       rounding: further error of the gradients, for all or [2, n].
-      is_rounded: whether gradients at ids that are not asked for have 8 bits.
+      is_rounded: whether gradients at ids that are not queried have 8 bits.
     """
     names, _, query = batch(options)
     named = [query.targets[..., None], *query.candidates.values()]
