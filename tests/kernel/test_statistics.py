@@ -155,7 +155,7 @@ def test_log_one_minus_p_must_be_requested():
 
 @pytest.mark.parametrize("width", [5, 256, 1000])
 def test_the_largest_logit_is_found_in_any_segment(width):
-    """Rows have several segments from 128 classes on; of equal logits the first is top."""
+    """Rows have several segments from 128 classes on; the first of ties is the top."""
     z = np.array(jax.random.normal(jax.random.key(0), (40, width)))
     z[1] = 0.0
     z[2, -1] = z[2, 3] = 9.0
