@@ -128,10 +128,8 @@ def assert_product_agrees(
         # Label smoothing takes the mean; its rounding is that of a single logit.
         values = values | {"total": values["total"] / options.size}
         if "log_sum_without_top" in values:
-            log_sum_without_top = np.where(
-                largest.is_queried, values["log_sum_without_top"], 0
-            )
-            values = values | {"log_sum_without_top": log_sum_without_top}
+            known = np.where(largest.is_queried, values["log_sum_without_top"], 0)
+            values = values | {"log_sum_without_top": known}
         kept = {}
         for key, fact in found.items():
             # If several logits are largest, any queried one may be the top, but the
