@@ -1,4 +1,4 @@
-"""Measurements of generated text: plain loops, by hand-made rows and on random ones."""
+"""Metrics of generated text against plain loops, on handmade rows and random ones."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ def distinct_oracle(rows: NDArray[Any], mask: NDArray[Any], n: int) -> float:
 
 
 def loop_oracle(row: Row, mask: Row, max_period: int) -> int:
-    """Tries every stretch and every period."""
+    """Tries every span and every period."""
     longest = 0
     for start in range(len(row)):
         for end in range(start + 2, len(row) + 1):
@@ -102,7 +102,7 @@ def loops_of(max_period: int, *lines: str, holes: str = "") -> list[int]:
 
 def test_loops_by_hand():
     assert loops_of(2, "aaaaaa", "abcabcab", "xababay") == [6, 0, 5]
-    # What is looped over has to come twice, whole.
+    # The period has to occur twice, in full.
     lines = "aaaaaa", "abcabcab", "abcdeabcd", "abcdeabcde", "aabcdabcdx", "a"
     assert loops_of(9, *lines) == [6, 8, 0, 10, 8, 0]
     assert loops_of(4, "abab.abab", "ab.ab.ab", "aa.a.a", holes=".") == [4, 0, 2]
@@ -117,7 +117,7 @@ def test_ngrams_by_hand():
 
     repeated, distinct = shares(jnp.array([[7, 7, 7, 7, 7]]), n=2)
     assert (repeated.tolist(), float(distinct)) == ([0.75], 0.25)
-    # Rows are looked at alone, and together; no window runs from row to row.
+    # Per row, and over all rows; no window crosses rows.
     repeated, distinct = shares(jnp.array([[1, 2, 3], [2, 3, 1]]), n=2)
     assert (repeated.tolist(), float(distinct)) == ([0, 0], 0.75)
     holes = jnp.array([[1, 2, 9, 1, 2]]), jnp.array([[1, 1, 0, 1, 1]])

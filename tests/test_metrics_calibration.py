@@ -1,4 +1,4 @@
-"""Calibration against plain loops, by hand-made rows and on random ones."""
+"""Calibration against plain loops, on handmade rows and random ones."""
 
 import re
 from functools import partial
@@ -50,7 +50,7 @@ def error_oracle(
 
 
 def predictions(seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Confidences, many of them edges of bins, and NaN where nothing counts."""
+    """Confidences, many of them edges of bins, and NaN where they are masked."""
     rng = np.random.default_rng(seed)
     edges = (np.arange(NUM_BINS + 1) / NUM_BINS).astype(np.float32)
     confidence = rng.random((6, 10)).astype(np.float32)

@@ -74,7 +74,7 @@ def reduce(
     )
     sums |= {"exp_sum": None, "tempered": None}
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
-    sums["top"] = _top_id(axis, compared, row_max, exists)
+    sums["top"] = _top_id(axis, z, compared, row_max, exists)
     second_shift, second = jnp.zeros_like(shift), None
     if query.log_one_minus_p:
         second = _sum_without_top(compared, e, exists, row_max.is_local)
@@ -156,11 +156,11 @@ def _compare(vocabulary: Vocabulary, logits, z, own, shift) -> _Comparison:
     return _Comparison(is_below, ~is_below, ~is_below)
 
 
-def _top_id(axis, compared: _Comparison, row_max: RowMax, exists):
+def _top_id(axis, z, compared: _Comparison, row_max: RowMax, exists):
     """Returns the id of the row max, and 0 on the shards that do not hold it."""
-    width = compared.is_equal.shape[-1]
+    width = z.shape[-1]
     # As floats, the ids join the other reductions in one pass.
-    ids = as_float(column_ids(compared.is_equal) + first_id(axis, width))
+    ids = as_float(column_ids(z) + first_id(axis, width))
     size = as_float(num_shards(axis) * width)
     top = jnp.min(jnp.where(compared.is_equal, ids, size), -1)
     if row_max.is_local is not None:

@@ -1,4 +1,4 @@
-"""The benchmarks: how they time and judge, and that every case runs."""
+"""The benchmarks: timing, goals, and a run of every case."""
 
 import dataclasses
 import json
@@ -11,18 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import goals, machine, records, rivals, run, scaling, shapes, subjects
-from benchmarks.arrays import make_batch, rival
-from benchmarks.cases import CONTENDERS, EXACT, GROUPS, LOGITS_ARRAY, Case, table
-from benchmarks.subjects import subject
-from benchmarks.timing import Contender, Figures, Skipped, race, time_ratio
+from benchmarks import (
+    baselines,
+    candidates,
+    goals,
+    machine,
+    records,
+    run,
+    scaling,
+    shapes,
+)
+from benchmarks.arrays import baseline, make_batch
+from benchmarks.candidates import candidate
+from benchmarks.cases import EXACT, GROUPS, IMPLEMENTATIONS, LOGITS_ARRAY, Case, table
+from benchmarks.timing import (
+    Figures,
+    Implementation,
+    Skipped,
+    time_interleaved,
+    time_ratio,
+)
 
 TINY = shapes.tiny(shapes.DEPTHS)
 ALL_CASES = table("cpu")
 
 
-def contender(answer: Callable[[jax.Array], jax.Array]) -> Contender:
-    return Contender(jax.jit(answer), (jnp.ones((2,)),))
+def implementation(answer: Callable[[jax.Array], jax.Array]) -> Implementation:
+    return Implementation(jax.jit(answer), (jnp.ones((2,)),))
 
 
 def figures(*times: float, temp: int | None = 100, value: float = 2.0) -> Figures:
@@ -53,8 +68,8 @@ def test_rounds_are_interleaved_and_rotate():
         jax.effects_barrier()
         return now[0]
 
-    named = {name: contender(record(name)) for name in seconds}
-    results = race(named, rounds=4, warmup=1, clock=clock)
+    named = {name: implementation(record(name)) for name in seconds}
+    results = time_interleaved(named, rounds=4, warmup=1, clock=clock)
 
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
     for name, result in results.items():
@@ -64,7 +79,7 @@ def test_rounds_are_interleaved_and_rotate():
 
 
 def test_time_ratio_is_taken_round_by_round():
-    # A slow machine in rounds 2 and 3 slows both alike: the ratio is 2 throughout.
+    # A slow machine in rounds 2 and 3 slows both down equally: the ratio is always 2.
     ratio = time_ratio(figures(2.0, 20.0, 200.0), figures(1.0, 10.0, 100.0))
     assert ratio == (2.0, 2.0, 2.0)
     spread = time_ratio(figures(1.0, 2.0, 9.0, 4.0, 5.0), figures(*[1.0] * 5))
@@ -77,17 +92,17 @@ def test_summary_has_median_and_spread():
     assert summary["interquartile_range"] == 3.0
 
 
-def test_contender_that_cannot_be_built_is_kept_with_its_reason(monkeypatch):
+def test_implementation_that_cannot_be_built_is_kept_with_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     batch = make_batch(shapes.tiny(shapes.FUSED))
-    raced = race(
+    timed = time_interleaved(
         {
-            "tokamax": rival(rivals.tokamax_loss, batch),
-            "sum": contender(lambda x: x.sum()),
+            "tokamax": baseline(baselines.tokamax_loss, batch),
+            "sum": implementation(lambda x: x.sum()),
         },
         rounds=1,
     )
-    tokamax, total = raced["tokamax"], raced["sum"]
+    tokamax, total = timed["tokamax"], timed["sum"]
     assert isinstance(tokamax, Skipped)
     assert "tokamax" in tokamax.reason
     assert isinstance(total, Figures)
@@ -97,7 +112,7 @@ def test_contender_that_cannot_be_built_is_kept_with_its_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ("Unsupported implementation: chunked_xla", rivals.NEEDS_NEWER_TOKAMAX),
+        ("Unsupported implementation: chunked_xla", baselines.NEEDS_NEWER_TOKAMAX),
         ("bad shape\nand more", "tokamax: bad shape"),
     ],
 )
@@ -109,29 +124,31 @@ def test_tokamax_that_refuses_is_skipped(monkeypatch, message, reason):
 
     monkeypatch.setitem(sys.modules, "tokamax", Refusing)
     batch = make_batch(shapes.tiny(shapes.FUSED))
-    raced = race({"tokamax": rival(rivals.tokamax_loss, batch)}, rounds=1)
-    assert raced == {"tokamax": Skipped(reason)}
+    timed = time_interleaved(
+        {"tokamax": baseline(baselines.tokamax_loss, batch)}, rounds=1
+    )
+    assert timed == {"tokamax": Skipped(reason)}
 
 
-def test_bug_in_a_contender_is_not_a_skip():
+def test_bug_in_an_implementation_is_not_a_skip():
     def wrong(x: jax.Array) -> jax.Array:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        race({"wrong": contender(wrong)}, rounds=1)
+        time_interleaved({"wrong": implementation(wrong)}, rounds=1)
 
 
 def test_goals_are_met_or_missed():
     case = case_of("fused")
-    raced = {"plain": figures(7.0, temp=30), "naive": figures(10.0)}
-    time, temp = goals.judge(case, {**raced})
+    timed = {"plain": figures(7.0, temp=30), "naive": figures(10.0)}
+    time, temp = goals.judge(case, {**timed})
     assert (time.status, time.goal) == ("met", 0.72)
     assert time.ratio == pytest.approx((0.7, 0.7, 0.7))
     assert (temp.status, temp.goal) == ("missed", 0.20)
     assert "plain / naive temp: 0.3, goal 0.2: missed" in temp.line()
 
 
-def test_goals_of_a_skipped_rival_give_its_reason():
+def test_goals_of_a_skipped_baseline_give_its_reason():
     case = case_of("chunked")
     outcomes = goals.judge(
         dataclasses.replace(case, shape=shapes.tiny(case.shape)),
@@ -148,8 +165,8 @@ def test_goals_of_a_skipped_rival_give_its_reason():
 
 def test_memory_is_judged_against_one_logits_array():
     case = case_of("logits-everything")
-    raced = {"everything": figures(1.0, temp=case.logits_bytes), "optax": figures(1.0)}
-    _, temp = goals.judge(case, {**raced})
+    timed = {"everything": figures(1.0, temp=case.logits_bytes), "optax": figures(1.0)}
+    _, temp = goals.judge(case, {**timed})
     assert case.logits_bytes == 1024 * 50304 * 4
     assert temp.ratio == (1.0, 1.0, 1.0)
     unknown = {"everything": figures(1.0, temp=None), "optax": figures(1.0)}
@@ -158,17 +175,17 @@ def test_memory_is_judged_against_one_logits_array():
 
 def test_bandwidth_is_a_fraction_of_the_copy():
     forward, gradient = (case_of("gpu", index) for index in (1, 2))
-    raced = {"plain": figures(1.0), "copy": figures(2.0)}
-    assert goals.judge(forward, {**raced})[0].ratio == (1.0, 1.0, 1.0)
-    outcome = goals.judge(gradient, {**raced})[0]
+    timed = {"plain": figures(1.0), "copy": figures(2.0)}
+    assert goals.judge(forward, {**timed})[0].ratio == (1.0, 1.0, 1.0)
+    outcome = goals.judge(gradient, {**timed})[0]
     assert (outcome.ratio, outcome.status) == ((3.0, 3.0, 3.0), "measured")
 
 
 def test_table_is_complete():
     titles = [(case.group, case.title) for case in ALL_CASES]
     assert len(set(titles)) == len(titles)
-    known = {*CONTENDERS, LOGITS_ARRAY, EXACT}
-    used = {n for c in ALL_CASES for g in c.goals for n in (g.subject, g.rival)}
+    known = {*IMPLEMENTATIONS, LOGITS_ARRAY, EXACT}
+    used = {n for c in ALL_CASES for g in c.goals for n in (g.candidate, g.baseline)}
     assert used == known
     assert {case.group for case in table("cpu", quick=True)} == set(GROUPS)
 
@@ -181,12 +198,12 @@ def test_models_are_scaled_to_the_device():
     assert (on_gpu.tokens, on_gpu.width, on_gpu.dtype) == (16384, 3584, "bfloat16")
 
 
-def test_all_contenders_compute_the_same_loss():
-    """A rival that computes something else would make its ratio meaningless."""
+def test_all_implementations_compute_the_same_loss():
+    """The ratio to a baseline that computes another loss would be meaningless."""
     batch = make_batch(TINY)
-    config = subjects.plain(TINY.vocab)
-    ours = subject(subjects.with_depths(config, TINY.depths), batch)
-    theirs = rival(rivals.naive_depths, batch)
+    config = candidates.plain(TINY.vocab)
+    ours = candidate(candidates.with_depths(config, TINY.depths), batch)
+    theirs = baseline(baselines.naive_depths, batch)
     own, other = (each.function(*each.args) for each in (ours, theirs))
     assert own[0][0] == pytest.approx(float(other[0]), abs=1e-5)
     for name in batch.floats:
@@ -194,21 +211,21 @@ def test_all_contenders_compute_the_same_loss():
 
     floats = {k: v for k, v in batch.floats.items() if k != "mtp_hidden_states"}
     one = batch._replace(floats=floats)
-    exact = rivals.exact_loss(one.targets, **floats)
+    exact = baselines.exact_loss(one.targets, **floats)
     for each in (
-        subject(config, one, gradient=False),
-        rival(rivals.naive, one, gradient=False),
-        rival(rivals.checkpointed, one, gradient=False),
+        candidate(config, one, gradient=False),
+        baseline(baselines.naive, one, gradient=False),
+        baseline(baselines.checkpointed, one, gradient=False),
     ):
         loss = jax.tree.leaves(each.function(*each.args))[0]
         assert float(loss) == pytest.approx(exact, abs=1e-5)
 
 
 def test_checkpointed_takes_several_chunks(monkeypatch):
-    monkeypatch.setattr(rivals, "CHUNK", 16)
+    monkeypatch.setattr(baselines, "CHUNK", 16)
     batch = make_batch(shapes.tiny(shapes.FUSED))
-    loss = jax.jit(rivals.checkpointed)(batch.targets, **batch.floats)
-    exact = rivals.exact_loss(batch.targets, **batch.floats)
+    loss = jax.jit(baselines.checkpointed)(batch.targets, **batch.floats)
+    exact = baselines.exact_loss(batch.targets, **batch.floats)
     assert float(loss) == pytest.approx(exact, abs=1e-5)
 
 
@@ -223,8 +240,8 @@ def test_one_size_grows_along_an_axis():
     for axis in scaling.AXES:
         found = scaling.points(axis, "cpu")
         assert len(found) == 5
-        first, *rest = (dataclasses.asdict(shape) for shape in found.values())
-        differing = {k for other in rest for k in first if first[k] != other[k]}
+        first, *others = (dataclasses.asdict(shape) for shape in found.values())
+        differing = {k for other in others for k in first if first[k] != other[k]}
         assert differing == {scaling.FIELDS.get(axis, "depths")}
 
 
@@ -272,7 +289,7 @@ def test_merging_keeps_other_groups(tmp_path):
     again = records.load(path)
     assert again is not None
     times = [
-        results["groups"]["logits-forward"]["cases"][0]["contenders"]
+        results["groups"]["logits-forward"]["cases"][0]["implementations"]
         for results in (first, again)
     ]
     assert times[0] != times[1]
@@ -305,7 +322,7 @@ def test_every_group_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def _check_case(case: records.CaseRecord) -> None:
-    for figures in case["contenders"].values():
+    for figures in case["implementations"].values():
         if "skipped" in figures:
             assert figures["skipped"]
             continue

@@ -1,4 +1,4 @@
-"""The table of compiled programs: what it is told, what it prints and keeps."""
+"""The table of compiled programs: its options, its output and its files."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import compiled, topologies
-from benchmarks.candidates import Entry
 from benchmarks.compiled import head, line, measure, read_shape
+from benchmarks.programs import Entry
 from benchmarks.records import CompiledRow
 from benchmarks.shapes import COMPILED, Shape
 from benchmarks.topologies import CHIPS, topology_name
@@ -20,8 +20,8 @@ HERE = topologies.Chip("cpu", 2**30)
 
 
 def entry(name: str, function: Any, kind: Any = "baseline") -> Entry:
-    place = SingleDeviceSharding(jax.devices("cpu")[0])
-    array = topologies.given((64, 128), "float32", place)
+    sharding = SingleDeviceSharding(jax.devices("cpu")[0])
+    array = topologies.given((64, 128), "float32", sharding)
     return Entry(name, kind, function, (array,), (0,))
 
 
@@ -85,7 +85,7 @@ def test_smallest_topology_that_is_large_enough(chip: str, count: int, name: str
     assert topology_name(chip, count) == name
 
 
-def test_compiler_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch):
+def test_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     for chip in ("v5p", "h100"):
         assert "test-compiled" in topologies.missing(chip)
@@ -158,7 +158,7 @@ def test_table_is_printed_written_merged_and_drawn(
         ("INTERNAL: a reason\nand a trace", "INTERNAL: a reason"),
     ],
 )
-def test_program_that_cannot_be_had_is_kept_with_its_reason(
+def test_program_that_does_not_compile_is_kept_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, message: str, reason: str
 ):
     def refuse(*_: Any, **__: Any) -> None:

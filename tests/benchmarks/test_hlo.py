@@ -1,4 +1,4 @@
-"""Reading compiled programs: by hand where the answer is known, then of a real one."""
+"""Parsing compiled programs: handmade ones with known answers, then a real one."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def test_sizes_of_arrays():
     assert str(Array("f32", (2, 3))) == "f32[2,3]"
 
 
-def test_loop_whose_bound_is_carried_counts_as_often_as_it_turns():
+def test_trip_count_of_a_loop_whose_bound_is_carried():
     program = hlo.parse(TPU)
     assert hlo.unknown_loops(program) == []
     assert costs.estimated_cycles(program) == 5 * 100 + 30
@@ -133,7 +133,7 @@ def test_matrix_products_of_a_tpu_and_of_a_gpu():
             "f32[6,5,1] convolution(%a, %b), window={size=2}, dim_labels=0bf_0io->bf0",
             2 * 2 * 6 * 4 * 5,
         ),
-        # Most of a padded window meets nothing.
+        # Most of a padded window is padding.
         (
             "f32[6,5,2] convolution(%a, %b), window={size=2 pad=1_0}, "
             "dim_labels=0bf_0io->bf0",
@@ -160,7 +160,7 @@ def test_slices_count_as_slices_and_updates_as_updates():
     # The slice is read, the sum is written, the update is written; and an index.
     assert costs.bytes_of(program, body, body.operations["f"]) == 3 * small + 4
     assert costs.bytes_of(program, body, body.operations["empty"]) == 0
-    # The workspace, the second result, holds nothing that anyone asked for.
+    # The workspace, the second result, is not an output.
     product = 4 * (4 * 8 + 8 * 16 + 4 * 16)
     assert costs.bytes_of(program, body, body.operations["gemm"]) == product
     assert costs.moved_bytes(program) == 3 * small + 4 + 2 * small + product
@@ -176,14 +176,14 @@ def test_loop_of_unknown_length_is_named():
     assert hlo.unknown_loops(hlo.parse(GPU)) == ["spin"]
 
 
-def test_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no compiled program"):
+def test_text_that_is_not_a_program_is_an_error():
+    with pytest.raises(ValueError, match="not a compiled program"):
         hlo.parse("module @jit_f {}")
 
 
 @pytest.mark.usefixtures("optimized")
 def test_program_of_this_machine():
-    turns, rows, width, columns = 7, 32, 16, 64
+    count, rows, width, columns = 7, 32, 16, 64
 
     def total(x: jax.Array, w: jax.Array) -> jax.Array:
         def step(carry: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
@@ -191,13 +191,13 @@ def test_program_of_this_machine():
 
         return lax.scan(step, jnp.float32(0), x)[0]
 
-    x, w = jnp.ones((turns, rows, width)), jnp.ones((width, columns))
+    x, w = jnp.ones((count, rows, width)), jnp.ones((width, columns))
     text = str(jax.jit(total).lower(x, w).compile().as_text())
     program = hlo.parse(text)
     assert hlo.unknown_loops(program) == []
-    assert costs.dot_flops(text) == 2 * turns * rows * width * columns
+    assert costs.dot_flops(text) == 2 * count * rows * width * columns
     assert costs.estimated_cycles(program) == 0
     assert Array("f32", (rows, columns)) in program.arrays()
-    read = 4 * turns * (rows * width + width * columns)
+    read = 4 * count * (rows * width + width * columns)
     assert costs.moved_bytes(program) >= read
-    assert costs.moved_bytes(program) < read + 10 * 4 * turns * rows * columns
+    assert costs.moved_bytes(program) < read + 10 * 4 * count * rows * columns

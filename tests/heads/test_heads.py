@@ -110,7 +110,7 @@ def test_reference_numbers(case: GoldenCase, x64: bool, tolerance: float) -> Non
         compare(case, 0, "out", got, tolerance)
 
 
-def test_reference_numbers_tell_the_wrong_formulas_apart() -> None:
+def test_wrong_formulas_are_far_from_the_reference_numbers() -> None:
     shared, masked = cases_of("mtp_heads")[2], cases_of("confidence_gate")[1]
     logits = shared.arrays[0]["out"]["all_logits"]
     interleaved = np.moveaxis(np.moveaxis(logits, 0, 2).reshape(2, 6, 13, 3), 3, 0)
@@ -219,7 +219,7 @@ def test_heads_read_masked_positions_as_zeros() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_mlp_dropout_acts_only_when_asked(shared: bool) -> None:
+def test_mlp_dropout_is_active_only_on_request(shared: bool) -> None:
     module = MTPHeads(K, V, "mlp", shared, dropout_rate=0.5)
     plain = MTPHeads(K, V, "mlp", shared)
     h = normal(1, 1, D)
@@ -244,12 +244,12 @@ def test_mlp_dropout_acts_only_when_asked(shared: bool) -> None:
 def oracle_pool(h: NDArray, w: NDArray, p: Params) -> NDArray:
     pooled = np.zeros((h.shape[0], h.shape[2]))
     for b in range(h.shape[0]):
-        counted = [t for t in range(h.shape[1]) if w[b, t] != 0]
-        shares = np.array([w[b, t] for t in counted])
+        unmasked = [t for t in range(h.shape[1]) if w[b, t] != 0]
+        shares = np.array([w[b, t] for t in unmasked])
         if "attention_pool" in p:
-            scores = [oracle_dense(h[b, t], p["attention_pool"])[0] for t in counted]
+            scores = [oracle_dense(h[b, t], p["attention_pool"])[0] for t in unmasked]
             shares = shares * np.exp(scores)
-        for t, share in zip(counted, shares, strict=True):
+        for t, share in zip(unmasked, shares, strict=True):
             pooled[b] += share / shares.sum() * h[b, t]
     return pooled
 
@@ -266,7 +266,7 @@ def oracle_gate(x: NDArray, p: Params, activation: str) -> NDArray:
 
 @st.composite
 def masks(draw: st.DrawFn) -> NDArray:
-    """[B, S] float weights, zeros among them, each row with a counted token."""
+    """[B, S] float weights, zeros among them, each row with an unmasked token."""
     length = draw(st.integers(1, 5))
     weight = st.sampled_from([0.0, 0.25, 1.0, 2.0])
     rows = st.lists(weight, min_size=length, max_size=length).filter(any)
@@ -293,8 +293,8 @@ def test_gate_equals_the_oracle(
     if not module.per_token:
         x = oracle_pool(x, mask, params)
     want = oracle_gate(x, params, activation)
-    counted = mask != 0 if module.per_token else ...
-    np.testing.assert_allclose(got[counted], want[counted], rtol=1e-9)
+    unmasked = mask != 0 if module.per_token else ...
+    np.testing.assert_allclose(got[unmasked], want[unmasked], rtol=1e-9)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -350,13 +350,13 @@ def test_gate_gradient(pooling: dict) -> None:
 
 
 @pytest.mark.parametrize("start", [0.2, 0.7])
-def test_fresh_gate_answers_about_the_initial_confidence(start: float) -> None:
+def test_new_gate_has_about_the_initial_confidence(start: float) -> None:
     module, h = ConfidenceGate(initial_confidence=start), normal(8, S, 32)
     scores = apply(module, {"params": fresh(module, h)}, h)
     np.testing.assert_allclose(scores, start, atol=0.1)
 
 
-def test_gate_dropout_acts_only_when_asked() -> None:
+def test_gate_dropout_is_active_only_on_request() -> None:
     module, h = ConfidenceGate((32,), dropout_rate=0.5), normal(B, S, D)
     variables = jax.tree.map(lambda x: 0.3 * x, init(module, h))
     exact = apply(module, variables, h)

@@ -1,4 +1,4 @@
-"""The adaptive heads: when they run, and that skipping is real."""
+"""The adaptive heads: when they run, and that skipping saves their work."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -116,7 +116,7 @@ def test_heads_run_from_the_end_of_the_warmup_and_from_the_threshold() -> None:
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_mean_confidence_counts_only_what_the_mask_counts(per_token: bool) -> None:
+def test_mean_confidence_is_over_unmasked_tokens(per_token: bool) -> None:
     h = normal(3, S, D)
     mask = jnp.array([[1, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 1], [0] * S], "float32")
     variables = init(adaptive(per_token=per_token), h)
@@ -129,7 +129,7 @@ def test_mean_confidence_counts_only_what_the_mask_counts(per_token: bool) -> No
         assert bool(apply(module, variables, h, mask).mtp_active) is expected
 
 
-def test_nothing_counted_skips_the_heads() -> None:
+def test_all_masked_skips_the_heads() -> None:
     module, h = adaptive(confidence_threshold=0.1), normal(B, S, D)
     variables = init(module, h)
     out = apply(module, variables, h * jnp.nan, jnp.zeros((B, S)))

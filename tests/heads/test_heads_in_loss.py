@@ -1,4 +1,4 @@
-"""What the head modules make is what the unified loss takes."""
+"""The outputs of the head modules are the inputs of the unified loss."""
 
 from typing import Any
 
@@ -46,12 +46,12 @@ def call(loss_fn: ava_jax.UnifiedLoss, **inputs: Any) -> dict[str, jax.Array]:
 
 
 def head_losses(logits: jax.Array) -> list[jax.Array]:
-    """Head j at position t against the target at t + j, by optax."""
+    """Computes optax's cross-entropy of head j at t with the target at t + j."""
     nll = optax.softmax_cross_entropy_with_integer_labels
     return [nll(logits[j - 1, :, :-j], TARGETS[:, j:]).mean() for j in range(1, K + 1)]
 
 
-def test_parallel_heads_hand_over_their_parameters() -> None:
+def test_parallel_heads_give_the_loss_their_parameters() -> None:
     module, h = MTPHeads(K, V), normal(B, S, D)
     variables = init(module, h)
     aux = call(
@@ -64,7 +64,7 @@ def test_parallel_heads_hand_over_their_parameters() -> None:
     np.testing.assert_allclose(aux["mtp_head_losses"], want, rtol=1e-4)
 
 
-def test_sequential_heads_hand_over_their_hidden_states() -> None:
+def test_sequential_heads_give_the_loss_their_hidden_states() -> None:
     module, h = SequentialMTP(K, CausalBlock), normal(B, S, D)
     variables, lm_head = init(module, h, h), normal(D, V)
     hidden = apply(module, variables, h, normal(B, S, D, seed=1))
@@ -79,7 +79,7 @@ def test_sequential_heads_hand_over_their_hidden_states() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_adaptive_heads_hand_over_their_whole_output(threshold: float) -> None:
+def test_adaptive_heads_give_the_loss_their_whole_output(threshold: float) -> None:
     module, h = adaptive(confidence_threshold=threshold), normal(B, S, D)
     out = apply(module, init(module, h), h)
     loss_fn = loss_function(primary_loss_type="adaptive_mtp", mtp_weight=0.5)

@@ -1,4 +1,4 @@
-"""The sequential heads: an oracle, what each depth sees, packed rows."""
+"""The sequential heads: an oracle, what each depth depends on, packed rows."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_sequential_equals_the_oracle(
     np.testing.assert_allclose(plain, want, rtol=1e-9, atol=1e-9)
 
 
-def test_depth_j_sees_the_tokens_up_to_t_plus_j() -> None:
+def test_depth_j_depends_on_the_tokens_up_to_t_plus_j() -> None:
     module, e = SequentialMTP(K, CausalBlock), normal(1, S, D)
     variables = init(module, e, e)
 
@@ -114,7 +114,7 @@ def test_depths_have_parameters_of_their_own() -> None:
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
 
 
-def test_final_norm_acts_on_what_is_returned_only() -> None:
+def test_final_norm_acts_on_the_output_only() -> None:
     h, e = normal(B, S, D), normal(B, S, D, seed=1)
     plain = SequentialMTP(2, CausalBlock)
     normed = SequentialMTP(2, CausalBlock, use_final_norm=True)

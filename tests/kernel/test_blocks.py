@@ -1,4 +1,4 @@
-"""Walks visit every token once, wherever the blocks fall."""
+"""Iterating over blocks visits every token once, for any size of the blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def arrays(dtype=jnp.float32, groups=G):
 
 
 @pytest.mark.parametrize("size", range(1, S + 1))
-def test_a_fold_counts_every_token_once(size):
+def test_a_fold_visits_every_token_once(size):
     source, inputs = arrays()
 
     def body(total, block, inputs):
@@ -32,7 +32,7 @@ def test_a_fold_counts_every_token_once(size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("groups", [1, G])
 @pytest.mark.parametrize("size", range(1, S + 1))
-def test_successors_and_outputs_come_back_in_place(size, groups, dtype):
+def test_new_blocks_and_outputs_keep_their_positions(size, groups, dtype):
     source, inputs = arrays(dtype, groups)
 
     def body(count, block, inputs):

@@ -1,4 +1,4 @@
-"""A vocabulary that devices share gives the numbers and gradients of the whole one."""
+"""A sharded vocabulary gives the numbers and gradients of the whole one."""
 
 import functools
 
@@ -21,42 +21,45 @@ MESH = jax.make_mesh(
 
 
 def rows():
-    """Rows that a merge of shards could get wrong."""
+    """Rows on which a merge of shards could fail."""
     z = np.array(jax.random.normal(jax.random.key(0), (12, WIDTH)))
-    z[1] = 0.0  # every shard holds the largest one
-    z[2, [3, 13]] = 9.0  # two shards do
-    z[3, [4, 5]] = 9.0  # one shard twice
-    z[4, 6], z[4, 7] = 500.0, 90.0  # the others underflow, the second beside the top
-    z[5, 2], z[5, 9] = 500.0, 90.0  # and on another shard
+    z[1] = 0.0  # the row max is on every shard
+    z[2, [3, 13]] = 9.0  # on two shards
+    z[3, [4, 5]] = 9.0  # twice on one shard
+    z[4, 6], z[4, 7] = (
+        500.0,
+        90.0,
+    )  # the others underflow; the second largest is on the same shard
+    z[5, 2], z[5, 9] = 500.0, 90.0  # and is on another shard
     z[6, 4:8] = -np.inf  # a shard without a possible class
     z[7, :4], z[7, 8:] = -np.inf, -np.inf  # only one shard has any
     z[8, 1:] = -np.inf  # one class
-    z[9] = np.nan  # inactive
+    z[9] = np.nan  # masked
     z[10] *= 1e8
     z[11] = np.where(np.arange(WIDTH) == 8, 1e4, -1e4)
     return jnp.asarray(z, jnp.float32)
 
 
-def make_query(complements=True):
+def make_query(log_one_minus_p=True):
     ids = jax.random.randint(jax.random.key(1), (12, 5), 0, 9).at[3].set(4)
     return Query(
         targets=jnp.array([0, 3, 3, 5, 6, 2, 8, 5, 0, 0, 7, 8]),
         active=jnp.arange(12) != 9,
         candidates={"a": ids},
-        complements=complements,
+        log_one_minus_p=log_one_minus_p,
     )
 
 
 def measure(vocabulary, query, z, temperature):
-    """The statistics, and the gradient of a mixture of all of them."""
+    """Returns the statistics, and the gradient of a mixture of all of them."""
 
     def mixture(z, temperature):
         stats = token_statistics(z, query, vocabulary, temperature)
         known = (stats.count > 0) & query.active
         parts = [stats.log_sum, stats.log_sum_tempered, stats.target, stats.total]
         parts += [stats.expected, *jnp.moveaxis(stats.candidates["a"], -1, 0)]
-        if query.complements:
-            parts += [stats.target_complement, stats.unlikelihood("a").sum(-1)]
+        if query.log_one_minus_p:
+            parts += [stats.log_one_minus_p, stats.unlikelihood("a").sum(-1)]
         weights = jnp.arange(1.0, 1 + len(parts))
         kept = [jnp.where(known & jnp.isfinite(x), x, 0.0) for x in parts]
         return weights @ jnp.stack(kept).sum(-1), stats
@@ -65,12 +68,12 @@ def measure(vocabulary, query, z, temperature):
     return stats, grads
 
 
-@pytest.mark.parametrize("complements", [True, False])
+@pytest.mark.parametrize("log_one_minus_p", [True, False])
 @pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("size", [WIDTH, WIDTH - 2, 9])
-def test_shards_know_what_the_whole_row_says(size, cap, complements):
-    """Of 9 classes the last shard has none and the one before it a single one."""
-    query, temperature = make_query(complements), jnp.asarray(1.3)
+def test_shards_have_the_statistics_of_the_whole_row(size, cap, log_one_minus_p):
+    """With 9 classes, the last shard has none and the one before it a single one."""
+    query, temperature = make_query(log_one_minus_p), jnp.asarray(1.3)
     z = rows() if cap is None else jnp.clip(rows(), -1e4, 1e4)
 
     @jax.jit
@@ -90,25 +93,25 @@ def test_shards_know_what_the_whole_row_says(size, cap, complements):
     got = shared(z, temperature)
     assert not bool(jnp.any(got[1][0][9]))
     got, want = (jax.tree.map(without_inactive, tree) for tree in (got, want))
-    for name in ("shift", "pivot", "count", "top", "is_top", "candidate_is_top"):
+    for name in ("shift", "second_shift", "count", "top", "is_top", "candidate_is_top"):
         chex.assert_trees_all_equal(getattr(got[0], name), getattr(want[0], name))
     chex.assert_trees_all_close(finite(got), finite(want), rtol=3e-6, atol=3e-6)
     assert bool(jnp.all(jnp.isfinite(got[1][0])))
 
 
 def without_inactive(x):
-    """What the statistics say of row 9 is nobody's business."""
+    """The statistics of the masked row 9 are unspecified."""
     return jnp.delete(x, 9, axis=0) if x.shape[:1] == (12,) else x
 
 
 def finite(tree):
-    """The tree with a number of its own in place of every infinity."""
+    """Replaces every infinity by a finite number."""
     return jax.tree.map(lambda x: jnp.nan_to_num(x.astype(float), posinf=7e5), tree)
 
 
 @pytest.mark.parametrize("target", [-1, 14, WIDTH, 10**6])
 def test_an_id_that_is_no_class_has_no_probability(target):
-    """Neither the last class, nor one whose logit is taken for 0."""
+    """It is read neither as the last class nor as a logit of 0."""
     vocabulary = {axis: Vocabulary(WIDTH - 2, None, axis) for axis in (None, "vocab")}
     query = Query(targets=jnp.array([target]), active=jnp.ones(1, bool))
     z = rows()[:1]
@@ -123,7 +126,7 @@ def test_an_id_that_is_no_class_has_no_probability(target):
 
 
 def test_a_shard_alone_is_far_off():
-    """What smoothing and entropy would see, were the slice taken for the whole."""
+    """The smoothing and entropy of a single slice are wrong by far."""
     query = make_query()
     whole = token_statistics(rows(), query, Vocabulary(WIDTH))
     slice_ = token_statistics(rows()[:, :4], query, Vocabulary(4))

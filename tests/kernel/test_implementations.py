@@ -1,4 +1,4 @@
-"""Every implementation of the kernel says what its definition says."""
+"""Every implementation of the kernel agrees with its definition."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from ava_jax.kernel.platforms import Implementation
 
 @functools.cache
 def whole_loss(path, implementation):
-    """Loss, aux and all gradients."""
+    """Returns loss, aux and all gradients."""
     loss_fn = ava_jax.create_unified_loss(WHOLE, implementation=implementation)
     arrays, ints = whole_batch()
     if path == "logits":
@@ -80,7 +80,7 @@ def loss_far_ahead(implementation: Implementation):
 
 
 def test_the_whole_loss_where_a_column_is_far_ahead(monkeypatch):
-    """Also as a TPU makes it, whose logits lie by columns."""
+    """Also in the form for TPUs, with logits by columns."""
     want = loss_far_ahead("reference")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
     assert want[0][0] > 100

@@ -1,4 +1,4 @@
-"""Both doors and all block sizes agree, and the logits never exist whole."""
+"""Both paths and all block sizes agree, and the logits never exist whole."""
 
 import functools
 import re
@@ -49,7 +49,7 @@ def batch(scale=1.0, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str
 
 
 def run(config, arrays, integers, fused, **options):
-    """Loss, aux, state and gradients through one of the doors."""
+    """Returns loss, aux, state and gradients of the fused path or the logits path."""
     loss_fn = ava_jax.create_unified_loss(config, **options)
     state = loss_fn.init()
 
@@ -76,13 +76,13 @@ def run(config, arrays, integers, fused, **options):
 
 @functools.cache
 def whole_logits(scale):
-    """What every size must agree with: the logits door, whole rows at a time."""
+    """Returns the expected results: the logits path, whole rows at a time."""
     return run(EVERYTHING, *batch(scale), fused=False, block_size=S)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 @pytest.mark.parametrize("chunk", [None, 1, S // 2 + 1, S - 1, S, S + 5])
-def test_both_doors_agree_with_every_term_on(chunk, scale):
+def test_both_paths_agree_with_every_term_on(chunk, scale):
     got = run(EVERYTHING, *batch(scale), fused=True, chunk_size=chunk)
     assert_trees_close(got, whole_logits(scale), 2e-5)
 
@@ -102,8 +102,8 @@ def test_an_accelerator_computes_the_same(fused):
     assert_trees_close(got, whole_logits(1.0), 2e-5)
 
 
-def test_tokens_that_two_chunks_share_count_once():
-    """One that counted twice would add log V at this scale."""
+def test_tokens_of_two_chunks_are_summed_once():
+    """A token that is summed twice would add log V at this scale."""
     got = run(EVERYTHING, *batch(0.01), fused=True, chunk_size=4)
     assert_trees_close(got["aux"]["nll"], whole_logits(0.01)["aux"]["nll"], 1e-6)
 
@@ -122,7 +122,7 @@ def test_bfloat16_operands_keep_a_float32_loss():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_is_that_of_float64_on_the_same_inputs(dtype):
-    """Products accumulate in float32, also where the operands are shorter."""
+    """Products accumulate in float32, also with shorter operands."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (2, 64, 96)).astype(dtype)
     kernel = (jax.random.normal(keys[1], (96, 1000)) / 10).astype(dtype)
@@ -188,7 +188,7 @@ def test_a_scaled_loss_has_a_scaled_gradient():
 
 
 def largest_over_the_vocabulary(config, arrays, integers):
-    """The size of the largest array of the compiled gradient that has a V axis."""
+    """Returns the size of the largest array with a V axis in the compiled gradient."""
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
 

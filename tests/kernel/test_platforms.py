@@ -1,4 +1,4 @@
-"""Which implementation runs, and what its program computes and holds."""
+"""The implementation of each platform, and what its program computes and stores."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ava_jax
 from ava_jax import Query, Vocabulary, token_statistics
 from ava_jax.kernel import statistics
 
-# What a program computes and holds -------------------------------------------------
+# What a program computes and stores ------------------------------------------------
 
 
 def fused_loss(dtype: Any = jnp.bfloat16, **options):
@@ -43,7 +43,7 @@ def test_what_is_not_differentiated_costs_nothing(arguments, units, implementati
     jaxpr = jax.make_jaxpr(run)(*operands).jaxpr
     # Blocks of 5 tokens repeat some of a chunk of 13, and their logits.
     blocks = 13 if implementation == "cpu" else 15
-    # xla also makes a few of a token's logits, one in 128, to know how large they are.
+    # xla also computes one in 128 of a token's logits to estimate the row max.
     sampled = max(min(128, V // 128), 1) if implementation in (None, "xla") else 0
     logits = 2 * B * 26 * D * (V + sampled)
     products = (units - 2) * B * 26 * D * V
@@ -62,7 +62,7 @@ def lowered(function, operands, platform):
 
 @pytest.mark.parametrize("path", ["fused", "statistics"])
 def test_the_platform_of_the_lowering_chooses(path):
-    """All programs are lowered here, on a processor, for devices it does not have."""
+    """All programs are lowered on this CPU, for devices that are not present."""
     if path == "fused":
         loss, operands = fused_loss()
         function = jax.grad(loss, argnums=(0, 1))
@@ -89,7 +89,7 @@ def test_one_implementation_on_another_platform():
 
 
 def test_a_mesh_of_processors_takes_their_implementation(monkeypatch):
-    """Nothing else is traced there; without a mesh everything is."""
+    """With a mesh nothing else is traced; without one every implementation is."""
     monkeypatch.setattr(statistics, "_MODULES", {"cpu": statistics.cpu})
     loss, operands = fused_loss(mesh=MESH, vocab_axis="vocab")
     jax.make_jaxpr(jax.grad(loss))(*operands)

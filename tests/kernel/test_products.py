@@ -1,4 +1,4 @@
-"""Statistics of a product that is never stored are those of its logits."""
+"""The statistics of a product that is never stored equal those of its logits."""
 
 import functools
 from typing import Any
@@ -17,22 +17,22 @@ from support.kernel_rows import (
     assert_rows_agree,
     batch,
     gradient_of_temperature,
-    largest_of,
     measured,
     mixed,
+    top_logit_of,
     unknown,
 )
 from support.trees import assert_trees_close
 
 from ava_jax import Query, Vocabulary, token_statistics
 from ava_jax.kernel.product import Product, near_largest, sample_columns
-from ava_jax.kernel.summary import NOT_ASKED
+from ava_jax.kernel.summary import NOT_QUERIED
 
 PRODUCTS = {
     "finite": OPTIONS["finite"],
     "finite with padding": OPTIONS["finite with padding"],
     "no temperature": Options(finite=True, tempered=False),
-    "no complements": Options(finite=True, complements=False),
+    "without log(1 - p)": Options(finite=True, log_one_minus_p=False),
     "no candidates": Options(finite=True, ids=0),
     "many ids": Options(finite=True, ids=20),  # these take two passes
     "float64": Options(finite=True, dtype="float64", size=WIDTH - 5),
@@ -111,29 +111,29 @@ def measured_product(
 def assert_product_agrees(
     options: Options, *, near: str = "", may_round: bool = False, **how
 ):
-    """Compares a product with the definition, where it says what that says."""
+    """Compares a product with the definition where both are specified."""
     with jax.enable_x64(options.dtype == "float64"):
-        largest = largest_of(options)
+        largest = top_logit_of(options)
         want = measured(options, "reference", None, as_product=True)
         got = measured_product(options, near=near, may_round=may_round, **how)
         exact = gradient_of_temperature(options) if options.tempered else 0.0
-    assert largest.is_asked.any()
-    assert not largest.is_asked.all()
+    assert largest.is_queried.any()
+    assert not largest.is_queried.all()
     values, found, slopes = want
     if options.ids <= 16:
-        found = found | {"top": np.where(largest.is_asked, found["top"], NOT_ASKED)}
+        found = found | {"top": np.where(largest.is_queried, found["top"], NOT_QUERIED)}
 
     def comparable(values, found, slopes):
-        """Zeros where the two may differ."""
+        """Zeroes the values that may differ."""
         # Label smoothing takes the mean; its rounding is that of a single logit.
         values = values | {"total": values["total"] / options.size}
-        if "log_rest" in values:
-            log_rest = np.where(largest.is_asked, values["log_rest"], 0)
-            values = values | {"log_rest": log_rest}
+        if "log_sum_without_top" in values:
+            known = np.where(largest.is_queried, values["log_sum_without_top"], 0)
+            values = values | {"log_sum_without_top": known}
         kept = {}
         for key, fact in found.items():
-            # Of several largest logits any that is asked for may be the one, but the
-            # target is only if it is the first.
+            # If several logits are largest, any queried one may be the top, but the
+            # target only if it is the first.
             differs = largest.is_tied & (key != "is_top")
             differs = differs.reshape(*differs.shape, *[1] * (fact.ndim - 2))
             kept[key] = np.where(differs, 0, fact)
@@ -150,7 +150,7 @@ def assert_product_agrees(
         comparable(values, found, slopes),
         absolute=absolute,
         of_inactive=True,
-        # A logit's distance from the largest one is rounded; in log(1 − p) it counts.
+        # The difference to the largest logit is rounded, which matters in log(1 − p).
         rounding=largest.lead * np.finfo(largest.lead.dtype).eps,
         is_rounded=may_round,
     )
@@ -185,7 +185,7 @@ def test_any_number_is_near_enough(name, by_columns, near):
     [
         ("finite", True),
         ("finite with padding", False),
-        ("no complements", True),
+        ("without log(1 - p)", True),
         ("no candidates", False),
         ("many ids", False),
     ],
@@ -200,7 +200,7 @@ ROUNDED = {
     "four ids": Options(finite=True, ids=2),
     "five ids": Options(finite=True, ids=3),
     "no temperature": Options(finite=True, ids=1, tempered=False),
-    "no complements": Options(finite=True, ids=1, complements=False),
+    "without log(1 - p)": Options(finite=True, ids=1, log_one_minus_p=False),
 }
 
 
@@ -215,7 +215,9 @@ def test_rounded_exponentials_may_be_relative_to_anything(near):
     assert_product_agrees(options, by_columns=True, may_round=True, near=near)
 
 
-@pytest.mark.parametrize("name", ["three ids, padding", "five ids", "no complements"])
+@pytest.mark.parametrize(
+    "name", ["three ids, padding", "five ids", "without log(1 - p)"]
+)
 def test_shards_of_rounded_exponentials(name):
     options = ROUNDED[name]
     assert_product_agrees(options, by_columns=True, may_round=True, axis="vocab")
@@ -235,7 +237,7 @@ def test_a_product_whose_classes_are_all_asked_for(near):
         product = Product(z, jnp.eye(3), jnp.full(2, near), probe, (2,))
         logits = product if implementation == "xla" else z + probe
         stats = token_statistics(logits, query, vocabulary)
-        names = ("nll", "entropy", "total", "target_complement", "log_rest")
+        names = ("nll", "entropy", "total", "log_one_minus_p", "log_sum_without_top")
         values = [getattr(stats, name) for name in names]
         return sum(map(jnp.sum, values)), values
 

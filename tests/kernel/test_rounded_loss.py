@@ -1,4 +1,4 @@
-"""Exponentials rounded to 16 bits leave the loss and its gradients as they are."""
+"""Exponentials rounded to 16 bits do not change the loss and its gradients."""
 
 import dataclasses
 from typing import Any
@@ -37,13 +37,13 @@ OF_16_BITS: dict[str, dict[str, Any]] = {
         "initial_temperature": 1.4,
     },
     "focal": {"use_focal_loss": True, "focal_gamma": 2.0},
-    # The main loss asks for all earlier ids, the heads for one each.
+    # The main loss queries all earlier ids, the heads one each.
     "heads": WHOLE | {"logit_soft_cap": None, "use_ngram_penalty": True},
 }
 
 
 def loss_of_16_bits(config, implementation: Implementation, arrays, ints):
-    """Loss, aux and gradients."""
+    """Returns loss, aux and gradients."""
     config = {"vocab_size": V - 3, "use_ngram_penalty": False} | config
     loss_fn = ava_jax.create_unified_loss(config, implementation=implementation)
 

@@ -1,4 +1,4 @@
-"""Every implementation says of a row what the definition says."""
+"""Every implementation agrees with the definition on every row."""
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,16 @@ def test_statistics_and_gradients_are_those_of_the_definition(
     np.testing.assert_allclose(of_temperature, exact, rtol=1e-4)
 
 
-@pytest.mark.parametrize("complements", [True, False])
+@pytest.mark.parametrize("log_one_minus_p", [True, False])
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_a_row_without_classes_is_infinite_and_has_no_gradient(
-    implementation, complements
+    implementation, log_one_minus_p
 ):
     z = jnp.stack([jnp.full(8, -jnp.inf), jnp.arange(8.0)])
     query = Query(
-        targets=jnp.array([1, 2]), active=jnp.ones(2, bool), complements=complements
+        targets=jnp.array([1, 2]),
+        active=jnp.ones(2, bool),
+        log_one_minus_p=log_one_minus_p,
     )
 
     def nll(z):

@@ -1,4 +1,4 @@
-"""How much is handled at a time."""
+"""The sizes of chunks and blocks."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def test_a_wide_vocabulary_takes_no_more_memory(target, most_of_block):
         block, chunk = 4 * batch * sizes.block * width, batch * sizes.chunk * width
         assert block <= most_of_block
         assert itemsize * chunk <= 1024 * MIB
-        # The limits are made use of.
+        # The sizes are close to the limits.
         assert 3 * block >= most_of_block
         assert 3 * itemsize * chunk >= 1024 * MIB
 

@@ -1,4 +1,4 @@
-"""The vocabulary pass: values, gradients, and what must not reach either."""
+"""The statistics: values, gradients, and inputs that must not affect them."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ STATS = {
     "log_z": lambda s: s.log_z,
     "nll": lambda s: s.nll,
     "entropy": lambda s: s.entropy,
-    "complement": lambda s: s.target_complement,
+    "log_one_minus_p": lambda s: s.log_one_minus_p,
     "candidates": lambda s: jnp.sum(s.unlikelihood("a"), -1),
     "tempered": lambda s: s.log_sum_tempered - s.target / s.temperature,
     "spread": lambda s: s.count * s.log_sum - s.total,
@@ -68,7 +68,7 @@ def test_equal_logits_of_any_size_lose_nothing():
 
 @pytest.mark.parametrize("gap", [20.0, 1e3, 1e6])
 def test_unlikelihood_is_exact_where_the_probability_rounds_to_one(gap):
-    def charge(logits):
+    def penalty(logits):
         stats = token_statistics(
             logits[None],
             Query(
@@ -81,7 +81,7 @@ def test_unlikelihood_is_exact_where_the_probability_rounds_to_one(gap):
         return stats.unlikelihood("c")[0, 0]
 
     logits = jnp.array([gap, 0.0, 0.0, 0.0])
-    value, grad = jax.value_and_grad(charge)(logits)
+    value, grad = jax.value_and_grad(penalty)(logits)
     np.testing.assert_allclose(value, gap - np.log(3), rtol=1e-6)
     np.testing.assert_allclose(grad, [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-5)
     # The textbook form, log(1 - p), is infinite here.
@@ -105,13 +105,15 @@ def test_masked_entries_have_no_probability_and_no_gradient():
     assert float(grad[1]) == float(grad[3]) == 0
 
 
-@pytest.mark.parametrize("complements", [True, False])
-def test_a_token_without_a_possible_class_is_infinite_and_has_no_gradient(complements):
+@pytest.mark.parametrize("log_one_minus_p", [True, False])
+def test_a_token_without_a_possible_class_is_infinite_and_has_no_gradient(
+    log_one_minus_p,
+):
     def nll(logits):
         query = Query(
             targets=jnp.array([1]),
             active=jnp.array([True]),
-            complements=complements,
+            log_one_minus_p=log_one_minus_p,
         )
         return token_statistics(logits, query, Vocabulary(3)).nll[0]
 
@@ -128,7 +130,7 @@ def test_inactive_tokens_may_hold_anything(bad):
     def loss(logits, temperature):
         query = Query(targets=jnp.array([0, 1, 2]), active=active)
         stats = token_statistics(logits, query, Vocabulary(5), temperature)
-        values = stats.nll + stats.entropy + stats.log_z + stats.target_complement
+        values = stats.nll + stats.entropy + stats.log_z + stats.log_one_minus_p
         return jnp.sum(jnp.where(active, values + stats.log_sum_tempered, 0.0)), stats
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -141,17 +143,19 @@ def test_inactive_tokens_may_hold_anything(bad):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
 
 
-def test_complements_must_be_asked_for():
-    query = Query(targets=jnp.array([0]), active=jnp.array([True]), complements=False)
+def test_log_one_minus_p_must_be_requested():
+    query = Query(
+        targets=jnp.array([0]), active=jnp.array([True]), log_one_minus_p=False
+    )
     stats = token_statistics(jnp.zeros((1, 4)), query, Vocabulary(4))
     np.testing.assert_allclose(stats.nll, np.log(4), rtol=1e-6)
-    with pytest.raises(ValueError, match="complements=True"):
-        _ = stats.target_complement
+    with pytest.raises(ValueError, match="log_one_minus_p=True"):
+        _ = stats.log_one_minus_p
 
 
 @pytest.mark.parametrize("width", [5, 256, 1000])
-def test_the_largest_logit_is_found_in_whichever_part_it_lies(width):
-    """Rows fall into parts from 128 classes on; ties go to the first class."""
+def test_the_largest_logit_is_found_in_any_segment(width):
+    """Rows have several segments from 128 classes on; the first of ties is the top."""
     z = np.array(jax.random.normal(jax.random.key(0), (40, width)))
     z[1] = 0.0
     z[2, -1] = z[2, 3] = 9.0
@@ -166,8 +170,10 @@ def test_the_largest_logit_is_found_in_whichever_part_it_lies(width):
     others = np.where(np.arange(width) == z.argmax(-1)[:, None], -np.inf, z)
     exact = others.astype(np.float64) - z.max(-1, keepdims=True)
     high = exact.max(-1, keepdims=True)
-    log_rest = high[:, 0] + np.log(np.exp(exact - high).sum(-1))
-    np.testing.assert_allclose(stats.log_rest, log_rest, rtol=2e-6, atol=2e-6)
+    log_sum_without_top = high[:, 0] + np.log(np.exp(exact - high).sum(-1))
+    np.testing.assert_allclose(
+        stats.log_sum_without_top, log_sum_without_top, rtol=2e-6, atol=2e-6
+    )
 
 
 def test_nan_at_an_active_token_is_not_hidden():
@@ -194,7 +200,7 @@ def test_plain_cross_entropy_pays_for_nothing_else():
 
     def more(z):
         stats = token_statistics(z, query, Vocabulary(64))
-        return jnp.sum(stats.nll + stats.entropy + stats.target_complement)
+        return jnp.sum(stats.nll + stats.entropy + stats.log_one_minus_p)
 
     def exps(f):
         compiled = jax.jit(jax.grad(f)).lower(jnp.zeros((8, 64))).compile()

@@ -50,8 +50,8 @@ LABEL_LOSSES = (
 
 @st.composite
 def labelled(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
-    """Embeddings (zero and equal rows among them), labels, and which rows count."""
-    # Few shapes, each compiled once; the mask varies how many rows count.
+    """Embeddings (zero and equal rows among them), labels, and the unmasked rows."""
+    # Few shapes, each compiled once; the mask varies the number of rows.
     n, d = draw(st.sampled_from([(1, 1), (3, 4), (7, 2)]))
     numbers = st.lists(st.integers(-4, 4), min_size=d, max_size=d)
     x = draw(st.lists(numbers, min_size=n, max_size=n))
@@ -159,9 +159,9 @@ def test_infonce_of_halves_is_the_mean_cross_entropy_of_both_directions() -> Non
 def test_a_masked_half_leaves_its_partner_without_a_positive() -> None:
     mask = jnp.array([1, 1, 0, 1, 1, 1])
     got = contrastive_infonce_loss(jnp.asarray(X), mask=mask)
-    rest = jnp.asarray(np.delete(X, 2, 0))
+    others = jnp.asarray(np.delete(X, 2, 0))
     pairs = jnp.array([[0, 2], [1, 3]])
-    want = contrastive_infonce_loss(rest, positive_pairs=pairs)
+    want = contrastive_infonce_loss(others, positive_pairs=pairs)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 

@@ -319,7 +319,7 @@ def test_routing_without_scores_is_finite() -> None:
     chex.assert_tree_all_finite(gradient)
 
 
-def test_a_small_bias_counts_beside_low_precision_scores() -> None:
+def test_a_small_bias_matters_with_low_precision_scores() -> None:
     scores = jnp.array([0.5, 0.5], jnp.bfloat16)
     weights, indices = route(scores, jnp.array([0.0, 1e-4]), 1)
     assert int(indices[0]) == 1

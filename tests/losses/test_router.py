@@ -1,4 +1,4 @@
-"""The router's load and the losses on one batch of it: oracles, masks, bad indices."""
+"""The router's load and its losses in one batch: oracles, masks, bad indices."""
 
 import math
 
@@ -132,7 +132,7 @@ def test_reference(case: GoldenCase, x64: bool) -> None:
 
 @st.composite
 def routed(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
-    """Gate logits, choices (some of no expert), and which tokens count."""
+    """Gate logits, choices (some of no expert), and the unmasked tokens."""
     n, e, k = draw(st.sampled_from([(1, 1, 1), (5, 2, 1), (9, 6, 3)]))
     random = np.random.default_rng(draw(st.integers(0, 10_000)))
     gates = random.normal(size=(n, e)) * draw(st.sampled_from([0.1, 2.0, 30.0]))

@@ -1,4 +1,4 @@
-"""Programs that the tests share: each is compiled once."""
+"""Programs shared by the tests; each is compiled once."""
 
 import dataclasses
 import functools
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import costs, hlo
-from benchmarks.candidates import entries, place_on
 from benchmarks.compiled import read_shape
+from benchmarks.programs import devices_of, entries
 from benchmarks.shapes import Shape
 from benchmarks.topologies import CHIPS, compile_for, missing
 
@@ -16,13 +16,13 @@ Mesh = tuple[tuple[str, int], ...]
 
 
 class Measured(NamedTuple):
-    """A compiled program and what is read of it.
+    """A compiled program and its figures.
 
     Attributes:
       text: the program.
-      amount: cycles by the estimate of the TPU's compiler, or bytes moved on a GPU.
-      temp: bytes of temporaries.
-      open_loops: the loops whose turns depend on the data; each counts as one turn.
+      amount: cycles as the TPU's compiler estimates them, or bytes moved on a GPU.
+      temp: bytes of temporary memory.
+      open_loops: the loops whose trip count depends on the data; counted once.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Where programs run, and on what.
+    """The devices of a program, and its sizes.
 
     Attributes:
       chip: a name of `benchmarks.topologies.CHIPS`.
@@ -47,7 +47,7 @@ class Setup:
 
     @property
     def sizes(self) -> Shape:
-        """The shape of all devices' arrays together."""
+        """The shape of the whole batch."""
         return read_shape(self.shape, dict(self.mesh))
 
     def __str__(self) -> str:
@@ -57,11 +57,11 @@ class Setup:
 
 @functools.cache
 def compiled(setup: Setup, name: str) -> Measured:
-    """Returns the program of an entry; skips where its compiler is not installed."""
+    """Returns the program of an entry; skips if its compiler is not installed."""
     if reason := missing(setup.chip):
         pytest.skip(reason)
-    place = place_on(setup.chip, dict(setup.mesh))
-    entry = next(e for e in entries(setup.sizes, place) if e.name == name)
+    target = devices_of(setup.chip, dict(setup.mesh))
+    entry = next(e for e in entries(setup.sizes, target) if e.name == name)
     found = compile_for(
         setup.chip, entry.step, *entry.arguments, out_shardings=entry.out_shardings()
     )

@@ -67,10 +67,10 @@ def infonce_oracle(
     costs = []
     for i in range(n):
         mine = named(positive, i)
-        rivals = set(range(n)) - {i}
+        others = set(range(n)) - {i}
         if negative is not None:
-            rivals = mine | named(negative, i)
-        total = sum(math.exp(float(z[i] @ z[j]) / temperature) for j in rivals)
+            others = mine | named(negative, i)
+        total = sum(math.exp(float(z[i] @ z[j]) / temperature) for j in others)
         if mine:
             logs = [float(z[i] @ z[j]) / temperature - math.log(total) for j in mine]
             costs.append(-mean(logs))

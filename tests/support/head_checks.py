@@ -1,4 +1,4 @@
-"""What the tests of the head modules share."""
+"""Helpers of the tests of the head modules."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ B, S, D, V, K = 2, 6, 4, 7, 3
 
 
 class CausalBlock(nn.Module):
-    """Sees the past by a running sum; `gain` stands for a block's further arguments."""
+    """Sums over the past; `gain` is an example of a block's further arguments."""
 
     @nn.compact
     def __call__(
@@ -44,7 +44,7 @@ def adaptive(**options: Any) -> AdaptiveMTPHeads:
 
 
 def randomized(params: Any, seed: int, dtype: str = "float32") -> Any:
-    """The tree with every entry random, so that no bias is 0 and no scale 1."""
+    """Returns the tree with every entry random, so that no bias is 0 and no scale 1."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = [jnp.asarray(rng.normal(size=leaf.shape), dtype) for leaf in leaves]
@@ -82,7 +82,7 @@ def fresh(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def init(module: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
-    """Random variables for the module; its own are only asked for their shapes."""
+    """Returns random variables in the shapes of the module's own."""
     dtype = "float64" if jax.config.read("jax_enable_x64") else "float32"
     return {"params": randomized(made(module, *args, **kwargs), seed, dtype)}
 

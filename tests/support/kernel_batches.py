@@ -24,7 +24,7 @@ WHOLE: dict[str, Any] = {
 
 
 def whole_batch() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Floats and integers; what does not count is NaN."""
+    """Returns floats and integers; masked floats are NaN."""
     keys = jax.random.split(jax.random.key(0), 6)
     weights = jax.random.uniform(keys[4], (B, S)).at[0, 3:7].set(0.0)
     hidden = jnp.where(weights[..., None] == 0, jnp.nan, normal(keys[0], B, S, D))
@@ -47,7 +47,7 @@ def normal(key, *shape):
 
 @dataclasses.dataclass(frozen=True)
 class Lead:
-    """Reads the largest logit, whichever it is, and how far ahead it is."""
+    """A term of the largest logit and its difference to the second largest."""
 
     name: str = "lead"
 
@@ -55,11 +55,11 @@ class Lead:
         return ()
 
     def apply(self, state, stats, inputs):
-        return stats.top.astype(jnp.float32) - stats.log_rest
+        return stats.top.astype(jnp.float32) - stats.log_sum_without_top
 
 
 def compile_for(monkeypatch, platform, *, rounds=False):
-    """Has passes take the sizes and the ways of another platform than this one.
+    """Makes passes use the sizes and the implementation of another platform.
 
     Args:
       monkeypatch: pytest's.

@@ -1,4 +1,4 @@
-"""Rows that an implementation of the kernel could get wrong, and their statistics."""
+"""Rows on which an implementation of the kernel could fail, and their statistics."""
 
 import functools
 import zlib
@@ -18,18 +18,18 @@ MESH = jax.make_mesh(
     (4,), ("vocab",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
 )
 TEMPERATURE = 1.3
-WIDTH = 512  # a row of the cpu implementation has 8 parts, that of a shard 2
+WIDTH = 512  # 8 segments of a row in the cpu implementation, 2 on a shard
 
 
 class Options(NamedTuple):
-    """What a program is traced for.
+    """The static options of a traced program.
 
     Attributes:
       size: classes; the columns from it on are padding.
       cap: the soft cap.
       finite: only rows without −inf and NaN, and the promise of that.
       tempered: whether there is a temperature.
-      complements: whether log(1 − p) is asked for.
+      log_one_minus_p: whether log(1 − p) is requested.
       ids: how many candidates.
       dtype: of the logits.
     """
@@ -38,7 +38,7 @@ class Options(NamedTuple):
     cap: float | None = None
     finite: bool = False
     tempered: bool = True
-    complements: bool = True
+    log_one_minus_p: bool = True
     ids: int = 3
     dtype: str = "float32"
 
@@ -49,8 +49,8 @@ OPTIONS = {
     # Of four shards the last has no class and the one before it a single one.
     "soft cap": Options(cap=30.0, size=WIDTH // 2 + 1),
     "no temperature": Options(tempered=False, ids=0),
-    "no complements": Options(complements=False, tempered=False, ids=17),
-    "bfloat16": Options(complements=False, dtype="bfloat16", cap=30.0),
+    "without log(1 - p)": Options(log_one_minus_p=False, tempered=False, ids=17),
+    "bfloat16": Options(log_one_minus_p=False, dtype="bfloat16", cap=30.0),
     "float64": Options(dtype="float64", size=WIDTH - 5),
     "finite": Options(finite=True),
     "finite with padding": Options(finite=True, size=WIDTH - 130, cap=30.0),
@@ -58,7 +58,7 @@ OPTIONS = {
 SHARED = (
     "plain",
     "soft cap",
-    "no complements",
+    "without log(1 - p)",
     "finite",
     "finite with padding",
     "float64",
@@ -66,7 +66,7 @@ SHARED = (
 
 
 def named_rows() -> dict[str, np.ndarray]:
-    """Rows that an implementation could get wrong."""
+    """Returns rows on which an implementation could fail."""
     z = np.random.default_rng(0).normal(size=(40, WIDTH))
     named = {f"of size {s:g}": s * z[i] for i, s in enumerate((0.01, 1, 30, 1e4))}
     # Where exponentials of the others are small, denormal or 0.
@@ -110,7 +110,7 @@ def batch(options: Options):
     """The rows' names, logits [2, n, WIDTH] and a query: the targets of [0] are top."""
     rows = named_rows()
     if options.finite:
-        # Inactive ones are zeros in a pass; these are as harmless.
+        # Masked ones are zeros in a pass; these are finite as well.
         rows = {k: z for k, z in rows.items() if np.isfinite(z).all()}
         del rows["inactive, large"]
     names = list(rows)
@@ -125,7 +125,7 @@ def batch(options: Options):
     if options.ids:
         ids = rng.integers(0, options.size, (*top.shape, options.ids))
         ids[:, ::2, 0] = top[:, ::2]
-        ids[:, ::5, 0], ids[:, ::7, 0] = WIDTH + 3, -1  # no classes
+        ids[:, ::5, 0], ids[:, ::7, 0] = WIDTH + 3, -1  # outside [0, V)
         ids[:, 1::11, 0] = options.size  # likewise, where there is padding its first
         ids[:, ::3, -1] = ids[:, ::3, 0]  # one of them twice
         candidates = {
@@ -138,47 +138,47 @@ def batch(options: Options):
         targets=jnp.asarray(targets, jnp.int32),
         active=jnp.asarray([active, active]),
         candidates=candidates,
-        complements=options.complements,
+        log_one_minus_p=options.log_one_minus_p,
     )
     return names, z, query
 
 
 def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
-    """Everything that a loss can ask for, [2, n] or [2, n, Q]."""
+    """Returns all differentiable values, [2, n] or [2, n, Q]."""
     names = ["log_z", "nll", "entropy", "total", "count", "expected", "target"]
     names += ["log_sum_tempered"]
-    if query.complements:
-        names += ["log_rest", "target_complement"]
+    if query.log_one_minus_p:
+        names += ["log_sum_without_top", "log_one_minus_p"]
     values = {name: getattr(stats, name) for name in names}
     for name in query.candidates:
         values[f"logits of {name}"] = stats.candidates[name]
-        if query.complements:
+        if query.log_one_minus_p:
             values[f"unlikelihood of {name}"] = stats.unlikelihood(name)
     return values
 
 
 def facts(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
-    """What has no gradient."""
+    """Returns the values without a gradient."""
     matches = {f"is {k}": stats.candidate_is_top[k] for k in query.candidates}
     return {"top": stats.top, "is_top": stats.is_top, **matches}
 
 
-class Largest(NamedTuple):
-    """What is known of rows' largest logits, [2, n].
+class TopLogit(NamedTuple):
+    """The largest logits of rows, [2, n].
 
     Attributes:
-      is_asked: whether the first largest one is the target's or a candidate's.
-      is_tied: whether several are equal.
-      lead: how far the largest logit is above the second largest.
+      is_queried: whether the first of the largest is the target or a candidate.
+      is_tied: whether several logits are largest.
+      lead: the difference of the largest and the second largest logit.
     """
 
-    is_asked: np.ndarray
+    is_queried: np.ndarray
     is_tied: np.ndarray
     lead: np.ndarray
 
 
 @functools.cache
-def largest_of(options: Options) -> Largest:
+def top_logit_of(options: Options) -> TopLogit:
     _, z, query = batch(options)
     raw = np.asarray(z)[..., : options.size]
     z = raw if options.cap is None else options.cap * np.tanh(raw / options.cap)
@@ -186,13 +186,13 @@ def largest_of(options: Options) -> Largest:
     named = [np.asarray(ids) for ids in query.candidates.values()]
     ids = np.concatenate([np.asarray(query.targets)[..., None], *named], -1)
     lead = np.diff(np.sort(z, -1)[..., -2:])[..., 0]
-    is_asked = (ids == top[..., None]).any(-1)
-    return Largest(is_asked, lead == 0, lead)
+    is_queried = (ids == top[..., None]).any(-1)
+    return TopLogit(is_queried, lead == 0, lead)
 
 
 def unknown(options: Options) -> dict[str, np.ndarray]:
-    """Where which values of a product mean nothing."""
-    return {"log_rest": ~largest_of(options).is_asked}
+    """Returns where which values of a product are unspecified."""
+    return {"log_sum_without_top": ~top_logit_of(options).is_queried}
 
 
 def mixed(stats: TokenStats, query: Query, left_out: dict[str, np.ndarray]):
@@ -294,12 +294,12 @@ def assert_rows_agree(
       absolute: error that the values may have besides a relative one.
       of_inactive: whether the values of inactive tokens must be finite.
       rounding: further error of the gradients, for all or [2, n].
-      is_rounded: whether gradients at ids that are not asked for have 8 bits.
+      is_rounded: whether gradients at ids that are not queried have 8 bits.
     """
     names, _, query = batch(options)
     named = [query.targets[..., None], *query.candidates.values()]
     ids = np.concatenate(named, -1)[..., None, :]
-    is_asked = (np.arange(WIDTH)[:, None] == ids).any(-1)
+    is_queried = (np.arange(WIDTH)[:, None] == ids).any(-1)
     rounding = np.broadcast_to(rounding, (2, len(names)))
     tolerance = 1e-12 if options.dtype == "float64" else 4e-6
     for i, row in enumerate(names):
@@ -324,7 +324,7 @@ def assert_rows_agree(
         size = np.abs(slope).max()
         limit = 8e-3 if options.dtype == "bfloat16" else 5 * tolerance
         limit += rounding[:, i].max()
-        limit = np.where(is_asked[:, i] | (not is_rounded), limit, limit + 2**-7)
+        limit = np.where(is_queried[:, i] | (not is_rounded), limit, limit + 2**-7)
         error = np.abs(grad - slope) / (limit * size)
         assert error.max() <= 1, (row, error.max(), size)
     assert not got[2][0][..., options.size :].any()

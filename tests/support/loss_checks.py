@@ -1,4 +1,4 @@
-"""What the tests of the batch losses share."""
+"""Helpers of the tests of the batch losses."""
 
 import contextlib
 import functools

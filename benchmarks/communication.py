@@ -1,7 +1,7 @@
-"""What crosses the wire, read off compiled programs: `python -m benchmarks.wire`.
+"""The communication of compiled programs: `python -m benchmarks.communication`.
 
 Nothing is run, so the sizes are those of a real model, on eight fake CPU devices. Each
-row is the gradient for hidden states and `lm_head` of one loss on one mesh.
+row is the gradient of one loss for hidden states and `lm_head` on one mesh.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
 import ava_jax
-from benchmarks import rivals
+from benchmarks import baselines
 from benchmarks.hlo import collectives
 from benchmarks.machine import versions
 
@@ -29,27 +29,27 @@ MESHES: tuple[dict[str, int], ...] = (
     {"data": 1, "tensor": 8},
     {"data": 2, "sequence": 2, "tensor": 2},
 )
-# Tokens of a row at a time, as on an accelerator.
+# Tokens of each row at a time, as on an accelerator.
 CHUNK = 128
 MIB = 2**20
-TOLD = "everything, told of the mesh"
-LEFT = "everything, left to XLA"
+WITH_MESH = "everything, with mesh="
+WITHOUT_MESH = "everything, without mesh="
 NAIVE = "naive, plain"
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Row(TypedDict):
-    """One loss on one mesh; bytes are what one device hands over.
+    """One loss on one mesh, with the bytes that one device passes to collectives.
 
     Attributes:
-      mesh: its axes.
-      loss: whose.
+      mesh: the sizes of its axes.
+      loss: the name of the loss.
       token_bytes: per token of the device, without the projection's gradient.
       projection_bytes: for the projection's gradient.
-      projection_times: how often that crosses the wire.
-      calls: how many collectives run.
-      temp_bytes: XLA's temporaries on a device.
+      projection_times: the number of collectives of the projection's gradient.
+      calls: the number of all collectives.
+      temp_bytes: temporary memory per device.
     """
 
     mesh: dict[str, int]
@@ -75,20 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, loss in losses(sizes, options.vocab).items():
             rows.append(measure(sizes, name, loss, options.width, options.vocab))
             print(line(rows[-1]))
-    path = options.out / f"wire-jax{jax.__version__}.json"
+    path = options.out / f"communication-jax{jax.__version__}.json"
     shape = [BATCH, LENGTH, options.width, options.vocab]
     record = {"shape": shape, "versions": versions(), "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """A mesh that leaves placing to XLA."""
+    """Returns a mesh whose shardings XLA propagates."""
     automatic = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
 
 
 def losses(sizes: dict[str, int], vocab: int) -> dict[str, Loss]:
-    """The contenders."""
+    """Returns the losses by name."""
     config = ava_jax.UnifiedLossConfig(
         vocab_size=vocab,
         eos_token_id=vocab - 1,
@@ -96,7 +96,7 @@ def losses(sizes: dict[str, int], vocab: int) -> dict[str, Loss]:
         chunk_size=CHUNK,
         block_size=CHUNK,
     )
-    told = ava_jax.unified_loss(
+    on_mesh = ava_jax.unified_loss(
         config,
         mesh=make_mesh(sizes),
         batch_axes="data",
@@ -114,9 +114,9 @@ def losses(sizes: dict[str, int], vocab: int) -> dict[str, Loss]:
         return loss
 
     return {
-        TOLD: everything(told),
-        LEFT: everything(ava_jax.unified_loss(config)),
-        NAIVE: rivals.naive,
+        WITH_MESH: everything(on_mesh),
+        WITHOUT_MESH: everything(ava_jax.unified_loss(config)),
+        NAIVE: baselines.naive,
     }
 
 
@@ -127,47 +127,47 @@ def compile_gradient(
     mesh = make_mesh(sizes)
     rows = ("data", "sequence") if "sequence" in sizes else ("data", None)
 
-    def place(*axes: str | None) -> NamedSharding:
+    def sharding(*axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, P(*axes))
 
     def given(
         shape: tuple[int, ...], dtype: jnp.dtype, *axes: str | None
     ) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(*axes))
 
     arrays = (
         given((BATCH, LENGTH), jnp.dtype("int32"), *rows),
         given((BATCH, LENGTH, width), jnp.dtype("float32"), *rows),
         given((width, columns), jnp.dtype("float32"), None, "tensor"),
     )
-    places = (place(), (place(*rows), place(None, "tensor")))
-    step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), out_shardings=places)
+    out = (sharding(), (sharding(*rows), sharding(None, "tensor")))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), out_shardings=out)
     return step.lower(*arrays).compile()
 
 
 def measure(
     sizes: dict[str, int], name: str, loss: Loss, width: int, vocab: int
 ) -> Row:
-    """Compiles the gradient and reads its program."""
+    """Compiles the gradient and reads the figures of its program."""
     program = compile_gradient(sizes, loss, width, vocab)
-    told = collectives(str(program.as_text()))
+    found = collectives(str(program.as_text()))
     columns = vocab // sizes["tensor"]
-    projection = [c for c in told if columns in c.shape]
-    rest = sum(c.size * c.times for c in told if columns not in c.shape)
+    projection = [c for c in found if columns in c.shape]
+    others = sum(c.size * c.times for c in found if columns not in c.shape)
     memory = program.memory_analysis()
     return Row(
         mesh=sizes,
         loss=name,
-        token_bytes=rest / (BATCH * LENGTH * sizes["tensor"] / DEVICES),
+        token_bytes=others / (BATCH * LENGTH * sizes["tensor"] / DEVICES),
         projection_bytes=sum(c.size * c.times for c in projection),
         projection_times=sum(c.times for c in projection),
-        calls=sum(c.times for c in told),
+        calls=sum(c.times for c in found),
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
     )
 
 
 def line(row: Row) -> str:
-    """The row as Markdown."""
+    """Returns the row as Markdown."""
     mesh = ", ".join(f"{name}={size}" for name, size in row["mesh"].items())
     temp = row["temp_bytes"]
     cells = (

@@ -1,6 +1,6 @@
-"""What others would write, or import, for the same job.
+"""The baselines: other implementations of the same losses, and lower bounds.
 
-Each takes the targets [B, S] and, by the loss's argument names, the arrays.
+Each takes the targets [B, S] and the arrays by the loss's argument names.
 """
 
 import importlib
@@ -21,7 +21,7 @@ NEEDS_NEWER_TOKAMAX = (
 
 
 def optax_loss(targets: jax.Array, logits: jax.Array) -> jax.Array:
-    """Optax's cross-entropy in float32."""
+    """Computes Optax's cross-entropy in float32."""
     each = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), targets
     )
@@ -31,7 +31,7 @@ def optax_loss(targets: jax.Array, logits: jax.Array) -> jax.Array:
 def naive(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> jax.Array:
-    """The logits whole, then optax."""
+    """Computes all logits, then `optax_loss`."""
     return optax_loss(targets, hidden_states @ lm_head)
 
 
@@ -41,7 +41,7 @@ def naive_depths(
     lm_head: jax.Array,
     mtp_hidden_states: jax.Array,
 ) -> jax.Array:
-    """The naive loss of the main head and, at a weight, of each sequential depth."""
+    """Computes the naive loss of the main head and, weighted, of each depth."""
     depths = [
         naive(targets[:, ahead:], states[:, :-ahead], lm_head)
         for ahead, states in enumerate(mtp_hidden_states, start=1)
@@ -53,7 +53,7 @@ def naive_depths(
 def checkpointed(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> jax.Array:
-    """The naive loss of 512 tokens at a time, whose logits are computed again."""
+    """Computes the naive loss of 512 tokens at a time, with `jax.checkpoint`."""
     chunk = min(CHUNK, targets.size)
 
     @jax.checkpoint
@@ -71,11 +71,11 @@ def checkpointed(
 def tokamax_loss(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> jax.Array:
-    """Tokamax's chunked loss.
+    """Computes Tokamax's chunked loss.
 
     Raises:
       ImportError: tokamax is not installed.
-      Unavailable: this tokamax cannot do it here.
+      Unavailable: this version of tokamax does not support it here.
     """
     tokamax = importlib.import_module("tokamax")
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -96,7 +96,7 @@ def tokamax_loss(
 def matmul_forward(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> jax.Array:
-    """The product that every loss needs; its maximum, so that nothing else is kept."""
+    """Computes the product of every loss; reduced, so that it is not an output."""
     del targets
     return jnp.max(hidden_states @ lm_head)
 
@@ -104,7 +104,7 @@ def matmul_forward(
 def matmul_three(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The three products that every loss with a gradient needs."""
+    """Computes the three products of every loss with a gradient."""
     del targets
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = hidden @ lm_head
@@ -112,7 +112,7 @@ def matmul_three(
 
 
 def copy(targets: jax.Array, logits: jax.Array) -> jax.Array:
-    """Reads and writes an array of the logits' size."""
+    """Reads and writes an array of the size of the logits."""
     del targets
     return logits + jnp.ones((), logits.dtype)
 
@@ -120,14 +120,14 @@ def copy(targets: jax.Array, logits: jax.Array) -> jax.Array:
 def exact_loss(
     targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
 ) -> float:
-    """The naive loss in float64 on the host."""
+    """Computes the naive loss in float64 on the host."""
     hidden = np.asarray(hidden_states, np.float64).reshape(-1, hidden_states.shape[-1])
     head, ids = np.asarray(lm_head, np.float64), np.asarray(targets).reshape(-1)
     total = 0.0
     for start in range(0, len(ids), CHUNK):
         logits = hidden[start : start + CHUNK] @ head
-        peak = logits.max(-1)
-        log_z = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
+        row_max = logits.max(-1)
+        log_z = row_max + np.log(np.exp(logits - row_max[:, None]).sum(-1))
         chosen = ids[start : start + CHUNK, None]
         total += (log_z - np.take_along_axis(logits, chosen, -1)[:, 0]).sum()
     return total / len(ids)
