@@ -4,6 +4,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+
 from markup import Html, element
 from svg import LEFT, RIGHT, WIDTH, Scale, label_at, numbers, step_axis
 

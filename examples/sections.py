@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+
 from heat_map import average, columns_for, heat_map, level_names
 from markup import Html, element, figure, join, not_yet, table
-from metrics import Record
-from plot import (
+from svg import NONE, PALETTE, Line, line_chart, short
+from trainer.report.metrics import Record
+from trainer.report.plot import (
     GROUPS,
     HIDDEN,
     LOGARITHMIC,
@@ -20,9 +22,8 @@ from plot import (
     smooth,
     smoothing_window,
 )
-from run_files import Parameter, RunFiles, is_telling
-from samples import Sample
-from svg import NONE, PALETTE, Line, line_chart, short
+from trainer.report.run_files import Parameter, RunFiles, is_telling
+from trainer.report.samples import Sample
 
 SCHEDULES = ("Temperature", "Learning rate", "Gradient norm")
 TERMS = tuple(title for title in GROUPS if title not in SCHEDULES)

@@ -14,9 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import TrainingError
 from markup import Html, element, section
-from run_files import RunFiles, read_run
 from sections import (
     SCHEDULES,
     TERMS,
@@ -28,6 +26,8 @@ from sections import (
     samples,
     terms_table,
 )
+from trainer.errors import TrainingError
+from trainer.report.run_files import RunFiles, read_run
 
 FOLDER = Path(__file__).parent
 

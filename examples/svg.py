@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
 from markup import Html, element
 
 WIDTH, HEIGHT = 400, 240

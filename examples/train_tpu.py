@@ -3,11 +3,11 @@
     python examples/train_tpu.py --preset demo
     python examples/train_tpu.py --help
 
-It reads from top to bottom: the step, the run, the loop. The same file
-runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host;
-`launch_local.py` starts several processes on one machine. Exit code 0: done, or stopped
-by Ctrl-C or SIGTERM with everything saved. 1: an error, explained on stderr. 130:
-Ctrl-C outside of training, or a second one during it.
+It reads from top to bottom: the step, the run, the loop. The same file runs on a
+laptop's CPU, on GPUs and on a TPU pod, where it is started once per host;
+`python -m trainer.run.launch_local` starts several processes on one machine. Exit code
+0: done, or stopped by Ctrl-C or SIGTERM with everything saved. 1: an error, explained
+on stderr. 130: Ctrl-C outside of training, or a second one during it.
 """
 
 import functools
@@ -19,12 +19,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from checkpoint import Checkpoints
-from compile_for import Plan, compile_for
-from corpus import load_corpus
-from data import prepare_data
-from decode import Sampling, generate
-from devices import (
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+from rich.console import Console
+
+import ava_jax
+from trainer.data.corpus import load_corpus
+from trainer.data.text import prepare_data
+from trainer.decode.decoder import Sampling, generate
+from trainer.errors import TrainingError
+from trainer.files import write_whole, writing
+from trainer.model.expert_load import count_choices, relative_load
+from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.layers import Batch
+from trainer.report.metrics import Metrics, append_record, read_records, steps_of
+from trainer.report.plot import plot_losses
+from trainer.report.progress import show_paths, show_table
+from trainer.report.recorder import Recorder
+from trainer.report.samples import Sample, keep_sample
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.compile_for import Plan, compile_for
+from trainer.run.devices import (
     ROWS,
     RowShare,
     loss_on,
@@ -32,29 +48,19 @@ from devices import (
     placed,
     use_deterministic_operations,
 )
-from errors import TrainingError
-from evaluate import evaluate, routing_bias
-from expert_load import count_choices, relative_load
-from files import write_whole, writing
-from guard import Skips, choose, is_finite
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
-from layers import Batch
-from metrics import Metrics, append_record, read_records, steps_of
-from model import LanguageModel, loss_inputs
-from optimizer import make_optimizer
-from plot import plot_losses
-from processes import first_failure, from_first, is_first, join_pod, run_to_the_end
-from recorder import Recorder
-from report import show_paths, show_table
-from rich.console import Console
-from run_folder import open_run, refuse_other_data
-from samples import Sample, keep_sample
-from settings import LossFields, Settings, make_loss_config, parse_settings
-from stopping import StopRequest
-
-import ava_jax
+from trainer.run.evaluate import evaluate, routing_bias
+from trainer.run.folder import open_run, refuse_other_data
+from trainer.run.guard import Skips, choose, is_finite
+from trainer.run.optimizer import make_optimizer
+from trainer.run.processes import (
+    first_failure,
+    from_first,
+    is_first,
+    join_pod,
+    run_to_the_end,
+)
+from trainer.run.settings import LossFields, Settings, make_loss_config, parse_settings
+from trainer.run.stopping import StopRequest
 
 
 class TrainState(NamedTuple):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
-from metrics import Record, read_records
+
 from train_tpu import main
+from trainer.report.metrics import Record, read_records
+from trainer.run import launch_local
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -78,7 +80,7 @@ def start(
     """Starts the trainer, by the launcher if there are several processes."""
     script = [str(EXAMPLES / "train_tpu.py")]
     if processes > 1:
-        script = [str(EXAMPLES / "launch_local.py"), str(processes)]
+        script = [launch_local.__file__, str(processes)]
     return subprocess.Popen(
         [sys.executable, *script, *arguments],
         env=environment(cache, devices),

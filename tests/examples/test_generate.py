@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from data import end_of_text
-from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
 from run_helpers import train
+
+from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
+from trainer.data.text import end_of_text
 
 FLAGS = ("--loss.num-future-tokens", "2", "--checkpoint-every", "3")
 

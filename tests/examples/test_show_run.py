@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_helpers import train
+
 from heat_map import average, columns_for, heat_map, level_names
 from markup import Html, element
-from metrics import Record
-from run_helpers import train
 from sections import duration
-from settings import PRESETS, make_loss_config
 from show_run import main
 from svg import Line, Scale, line_chart, short, thin
+from trainer.report.metrics import Record
+from trainer.run.settings import PRESETS, make_loss_config
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>alert('&amp;')</script>"

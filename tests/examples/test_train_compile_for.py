@@ -9,7 +9,13 @@ from typing import cast
 
 import jax
 import pytest
-from compile_for import (
+from rich.console import Console
+from run_helpers import with_flags
+
+import ava_jax
+from train_tpu import main, plan
+from trainer.errors import TrainingError
+from trainer.run.compile_for import (
     CHIPS,
     Plan,
     bytes_of,
@@ -19,15 +25,9 @@ from compile_for import (
     make_report,
     show,
 )
-from devices import make_mesh
-from errors import TrainingError
-from program import Program, Traffic, read_program
-from rich.console import Console
-from run_helpers import with_flags
-from settings import Settings, make_loss_config, parse_settings
-from train_tpu import main, plan
-
-import ava_jax
+from trainer.run.devices import make_mesh
+from trainer.run.program import Program, Traffic, read_program
+from trainer.run.settings import Settings, make_loss_config, parse_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

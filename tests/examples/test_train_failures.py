@@ -4,13 +4,14 @@ import shutil
 import signal
 from pathlib import Path
 
-import checkpoint
 import pytest
-from checkpoint import Checkpoints
-from errors import TrainingError
-from metrics import MetricsLog, read_records
 from run_helpers import count_lines, start, wait_until, with_flags
+
 from train_tpu import main
+from trainer.errors import TrainingError
+from trainer.report.metrics import MetricsLog, read_records
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoints
 
 
 def with_steps(tiny: list[str], steps: int) -> list[str]:

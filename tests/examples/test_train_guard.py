@@ -10,16 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint import Checkpoints
-from errors import TrainingError
-from guard import SkipGuard, Skips, check_targets, choose, find_culprit, is_finite
-from layers import Batch
-from metrics import Metrics, Record, read_records
-from plot import plot_losses
 from rich.console import Console
 from run_helpers import train, with_flags
-from settings import parse_settings
+
 from train_tpu import Run, TrainState, main
+from trainer.errors import TrainingError
+from trainer.model.layers import Batch
+from trainer.report.metrics import Metrics, Record, read_records
+from trainer.report.plot import plot_losses
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.guard import (
+    SkipGuard,
+    Skips,
+    check_targets,
+    choose,
+    find_culprit,
+    is_finite,
+)
+from trainer.run.settings import parse_settings
 
 NAN, INF = float("nan"), float("inf")
 GOOD: Record = {

@@ -7,14 +7,15 @@ import chex
 import jax
 import numpy as np
 import pytest
-from devices import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
-from layers import Batch
-from metrics import read_records
 from rich.console import Console
 from run_helpers import assert_close, checkpoint, train, without_seconds
-from settings import PRESETS, parse_settings
+
 from train_tpu import Run, main, split
+from trainer.model.layers import Batch
+from trainer.report.metrics import read_records
+from trainer.run.devices import make_mesh
+from trainer.run.settings import PRESETS, parse_settings
 
 SLOW = pytest.mark.slow
 

@@ -15,8 +15,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from checkpoint import Checkpoints
-from metrics import Record, read_records
 from rich.console import Console
 from run_helpers import (
     assert_close,
@@ -28,8 +26,11 @@ from run_helpers import (
     with_flags,
     without_seconds,
 )
-from settings import parse_settings
+
 from train_tpu import Run, main
+from trainer.report.metrics import Record, read_records
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.settings import parse_settings
 
 KILLS = 20
 STEPS = 240

@@ -16,12 +16,12 @@ from flax.typing import VariableDict
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from layers import Batch, Block, ExpertBlock, ModelConfig
-from moe import Routing
 
 import ava_jax
 from ava_jax import heads
 from ava_jax.losses import layer_norm
+from trainer.model.experts import Routing
+from trainer.model.layers import Batch, Block, ExpertBlock, ModelConfig
 
 # Which axes of a parameter lie along the mesh's "fsdp" and "tensor" axes, by the end of
 # its path; the first ending that fits counts. The optimizer's moments end in the same

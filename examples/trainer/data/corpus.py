@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import TrainingError
+from trainer.errors import TrainingError
 
 SKIPPED_FOLDERS = {
     "__pycache__",

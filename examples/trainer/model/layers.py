@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from moe import Experts, Routing
+
+from trainer.model.experts import Experts, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

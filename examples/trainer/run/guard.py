@@ -6,9 +6,10 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from errors import TrainingError
 from jaxtyping import Array, Bool, Int
-from metrics import Record
+
+from trainer.errors import TrainingError
+from trainer.report.metrics import Record
 
 T = TypeVar("T")
 

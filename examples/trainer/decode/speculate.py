@@ -17,11 +17,12 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from decode import Decoder, at_places, likeliest
 from flax.typing import VariableDict
 from jaxtyping import Array, Bool, Float, Int, Shaped
-from layers import Batch
-from model import LanguageModel, is_adaptive, with_params
+
+from trainer.decode.decoder import Decoder, at_places, likeliest
+from trainer.model.language_model import LanguageModel, is_adaptive, with_params
+from trainer.model.layers import Batch
 
 # Logits closer than this, in units of the larger one, may change places by rounding.
 # It is 250 steps of a float32; up to 10 were seen between one token and several.

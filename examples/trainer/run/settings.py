@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 import yaml
-from errors import TrainingError
-from layers import ModelConfig
 
 import ava_jax
+from trainer.errors import TrainingError
+from trainer.model.layers import ModelConfig
 
 Preset = Literal[
     "demo", "moe", "adaptive-mtp", "small", "gpt2", "llama3-1b", "llama3-8b"
@@ -95,7 +95,7 @@ class Settings:
     """What the sample begins with."""
     sample_tokens: int = 120
     """Length of the sample, at most the sequence length; 0 for none."""
-    cache: Path = Path(__file__).resolve().parent.parent / ".cache"
+    cache: Path = Path(__file__).resolve().parents[3] / ".cache"
     """Folder for tokenizers and tokenized text."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
 

@@ -7,7 +7,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from metrics import Record
+
+from trainer.report.metrics import Record
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Loss": ("total_loss", "main_loss", "nll"),

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from devices import loss_on
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from layers import Batch
-from metrics import Record
-from model import LanguageModel, is_adaptive, loss_inputs
 
 import ava_jax
 from ava_jax import BiasBalanceState
 from ava_jax.losses import layer_norm
+from trainer.model.language_model import LanguageModel, is_adaptive, loss_inputs
+from trainer.model.layers import Batch
+from trainer.report.metrics import Record
+from trainer.run.devices import loss_on
 
 
 def routing_bias(state: ava_jax.LossState) -> Float[Array, "L E"] | None:

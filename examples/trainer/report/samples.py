@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import TrainingError
-from files import write_whole
-from metrics import read_lines
+from trainer.errors import TrainingError
+from trainer.files import write_whole
+from trainer.report.metrics import read_lines
 
 
 class Sample(NamedTuple):

@@ -1,6 +1,6 @@
 """Starts the trainer as several processes on this machine.
 
-    python examples/launch_local.py 2 --preset demo --mesh data=2
+    python -m trainer.run.launch_local 2 --preset demo --mesh data=2
 
 The first argument is the number of processes, the rest goes to train_tpu.py. Process 0
 writes to the terminal; what the others say is kept, and shown if one of them is the
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("train_tpu.py")
+SCRIPT = Path(__file__).resolve().parents[2] / "train_tpu.py"
 SECONDS_TO_END = 20.0
 SHOWN_LINES = 20
 

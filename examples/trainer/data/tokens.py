@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from errors import TrainingError
+
+from trainer.errors import TrainingError
 
 DTYPE = np.dtype("<i4")
 

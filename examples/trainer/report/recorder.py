@@ -3,13 +3,14 @@
 import contextlib
 import types
 
-from board import Board
-from guard import SkipGuard, check_targets
-from metrics import Metrics, MetricsLog
-from processes import is_first
-from report import ProgressReport
 from rich.console import Console
-from settings import Settings
+
+from trainer.report.metrics import Metrics, MetricsLog
+from trainer.report.progress import ProgressReport
+from trainer.report.tensorboard import Board
+from trainer.run.guard import SkipGuard, check_targets
+from trainer.run.processes import is_first
+from trainer.run.settings import Settings
 
 
 class Recorder:

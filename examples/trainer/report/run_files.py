@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from errors import TrainingError
-from metrics import Record, read_records
-from samples import Sample, read_samples
-from settings import DERIVED, Settings
 
 import ava_jax
+from trainer.errors import TrainingError
+from trainer.report.metrics import Record, read_records
+from trainer.report.samples import Sample, read_samples
+from trainer.run.settings import DERIVED, Settings
 
 Config = Mapping[str, Mapping[str, object]]
 

@@ -3,8 +3,6 @@
 import types
 from pathlib import Path
 
-from metrics import Record
-from plot import HIDDEN, PICTURED
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,6 +12,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from trainer.report.metrics import Record
+from trainer.report.plot import HIDDEN, PICTURED
 
 SHOWN = {
     "total_loss": "loss",

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
-from settings import Settings
+
+from trainer.run.settings import Settings
 
 
 def make_optimizer(

@@ -9,11 +9,12 @@ import os
 import time
 from pathlib import Path
 
-from files import writing
 from google.protobuf.message import Message
-from metrics import Record
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+
+from trainer.files import writing
+from trainer.report.metrics import Record
 
 # Made when the modules are loaded, which no type checker sees.
 Event, SessionLog = vars(event_pb2)["Event"], vars(event_pb2)["SessionLog"]

@@ -9,8 +9,9 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from errors import TrainingError
 from jax.experimental import multihost_utils
+
+from trainer.errors import TrainingError
 
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MESSAGE_BYTES = 1024

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax.typing import VariableDict
 from jaxtyping import Array, Bool, Float, Int, Shaped
-from layers import Batch
-from model import LanguageModel, with_params
+
+from trainer.model.language_model import LanguageModel, with_params
+from trainer.model.layers import Batch
 
 
 def likeliest(logits: Float[Array, "*n V"]) -> Int[Array, "*n"]:

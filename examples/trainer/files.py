@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import TrainingError
+from trainer.errors import TrainingError
 
 MANIFEST = "sha256.json"
 

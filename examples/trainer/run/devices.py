@@ -7,14 +7,14 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from data import Rows
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layers import Batch
-from model import partition_spec
 
 import ava_jax
+from trainer.data.text import Rows
+from trainer.model.language_model import partition_spec
+from trainer.model.layers import Batch
 
 T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")

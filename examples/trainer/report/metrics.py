@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from errors import TrainingError
-from files import write_whole, writing
 from jaxtyping import Array, Float
+
+from trainer.errors import TrainingError
+from trainer.files import write_whole, writing
 
 Record = dict[str, float]
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from corpus import Corpus
-from errors import TrainingError
-from files import find_damage, locked, make_empty, seal, write_whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokens import TokenFile, Tokens, tokens_to_bytes
+
+from trainer.data.corpus import Corpus
+from trainer.data.tokens import TokenFile, Tokens, tokens_to_bytes
+from trainer.errors import TrainingError
+from trainer.files import find_damage, locked, make_empty, seal, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"

@@ -15,18 +15,18 @@ from typing import NamedTuple
 
 import jax
 import optax
-from devices import make_mesh
-from errors import TrainingError
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from layers import Batch
-from model import is_adaptive
-from program import Program, read_program
 from rich.console import Console
 from rich.table import Table
-from settings import Settings
 
 import ava_jax
+from trainer.errors import TrainingError
+from trainer.model.language_model import is_adaptive
+from trainer.model.layers import Batch
+from trainer.run.devices import make_mesh
+from trainer.run.program import Program, read_program
+from trainer.run.settings import Settings
 
 GIB = 2**30
 

@@ -6,14 +6,14 @@ import platform
 from pathlib import Path
 
 import jax
-from corpus import Corpus
-from errors import TrainingError
-from files import write_whole, writing
-from layers import ModelConfig
-from processes import check_same, from_first
-from settings import Settings
 
 import ava_jax
+from trainer.data.corpus import Corpus
+from trainer.errors import TrainingError
+from trainer.files import write_whole, writing
+from trainer.model.layers import ModelConfig
+from trainer.run.processes import check_same, from_first
+from trainer.run.settings import Settings
 
 # What a resumed run may change: it alters no number that training computes.
 FREE = {

@@ -19,10 +19,11 @@ import absl.logging
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
-from data import DataState
-from errors import TrainingError
-from files import find_damage, make_empty, seal, write_whole, writing
-from processes import from_first
+
+from trainer.data.text import DataState
+from trainer.errors import TrainingError
+from trainer.files import find_damage, make_empty, seal, write_whole, writing
+from trainer.run.processes import from_first
 
 T = TypeVar("T")
 PREFIX = "step_"
