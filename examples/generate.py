@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 import ava_jax
-from train_tpu import make_model, new_state
 from trainer.data.text import end_of_text, load_tokenizer
 from trainer.decode.decoder import GREEDY, Cursor, Decoder, Sampling
 from trainer.decode.speculate import Flight, Speculator
@@ -36,6 +35,7 @@ from trainer.report.run_files import read_run
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.evaluate import routing_bias
 from trainer.run.settings import Settings
+from trainer.run.state import init_state, make_model
 
 # What the tokenizer shows for bytes that are not yet a whole character.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -85,7 +85,7 @@ def load(folder: Path, step: int | None = None) -> Trained:
         )
     chosen = steps[-1] if step is None else step
     make = functools.partial(
-        new_state, settings, model, ava_jax.unified_loss(model.loss)
+        init_state, settings, model, ava_jax.unified_loss(model.loss)
     )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: x.update(sharding=here), jax.eval_shape(make))

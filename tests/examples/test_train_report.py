@@ -12,7 +12,8 @@ from rich.console import Console
 from trainer.errors import TrainingError
 from trainer.report.metrics import Metrics, MetricsLog, Record, read_records
 from trainer.report.plot import group_names, plot_losses
-from trainer.report.progress import ProgressReport, show_table
+from trainer.report.progress import ProgressReport
+from trainer.report.summary import show_table
 from trainer.report.tensorboard import Board
 
 

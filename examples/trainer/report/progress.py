@@ -1,7 +1,6 @@
-"""What a person sees: the progress, the closing table, the paths."""
+"""The progress of a run: a live bar on a terminal, lines elsewhere."""
 
 import types
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -11,10 +10,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from trainer.report.metrics import Record
-from trainer.report.plot import HIDDEN, PICTURED
 
 SHOWN = {
     "total_loss": "loss",
@@ -92,50 +89,3 @@ class ProgressReport:
             if elapsed > 0:
                 rate = steps * self._tokens_per_step / elapsed
                 self._rate = f"  {rate:,.0f} tokens/s"
-
-
-def show_table(console: Console, records: list[Record], heldout: list[Record]) -> None:
-    """Prints first → last of every term, then of the held-out metrics."""
-    first, last = records[0], records[-1]
-    table = Table(title=f"step {first['step']:.0f} → step {last['step']:.0f}")
-    table.add_column("term")
-    table.add_column("first", justify="right")
-    table.add_column("last", justify="right")
-    for name in last:
-        if name not in HIDDEN and not name.startswith(PICTURED):
-            table.add_row(name, _format(first.get(name)), _format(last[name]))
-    if heldout:
-        table.add_section()
-        before, after = heldout[0], heldout[-1]
-        for name in after:
-            if name != "step":
-                label = f"held-out {name}"
-                table.add_row(label, _format(before.get(name)), _format(after[name]))
-    console.print(table)
-
-
-def _format(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def show_paths(console: Console, out: Path) -> None:
-    """Prints where everything is."""
-    console.print("Written:")
-    names = (
-        "config.json",
-        "metrics.jsonl",
-        "heldout.jsonl",
-        "samples.jsonl",
-        "losses.png",
-        "tokenizer.json",
-        "checkpoints",
-        "tensorboard",
-    )
-    for path in (out / name for name in names):
-        if path.exists():
-            console.print(f"  {path}", highlight=False, soft_wrap=True)
-    console.print(
-        f"All of it as one page: python examples/show_run.py {out}",
-        highlight=False,
-        soft_wrap=True,
-    )

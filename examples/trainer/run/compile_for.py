@@ -11,22 +11,26 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
 import ava_jax
 from trainer.errors import TrainingError
-from trainer.model.language_model import is_adaptive
+from trainer.model.language_model import LanguageModel, is_adaptive
 from trainer.model.layers import Batch
-from trainer.run.devices import make_mesh
+from trainer.report.metrics import Metrics
+from trainer.run.devices import ROWS, loss_on, make_mesh
 from trainer.run.program import Program, read_program
 from trainer.run.settings import Settings
+from trainer.run.state import TrainState, make_model, state_shapes
 
 GIB = 2**30
 
@@ -70,21 +74,17 @@ ALONE = {
 }
 
 
-class Plan(NamedTuple):
-    """A step and what it is called with, as shapes that know where they lie.
+MakeTrainStep = Callable[
+    [Settings, LanguageModel, ava_jax.UnifiedLoss, Mesh],
+    Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+]
 
-    Attributes:
-      step: jitted; takes the state and a batch.
-      state: everything that a step changes.
-      params: the parameters in it.
-      optimizer: the optimizer's state in it.
-      batch: packed rows.
-    """
+
+class Plan(NamedTuple):
+    """A jitted step and its arguments, as shapes with shardings."""
 
     step: jax.stages.Wrapped
-    state: tuple
-    params: optax.Params
-    optimizer: optax.OptState
+    state: TrainState
     batch: Batch
 
 
@@ -144,7 +144,7 @@ class Report(NamedTuple):
 def compile_for(
     settings: Settings,
     loss: ava_jax.UnifiedLossConfig,
-    make_plan: Callable[[Settings, ava_jax.UnifiedLossConfig, Mesh], Plan],
+    make_train_step: MakeTrainStep,
     console: Console,
 ) -> None:
     """Compiles the step for `settings.compile_for` and prints what it needs.
@@ -157,7 +157,7 @@ def compile_for(
     mesh = make_mesh(
         settings.mesh, settings.batch_size // settings.microbatches, devices
     )
-    plan = make_plan(settings, loss, mesh)
+    plan = make_plan(settings, loss, make_train_step, mesh)
     axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     console.print(
         f"{settings.preset} on {len(devices)} devices of {settings.compile_for}, "
@@ -174,6 +174,22 @@ def compile_for(
     console.print(f"compiled in {seconds:.0f} s", highlight=False)
     if not report.fits:
         raise TrainingError(f"the step does not fit into memory: {ADVICE}")
+
+
+def make_plan(
+    settings: Settings,
+    loss: ava_jax.UnifiedLossConfig,
+    make_train_step: MakeTrainStep,
+    mesh: Mesh,
+) -> Plan:
+    """Returns the step and its arguments as shapes, for a compiler without a device."""
+    model, loss_fn = make_model(settings, loss), loss_on(mesh, loss)
+    shape = settings.batch_size, settings.sequence_length
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    rows = cast(Array, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+    step = cast(jax.stages.Wrapped, make_train_step(settings, model, loss_fn, mesh))
+    state = state_shapes(settings, model, loss_fn, mesh)
+    return Plan(step, state, Batch(*[rows] * 4))
 
 
 ADVICE = (
@@ -224,7 +240,9 @@ def compile_plan(plan: Plan, chip: Chip) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        parts = (bytes_of(part) / GIB for part in (plan.params, plan.optimizer))
+        parts = (
+            bytes_of(part) / GIB for part in (plan.state.params, plan.state.optimizer)
+        )
         held = "parameters take {:.2f} GiB and the optimizer {:.2f}".format(*parts)
         said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0]
         raise TrainingError(
@@ -247,7 +265,7 @@ def make_report(
         devices=devices,
         tokens=settings.batch_size * settings.sequence_length,
         memory=_memory(plan, compiled),
-        flops=count_flops(settings, loss, plan.params),
+        flops=count_flops(settings, loss, plan.state.params),
         program=read_program(str(compiled.as_text()), devices),
     )
 
@@ -268,7 +286,7 @@ def _memory(plan: Plan, compiled: jax.stages.Compiled) -> dict[str, float]:
         raise TrainingError(
             "this compiler does not say how much memory a program needs"
         )
-    params, optimizer = bytes_of(plan.params), bytes_of(plan.optimizer)
+    params, optimizer = bytes_of(plan.state.params), bytes_of(plan.state.optimizer)
     arguments = facts.argument_size_in_bytes
     memory: dict[str, float] = {
         "parameters": params,

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -52,14 +52,18 @@ def _number(name: str) -> int | None:
     return None if text is None else int(text)
 
 
-def run_to_the_end(main: Callable[[], int]) -> NoReturn:
-    """Runs a process's program, and ends the process with its exit code.
+def run_to_the_end(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Joins the other processes, runs `main` on the command line, and exits.
 
-    An orderly farewell waits for the other processes. After an error they may be
-    waiting for this one, so then it ends at once, and that ends them.
+    An orderly exit waits for the other processes. After an error they may be waiting
+    for this one, so then it exits at once, which ends them too.
     """
     try:
-        code = main()
+        join_pod()
+        code = main(sys.argv[1:])
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
