@@ -1,4 +1,4 @@
-"""Files that are whole or absent, sealed by checksums; errors that name the file."""
+"""Files that are whole or absent, manifests of checksums, errors that name the file."""
 
 import contextlib
 import fcntl
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from trainer.errors import TrainingError
@@ -22,7 +22,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"cannot write {path}: {error.strerror or error}; once that is put right, "
-            "the same command goes on from the last checkpoint"
+            "the same command resumes from the last checkpoint"
         ) from error
 
 
@@ -60,28 +60,29 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def seal(folder: Path) -> None:
-    """Writes the checksums of all files of a folder beside them."""
-    write_whole(folder / MANIFEST, json.dumps(_checksums(folder), indent=1))
+def write_manifest(folder: Path, ignored: Collection[str] = ()) -> None:
+    """Writes the checksums of all files of a folder, but for `ignored`, beside them."""
+    sums = _checksums(folder, ignored)
+    write_whole(folder / MANIFEST, json.dumps(sums, indent=1))
 
 
-def find_damage(folder: Path) -> list[str]:
-    """Returns the names of the files that are not as they were sealed."""
+def find_corrupt(folder: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Returns the names of the files that do not match the folder's manifest."""
     try:
         expected = dict(json.loads((folder / MANIFEST).read_text()))
-        found = _checksums(folder)
+        found = _checksums(folder, ignored)
     except (OSError, ValueError, TypeError) as error:
         return [f"{MANIFEST}: {error}"]
     names = sorted(set(expected) | set(found))
     return [name for name in names if expected.get(name) != found.get(name)]
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _checksums(folder: Path, ignored: Collection[str]) -> dict[str, str]:
     """SHA-256 of every file but the manifest itself, by relative path."""
     sums: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST:
+        if path.is_file() and name not in (MANIFEST, *ignored):
             with path.open("rb") as file:
                 sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

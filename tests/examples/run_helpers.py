@@ -43,7 +43,7 @@ def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:
     """The arrays and the data state of a checkpoint."""
     folder = out.resolve() / "checkpoints" / f"step_{step:08d}"
     state = ocp.StandardCheckpointer().restore(folder / "state")
-    return state, json.loads((folder / "data.json").read_text())
+    return state, json.loads((folder / "data" / "metadata").read_text())
 
 
 def without_seconds(records: list[Record]) -> list[Record]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.data.corpus import Corpus
 from trainer.data.tokens import TokenFile, Tokens, tokens_to_bytes
 from trainer.errors import TrainingError
-from trainer.files import find_damage, locked, make_empty, seal, write_whole
+from trainer.files import find_corrupt, locked, make_empty, write_manifest, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
@@ -200,7 +200,7 @@ def prepare_data(
     name = f"{corpus.sha256[:16]}-{vocab_size}"
     folder = cache / name
     with locked(cache / f"{name}.lock"):
-        if find_damage(folder):
+        if find_corrupt(folder):
             tokenize(corpus, folder, vocab_size)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     stream = TokenFile(folder / TOKENS)
@@ -250,7 +250,7 @@ def tokenize(corpus: Corpus, folder: Path, vocab_size: int) -> None:
     make_empty(folder)
     write_whole(folder / TOKENIZER, tokenizer.to_str())
     write_whole(folder / TOKENS, tokens_to_bytes(pieces))
-    seal(folder)
+    write_manifest(folder)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
