@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import optax
-from data import TextData
 from jaxtyping import Array, Float, Int
-from layers import Batch
-from model import LanguageModel
 
 import ava_jax
 from experiments.sizes import Sizes
+from trainer.data.text import TextData
+from trainer.model.language_model import LanguageModel
+from trainer.model.layers import Batch
 
 Fields = Mapping[str, object]
 Own = dict[str, Array]

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from expert_load import count_choices
 from jaxtyping import Array, Int
-from layers import Batch, ModelConfig
-from model import loss_inputs
 
 from ava_jax import metrics
 from experiments.additions import SequenceBalance
@@ -26,6 +23,9 @@ from experiments.lab import (
 from experiments.plots import plot_dots, plot_loads
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import GPU, Sizes
+from trainer.model.expert_load import count_choices
+from trainer.model.language_model import loss_inputs
+from trainer.model.layers import Batch, ModelConfig
 
 SIZES = {
     "cpu": Sizes(

@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decode import generate
 from jaxtyping import Array, Int
-from layers import Batch
-from model import LanguageModel, is_adaptive, loss_inputs, with_params
-from speculate import Speculated, speculate
 
 from ava_jax import metrics
 from experiments.additions import GateCalibration, first_drafts
@@ -36,6 +32,15 @@ from experiments.lab import (
 from experiments.plots import plot_calibration, plot_dots
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import CPU, GPU, Sizes
+from trainer.decode.decoder import generate
+from trainer.decode.speculate import Speculated, speculate
+from trainer.model.language_model import (
+    LanguageModel,
+    is_adaptive,
+    loss_inputs,
+    with_params,
+)
+from trainer.model.layers import Batch
 
 SIZES = {
     "cpu": dataclasses.replace(CPU, steps=800, prompts=200),

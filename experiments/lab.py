@@ -16,23 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from corpus import Corpus, load_corpus
-from data import TextData, prepare_data
-from decode import Decoder
-from devices import make_mesh
-from evaluate import evaluate as evaluate_rows
-from evaluate import routing_bias
-from expert_load import count_choices, relative_load
 from jaxtyping import Array, Float, Int
-from layers import Batch
-from model import LanguageModel, hidden_and_head, loss_inputs
-from settings import Settings
-from train_tpu import make_model, make_optimizer
 
 import ava_jax
 from ava_jax import metrics
 from experiments.arms import Arm, Own, Scene
 from experiments.sizes import Sizes
+from train_tpu import make_model, make_optimizer
+from trainer.data.corpus import Corpus, load_corpus
+from trainer.data.text import TextData, prepare_data
+from trainer.decode.decoder import Decoder
+from trainer.model.expert_load import count_choices, relative_load
+from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
+from trainer.model.layers import Batch
+from trainer.run.devices import make_mesh
+from trainer.run.evaluate import evaluate as evaluate_rows
+from trainer.run.evaluate import routing_bias
+from trainer.run.settings import Settings
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 TABLES = ("Python Character Mapping Codec", "HTML character entity references")

@@ -6,9 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from files import write_whole
-
 from benchmarks.records import MachineRecord
+from trainer.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,7 +7,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from decode import before_end, generate
 from jaxtyping import Array, Bool, Int
 
 from ava_jax import metrics
@@ -17,6 +16,7 @@ from experiments.lab import Numbers, evaluate, heldout_prompts, load_text, train
 from experiments.plots import plot_dots
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import CPU, GPU, Sizes
+from trainer.decode.decoder import before_end, generate
 
 SIZES = {"cpu": CPU, "gpu": GPU}
 LONGEST_PERIOD = 50

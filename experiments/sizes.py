@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from layers import ModelConfig
+from trainer.model.layers import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,10 @@ import ava_jax
 from experiments import additions, call_cost, lab, records, repetition, run, tables
 from experiments.arms import Arm
 from experiments.sizes import Sizes
-
-# isort: split
-from corpus import Corpus
-from data import TextData, prepare_data
-from layers import ModelConfig
-from model import loss_inputs
+from trainer.data.corpus import Corpus
+from trainer.data.text import TextData, prepare_data
+from trainer.model.language_model import loss_inputs
+from trainer.model.layers import ModelConfig
 
 TINY = Sizes(
     model=ModelConfig(layers=1, width=16, heads=2),
