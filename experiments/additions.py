@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax import losses
-from experiments.arms import Own, Report, Scene
+from experiments.variants import Own, Report, Scene
 from trainer.decode.decoder import generate
 from trainer.model.language_model import LanguageModel, hidden_and_head
 from trainer.model.layers import Batch

@@ -23,7 +23,7 @@ KINDS = ("parallel", "sequential")
 def cost(sizes: Sizes, kind: str) -> float:
     """Returns the cost of a call that drafts."""
     text = load_text(sizes)
-    model = build(sizes, heads.ARMS[kind], text)
+    model = build(sizes, heads.VARIANTS[kind], text)
     prompts = heldout_prompts(sizes, text).prompts
     params = initial_params(model, 0)
     state = ava_jax.unified_loss(model.loss).init()

@@ -1,4 +1,4 @@
-"""An arm of an experiment: fields of the loss, and what else changes the objective."""
+"""A variant in an experiment: fields of the loss, and other changes of the objective."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class Falling(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class Variant:
     """What is trained under.
 
     Attributes:
@@ -104,7 +104,7 @@ class Arm:
         return ava_jax.create_unified_loss({**PLAIN, **own, **derived}).config
 
 
-# The cross-entropy alone; what an arm adds, its name says.
+# The cross-entropy alone; what a variant adds, its name says.
 PLAIN: Fields = {
     "primary_loss_type": "standard",
     "adaptive_temperature": False,
