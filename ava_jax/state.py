@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.losses.moe import BiasBalanceState, GradientBalanceState
+from ava_jax.terms.adaptive import AdaptiveMTPState
 from ava_jax.terms.base import Term
-from ava_jax.terms.mtp import AdaptiveMTPState
 from ava_jax.terms.temperature import LossHistory
 
 

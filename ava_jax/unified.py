@@ -24,7 +24,7 @@ from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import LossState, states_of, with_states
 from ava_jax.terms.base import Aux, Call, Step, Term
-from ava_jax.terms.listing import RESERVED_NAMES, terms_of
+from ava_jax.terms.listing import distinct, not_reserved, terms_of
 from ava_jax.terms.user import TermLike, as_term
 from ava_jax.tokens import Tokens
 
@@ -39,13 +39,23 @@ class UnifiedLoss:
       settings: the vocabulary, and how passes over it go.
       terms: the terms.
       layout: how batches and the vocabulary lie on a mesh; None leaves it to XLA.
-      config: the flat config that the terms were made from, if any.
+      flat_config: the config that the terms were made from, if any.
     """
 
     settings: Settings
     terms: tuple[Term, ...]
     layout: Layout | None = None
-    config: UnifiedLossConfig | None = None
+    flat_config: UnifiedLossConfig | None = None
+
+    @property
+    def config(self) -> UnifiedLossConfig:
+        """The config that the terms were made from."""
+        if self.flat_config is None:
+            raise AttributeError(
+                "this loss was composed from terms and has no config: look at its "
+                "terms and its settings"
+            )
+        return self.flat_config
 
     def init(self) -> LossState:
         """Returns the state of step 0.
@@ -308,38 +318,10 @@ def unified_loss(
       >>> loss_fn == ava_jax.unified_loss(config)
       True
     """
-    extra = tuple(map(as_term, extra_terms))
-    for term in extra:
-        for name in {term.name, term.part, *term.keys} - {None, "main_loss"}:
-            if name in RESERVED_NAMES:
-                raise ValueError(
-                    f"extra term {term.name!r}: the name {name!r} is taken; choose "
-                    "another"
-                )
+    extra = not_reserved(tuple(map(as_term, extra_terms)))
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    terms = _distinct((*terms_of(config), *extra))
+    terms = distinct((*terms_of(config), *extra))
     return UnifiedLoss(config.settings, terms, layout, config)
-
-
-def _distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Raises if two terms have the same name, or make the same entry of aux."""
-    parts = {term.part for term in terms} | {"main_loss"}
-    seen: set[str] = set()
-    fields: set[str] = set()
-    for term in terms:
-        own = {term.name, *term.keys} - parts
-        if taken := own & seen or {term.name} & parts:
-            raise ValueError(
-                f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"
-            )
-        if taken := fields.intersection(term.fields):
-            raise ValueError(
-                f"term {term.name!r}: another term already keeps its state in "
-                f"{min(taken)!r}"
-            )
-        seen |= own
-        fields.update(term.fields)
-    return terms
 
 
 def compose(
@@ -409,7 +391,7 @@ def compose(
         implementation=implementation,
     )
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    return UnifiedLoss(config.settings, _distinct(tuple(map(as_term, terms))), layout)
+    return UnifiedLoss(config.settings, distinct(tuple(map(as_term, terms))), layout)
 
 
 def create_unified_loss(

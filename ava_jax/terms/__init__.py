@@ -4,6 +4,9 @@ A loss is a list of these: `ava_jax.compose` takes them as they are, and
 `ava_jax.unified_loss` makes the list of a flat config by `terms_of`.
 """
 
+from ava_jax.terms.adaptive import AdaptiveHeads as AdaptiveHeads
+from ava_jax.terms.adaptive import AdaptivePrimary as AdaptivePrimary
+from ava_jax.terms.adaptive import AdaptiveSecondary as AdaptiveSecondary
 from ava_jax.terms.base import BatchTerm as BatchTerm
 from ava_jax.terms.base import Call as Call
 from ava_jax.terms.base import Output as Output
@@ -21,9 +24,6 @@ from ava_jax.terms.likelihood import TokenDiversity as TokenDiversity
 from ava_jax.terms.likelihood import ZLoss as ZLoss
 from ava_jax.terms.listing import RESERVED_NAMES as RESERVED_NAMES
 from ava_jax.terms.listing import terms_of as terms_of
-from ava_jax.terms.mtp import AdaptiveHeads as AdaptiveHeads
-from ava_jax.terms.mtp import AdaptivePrimary as AdaptivePrimary
-from ava_jax.terms.mtp import AdaptiveSecondary as AdaptiveSecondary
 from ava_jax.terms.mtp import ParallelHeads as ParallelHeads
 from ava_jax.terms.mtp import SequentialHeads as SequentialHeads
 from ava_jax.terms.repetition import EarlyEOSPenalty as EarlyEOSPenalty

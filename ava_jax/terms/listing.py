@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ava_jax.config import UnifiedLossConfig
 from ava_jax.terms import (
+    adaptive,
     contrastive,
     likelihood,
     mtp,
@@ -51,7 +52,7 @@ def terms_of(config: UnifiedLossConfig) -> tuple[Term, ...]:
 
 def _primary(config: UnifiedLossConfig) -> Term:
     if config.primary_loss_type == "deepseek":
-        adaptive = temperature.AdaptiveTemperature(
+        moves = temperature.AdaptiveTemperature(
             initial=config.initial_temperature,
             is_adaptive=config.adaptive_temperature,
             low=config.min_temperature,
@@ -64,17 +65,15 @@ def _primary(config: UnifiedLossConfig) -> Term:
         )
         if config.use_focal_loss:
             return temperature.TemperedFocalLoss(
-                config.focal_alpha, config.focal_gamma, adaptive=adaptive
+                config.focal_alpha, config.focal_gamma, adaptive=moves
             )
-        return temperature.TemperedCrossEntropy(
-            config.label_smoothing, adaptive=adaptive
-        )
+        return temperature.TemperedCrossEntropy(config.label_smoothing, adaptive=moves)
     if config.use_focal_loss:
         primary = likelihood.FocalLoss(config.focal_alpha, config.focal_gamma)
     else:
         primary = likelihood.CrossEntropy(config.label_smoothing)
     if config.primary_loss_type == "adaptive_mtp":
-        return mtp.AdaptivePrimary(primary, _adaptive_heads(config))
+        return adaptive.AdaptivePrimary(primary, _adaptive_heads(config))
     return primary
 
 
@@ -111,7 +110,7 @@ def _heads(config: UnifiedLossConfig) -> Iterator[Term]:
         return
     count, weight = config.num_future_tokens, config.mtp_weight
     if config.mtp_type == "adaptive":
-        yield mtp.AdaptiveSecondary(_adaptive_heads(config))
+        yield adaptive.AdaptiveSecondary(_adaptive_heads(config))
     elif config.mtp_type == "sequential":
         yield mtp.SequentialHeads(count, weight)
     else:
@@ -119,8 +118,8 @@ def _heads(config: UnifiedLossConfig) -> Iterator[Term]:
         yield mtp.ParallelHeads(count, config.hidden_size, weight)
 
 
-def _adaptive_heads(config: UnifiedLossConfig) -> mtp.AdaptiveHeads:
-    return mtp.AdaptiveHeads(
+def _adaptive_heads(config: UnifiedLossConfig) -> adaptive.AdaptiveHeads:
+    return adaptive.AdaptiveHeads(
         config.num_future_tokens,
         config.mtp_weight,
         config.label_smoothing,
@@ -168,3 +167,38 @@ def built_in(base: type[Term] = Term) -> Iterator[type[Term]]:
 RESERVED_NAMES = frozenset(_ALWAYS).union(
     *((*kind.keys, getattr(kind, "name", _ALWAYS[0])) for kind in built_in())
 )
+
+
+def not_reserved(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Raises if a user's term would overwrite an entry of aux; returns the terms."""
+    for term in terms:
+        wanted = {term.name, *term.keys}
+        if term.part != "main_loss" and term.part is not None:
+            wanted.add(term.part)
+        if taken := wanted & RESERVED_NAMES:
+            raise ValueError(
+                f"extra term {term.name!r}: the name {min(taken)!r} is taken; choose "
+                "another"
+            )
+    return terms
+
+
+def distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Raises if two terms make the same entry of aux or have the same state."""
+    parts = {term.part for term in terms} | {"main_loss"}
+    seen: set[str] = set()
+    fields: set[str] = set()
+    for term in terms:
+        own = {term.name, *term.keys} - parts
+        if taken := own & seen or {term.name} & parts:
+            raise ValueError(
+                f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"
+            )
+        if taken := fields.intersection(term.fields):
+            raise ValueError(
+                f"term {term.name!r}: another term already keeps its state in "
+                f"{min(taken)!r}"
+            )
+        seen |= own
+        fields.update(term.fields)
+    return terms

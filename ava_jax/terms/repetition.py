@@ -23,8 +23,8 @@ from ava_jax.tokens import (
     earlier_ids,
     longest_runs,
     read_history,
+    repeated_ngram_pairs,
     repeated_token,
-    sort_ngrams,
     whole_windows,
 )
 
@@ -159,8 +159,7 @@ class TargetNgrams(_OfTargets):
     keys = ("ngram_repetition", "ngram_penalty")
 
     def __call__(self, call: Call) -> Scalar:
-        windows = sort_ngrams(call.tokens, self.ngram_size)
-        pairs = jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
+        pairs = repeated_ngram_pairs(call.tokens, self.ngram_size)
         return safe_divide(pairs, call.normalizers.windows)
 
     def counts(self, tokens: Tokens, inputs: LossInputs) -> dict[str, Array]:
