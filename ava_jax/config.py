@@ -127,8 +127,8 @@ class UnifiedLossConfig:
       contrastive_weight: its weight.
       contrastive_temperature: temperature of `"infonce"`.
       contrastive_margin: margin of the other three.
-      logit_soft_cap: every logit z becomes cap·tanh(z/cap), at both doors.
-      chunk_size: tokens of a row whose logits the fused door makes at a time; `None`
+      logit_soft_cap: every logit z becomes cap·tanh(z/cap), on both paths.
+      chunk_size: tokens of a row whose logits the fused path makes at a time; `None`
         chooses by device and shape.
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
       implementation: of the kernel, `"reference"`, `"cpu"` or `"xla"` (TPUs and GPUs);
