@@ -1,9 +1,14 @@
 """Eight fake devices, strict promotion, and shapes checked against the annotations."""
 
+import functools
+import gc
 import os
 
+from support import compiling
+
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    compiling.with_quick(os.environ.get("XLA_FLAGS", ""))
+    + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -18,6 +23,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 jaxtyping.install_import_hook("ava_jax", f"{typechecking.__name__}.check")
 
+# Tracing makes many small objects, and little garbage.
+gc.freeze()
+gc.set_threshold(100_000, 50, 50)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def drop_programs():
@@ -27,9 +36,12 @@ def drop_programs():
 
 
 @pytest.fixture
-def optimized():
+def optimized(monkeypatch: pytest.MonkeyPatch):
     """Compiles as users do, for tests that look at the compiled program."""
     jax.config.update("jax_disable_most_optimizations", False)
+    if compiling.QUICK in os.environ["XLA_FLAGS"]:
+        jit = functools.partial(jax.jit, compiler_options=compiling.AS_USERS_DO)
+        monkeypatch.setattr(jax, "jit", jit)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from support.golden_cases import compiler_options
 from support.pages import (
     DOCS,
     PAGES,
@@ -43,10 +42,8 @@ SECTIONS = [
 
 @pytest.fixture
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to write to, quick compilation, and the promotion that Adam needs."""
+    """A folder to write to, and the promotion that Adam needs."""
     monkeypatch.chdir(tmp_path)
-    quick = functools.partial(jax.jit, compiler_options=compiler_options())
-    monkeypatch.setattr(jax, "jit", quick)
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy.random import Generator, default_rng
-from support.golden_cases import compiler_options, flattened
+from support.golden_cases import flattened
 from support.oracle_inputs import Aux
 from support.oracle_scenarios import (
     SEEDS,
@@ -114,11 +114,6 @@ def package_call(scenario: Scenario) -> tuple[Any, Callable[..., Any]]:
     return loss_fn.init(), call
 
 
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled fast, because it runs a few times."""
-    return jax.jit(function, compiler_options=compiler_options())
-
-
 def check_steps(
     scenario: Scenario, wide: bool, later: Sequence[dict[str, Any]] = ()
 ) -> list[OracleState]:
@@ -127,7 +122,7 @@ def check_steps(
     tolerance = FLOAT64 if wide else FLOAT32
     with jax.enable_x64(wide):
         state, call = package_call(scenario)
-        call = quick_jit(call)
+        call = jax.jit(call)
         for inputs in (scenario.inputs, *later):
             loss, aux, state = call(state, widened(inputs))
             before = states[-1] if states else None
@@ -179,7 +174,7 @@ def gradients(scenario: Scenario, names: list[str]) -> dict[str, Any]:
     def loss(moving: dict[str, jax.Array]) -> jax.Array:
         return call(state, {**inputs, **moving})[0]
 
-    grads = quick_jit(jax.grad(loss))({name: inputs[name] for name in names})
+    grads = jax.jit(jax.grad(loss))({name: inputs[name] for name in names})
     return jax.tree.map(np.asarray, grads)
 
 

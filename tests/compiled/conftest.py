@@ -7,8 +7,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def as_users_do(optimized: None, unannotated: None) -> Iterator[None]:
+def as_users_do(unannotated: None) -> Iterator[None]:
     """Optimized, without the annotations' checks, and with ordinary promotion."""
-    del optimized, unannotated
+    del unannotated
+    # The flags that compile quickly for a CPU say nothing to these compilers.
+    jax.config.update("jax_disable_most_optimizations", False)
     with jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_disable_most_optimizations", True)
