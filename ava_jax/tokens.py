@@ -204,6 +204,15 @@ def count_ngrams(tokens: Tokens, size: int) -> tuple[Int[Array, "B"], Int[Array,
     return jnp.sum(distinct, axis=1), jnp.sum(windows.whole, axis=1)
 
 
+def repeated_ngram_pairs(tokens: Tokens, size: int) -> Float[Array, ""]:
+    """Returns how many pairs of equal windows of `size` targets the rows have.
+
+    `Σ_rows Σ_distinct c·(c−1)/2`, c the number of equal windows.
+    """
+    windows = sort_ngrams(tokens, size)
+    return jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
+
+
 def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
     """Sorts windows by their first targets, exactly, in O(S log S) per target.
 

@@ -249,7 +249,7 @@ def parallel_heads(shape: Shape, target: Devices, depths: int = DEPTHS) -> Entry
     config = dataclasses.replace(
         plain(shape.vocab),
         use_mtp=True,
-        mtp_type="deepseek",
+        mtp_type="parallel",
         num_future_tokens=depths,
         hidden_size=shape.width,
     )

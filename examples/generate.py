@@ -21,21 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from checkpoint import Checkpoints
-from data import end_of_text, load_tokenizer
-from decode import GREEDY, Cursor, Decoder, Sampling
-from errors import TrainingError
-from evaluate import routing_bias
 from jaxtyping import Array, Float, Int
-from layers import ModelConfig
-from model import LanguageModel
-from run_files import read_run
-from settings import Settings
-from speculate import Flight, Speculator
 from tokenizers import Tokenizer
-from train_tpu import make_model, new_state
 
 import ava_jax
+from trainer.data.text import end_of_text, load_tokenizer
+from trainer.decode.decoder import GREEDY, Cursor, Decoder, Sampling
+from trainer.decode.speculate import Flight, Speculator
+from trainer.errors import TrainingError
+from trainer.model.language_model import LanguageModel
+from trainer.model.layers import ModelConfig
+from trainer.report.run_files import read_run
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.evaluate import routing_bias
+from trainer.run.settings import Settings
+from trainer.run.state import init_state, make_model
 
 # What the tokenizer shows for bytes that are not yet a whole character.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -85,7 +85,7 @@ def load(folder: Path, step: int | None = None) -> Trained:
         )
     chosen = steps[-1] if step is None else step
     make = functools.partial(
-        new_state, settings, model, ava_jax.unified_loss(model.loss)
+        init_state, settings, model, ava_jax.unified_loss(model.loss)
     )
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: x.update(sharding=here), jax.eval_shape(make))

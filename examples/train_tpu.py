@@ -3,68 +3,59 @@
     python examples/train_tpu.py --preset demo
     python examples/train_tpu.py --help
 
-It reads from top to bottom: the step, the run, the loop. The same file
-runs on a laptop's CPU, on GPUs and on a TPU pod, where it is started once a host;
-`launch_local.py` starts several processes on one machine. Exit code 0: done, or stopped
-by Ctrl-C or SIGTERM with everything saved. 1: an error, explained on stderr. 130:
-Ctrl-C outside of training, or a second one during it.
+It reads from top to bottom: the step, the run, the loop. The same file runs on a
+laptop's CPU, on GPUs and on a TPU pod, where it is started once per host;
+`python -m trainer.run.launch_local` starts several processes on one machine. Exit code
+0: done, or stopped by Ctrl-C or SIGTERM with everything saved. 1: an error, explained
+on stderr. 130: Ctrl-C outside of training, or a second one during it.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from checkpoint import Checkpoints
-from compile_for import Plan, compile_for
-from corpus import load_corpus
-from data import prepare_data
-from decode import Sampling, generate
-from devices import (
-    ROWS,
-    RowShare,
-    loss_on,
-    make_mesh,
-    placed,
-    use_deterministic_operations,
-)
-from errors import TrainingError
-from evaluate import evaluate, routing_bias
-from expert_load import count_choices, relative_load
-from files import write_whole, writing
-from guard import Skips, choose, is_finite
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
-from layers import Batch
-from metrics import Metrics, append_record, read_records, steps_of
-from model import LanguageModel, loss_inputs
-from optimizer import make_optimizer
-from plot import plot_losses
-from processes import first_failure, from_first, is_first, join_pod, run_to_the_end
-from recorder import Recorder
-from report import show_paths, show_table
 from rich.console import Console
-from run_folder import open_run, refuse_other_data
-from samples import Sample, keep_sample
-from settings import LossFields, Settings, make_loss_config, parse_settings
-from stopping import StopRequest
 
 import ava_jax
-
-
-class TrainState(NamedTuple):
-    """Everything that a step changes."""
-
-    step: Int[Array, ""]
-    params: optax.Params
-    optimizer: optax.OptState
-    loss: ava_jax.LossState
-    skipped: Skips
+from trainer.data.corpus import load_corpus
+from trainer.data.text import prepare_data
+from trainer.errors import TrainingError
+from trainer.files import write_whole
+from trainer.model.expert_load import count_choices, relative_load
+from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.layers import Batch
+from trainer.report.finish import finish
+from trainer.report.metrics import Metrics, append_record, steps_of
+from trainer.report.recorder import Recorder
+from trainer.report.summary import say, show_run
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.compile_for import compile_for
+from trainer.run.devices import (
+    RowShare,
+    loss_on,
+    make_mesh,
+    split_rows,
+    use_deterministic_operations,
+)
+from trainer.run.evaluate import evaluate, routing_bias
+from trainer.run.folder import open_run, refuse_other_data
+from trainer.run.guard import choose, is_finite
+from trainer.run.optimizer import make_optimizer
+from trainer.run.processes import (
+    first_failure,
+    from_first,
+    is_first,
+    run_to_the_end,
+)
+from trainer.run.settings import LossFields, Settings, make_loss_config, parse_settings
+from trainer.run.state import TrainState, init_sharded, make_model, state_shapes
+from trainer.run.stopping import StopRequest
 
 
 class StepSums(NamedTuple):
@@ -74,26 +65,8 @@ class StepSums(NamedTuple):
     choices: Int[Array, "L E"] | None
 
 
-# Sampling keeps to the likeliest tokens: label smoothing spreads mass over all others.
-CANDIDATES = 40
-COLUMNS = 128  # the vocabulary's come in multiples of this, as matrix units like them
-
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Gradient = Callable[[TrainState, Batch], tuple[optax.Params, StepSums]]
-
-
-def split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """Splits rows [B, S] into micro-batches [parts, B / parts, S].
-
-    Row b goes to part b % parts, so that no row leaves its device.
-    """
-    rows_in_place = NamedSharding(mesh, P(None, ROWS))
-
-    def part(array: Array) -> Array:
-        window = array.reshape(-1, parts, array.shape[-1]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(window, rows_in_place)
-
-    return Batch(*map(part, batch))
 
 
 def make_gradient(
@@ -113,7 +86,7 @@ def make_gradient(
         return loss, StepSums(stats, count_choices(inputs, model.config.experts))
 
     def gradient(state: TrainState, batch: Batch) -> tuple[optax.Params, StepSums]:
-        window = split(batch, settings.microbatches, mesh)
+        window = split_rows(batch, settings.microbatches, mesh)
         normalizers = loss_fn.normalizers(
             targets=window.targets,
             attention_mask=window.segment_ids > 0,
@@ -175,52 +148,6 @@ def make_train_step(
     )
 
 
-def make_model(settings: Settings, loss: ava_jax.UnifiedLossConfig) -> LanguageModel:
-    """The model, with the heads that its loss asks for."""
-    return LanguageModel(
-        config=settings.model,
-        loss=loss,
-        columns=-(-loss.vocab_size // COLUMNS) * COLUMNS,
-        dtype=jnp.dtype(settings.dtype),
-        fused=settings.fused,
-    )
-
-
-def new_state(
-    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss
-) -> TrainState:
-    """The state before the first step."""
-    row = jnp.ones((1, settings.sequence_length), jnp.int32)
-    variables = model.init(jax.random.key(settings.seed), Batch(row, row, row, row))
-    optimizer, _ = make_optimizer(settings)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        optimizer=optimizer.init(variables["params"]),
-        loss=loss_fn.init(),
-        skipped=Skips.none(),
-    )
-
-
-def state_shapes(
-    settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
-) -> TrainState:
-    """The state's shapes and dtypes, with where each array lies on the mesh."""
-    make = functools.partial(new_state, settings, model, loss_fn)
-    return placed(jax.eval_shape(make), mesh)
-
-
-def plan(settings: Settings, loss: ava_jax.UnifiedLossConfig, mesh: Mesh) -> Plan:
-    """The step and its arguments as shapes, for a compiler without a device."""
-    model, loss_fn = make_model(settings, loss), loss_on(mesh, loss)
-    shape = settings.batch_size, settings.sequence_length
-    where = NamedSharding(mesh, P(ROWS))
-    rows = cast(Array, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where))
-    state = state_shapes(settings, model, loss_fn, mesh)
-    step = cast(jax.stages.Wrapped, make_train_step(settings, model, loss_fn, mesh))
-    return Plan(step, state, state.params, state.optimizer, Batch(*[rows] * 4))
-
-
 class Run:
     """One call of the trainer: everything built, restored if the folder has a run."""
 
@@ -228,7 +155,7 @@ class Run:
         self, settings: Settings, fields: LossFields, console: Console
     ) -> None:
         corpus = load_corpus(settings.data)
-        console.print(corpus.describe(), highlight=False, soft_wrap=True)
+        say(console, corpus.describe())
         refuse_other_data(settings.out, corpus)
         text = prepare_data(
             corpus,
@@ -255,43 +182,17 @@ class Run:
         )
         self.state = self._begin()
         self.start = self.step = int(self.state.step)
-        self.describe()
+        show_run(console, settings, text, self.state, self.mesh)
 
     def _begin(self) -> TrainState:
-        """The state of the newest checkpoint, or a new one."""
-        parts = self.settings, self.model, self.loss_fn
-        target = state_shapes(*parts, self.mesh)
+        """Returns the state of the newest checkpoint, or a new one."""
+        parts = self.settings, self.model, self.loss_fn, self.mesh
         latest = self.checkpoints.latest()
         if latest is None:
-            places = jax.tree.map(lambda leaf: leaf.sharding, target)
-            make = functools.partial(new_state, *parts)
-            return jax.jit(make, out_shardings=places)()
-        state, data_state = self.checkpoints.restore(latest, target)
+            return init_sharded(*parts)
+        state, data_state = self.checkpoints.restore(latest, state_shapes(*parts))
         self.batches.set_state(data_state)
         return state
-
-    def describe(self) -> None:
-        """Prints the sizes."""
-        settings, text = self.settings, self.text
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        tokens = settings.batch_size * settings.sequence_length
-        self._say(
-            f"{text.tokens:,} tokens of a vocabulary of {text.vocab_size:,}; "
-            f"{len(text.train):,} rows to train on, {len(text.heldout):,} held out"
-        )
-        self._say(
-            f"{count:,} parameters in {settings.dtype}; {tokens:,} tokens per step; "
-            f"mesh {dict(self.mesh.shape)} of {jax.default_backend()} devices"
-        )
-        self._say(
-            f"the learning rate falls until step {settings.schedule_steps:,}; training "
-            f"ends at step {settings.steps:,}"
-        )
-        if self.start:
-            self._say(f"going on from step {self.start}")
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def train(self) -> bool:
         """Runs the loop; returns False if somebody stopped it early.
@@ -322,7 +223,7 @@ class Run:
             self.save()
         is_done = self.step >= settings.steps
         if stop.has_failed and not is_done:
-            self._say(f"everything was saved at step {self.step}")
+            say(self.console, f"everything was saved at step {self.step}")
             raise first_failure(self.batches.failure)
         return is_done
 
@@ -348,57 +249,6 @@ class Run:
         if is_first():
             append_record(path, {"step": self.step} | record)
 
-    def sample(self) -> str:
-        """Returns the prompt and what the model makes of it."""
-        settings, text = self.settings, self.text
-        prompt = [text.eos, *text.tokenizer.encode(settings.prompt).ids]
-        count = min(settings.sequence_length - len(prompt), settings.sample_tokens)
-        if count < 1:
-            return settings.prompt
-        temperature = self.state.loss.temperature
-        made = generate(
-            self.model,
-            self.state.params,
-            routing_bias(self.state.loss),
-            np.array([prompt], np.int32),
-            np.array([len(prompt)], np.int32),
-            jax.random.key(settings.seed),
-            count=count,
-            sampling=Sampling(
-                temperature=1.0 if temperature is None else float(temperature),
-                top_k=CANDIDATES,
-            ),
-        )
-        return text.tokenizer.decode([*prompt[1:], *np.asarray(made)[0].tolist()])
-
-    def report(self, *, is_done: bool) -> None:
-        """Draws the curves, and prints the table, a sample and the paths."""
-        out, console = self.settings.out, self.console
-        records = read_records(out / "metrics.jsonl")
-        heldout = read_records(out / "heldout.jsonl")
-        if records and is_first():
-            with writing(out / "losses.png"):
-                plot_losses(records, heldout, out / "losses.png")
-        if not is_done:
-            self._say(
-                f"stopped and saved at step {self.step}: the same command goes on there"
-            )
-            return
-        if records:
-            show_table(console, records, heldout)
-            self._say(f"{records[-1]['seconds']:.0f} s of training")
-            if skipped := records[-1]["skipped_steps"]:
-                self._say(f"{skipped:.0f} steps were skipped: they were not finite")
-        if self.settings.sample_tokens:
-            # Every process takes part in the sample; the first one's console shows it.
-            sample = Sample(self.step, self.settings.prompt, self.sample())
-            console.rule("sample")
-            console.print(sample.text, markup=False, highlight=False, soft_wrap=True)
-            console.rule()
-            if is_first():
-                keep_sample(out / "samples.jsonl", sample)
-        show_paths(console, out)
-
 
 def main(arguments: Sequence[str], console: Console | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -408,7 +258,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
         size = settings.vocab_size
         loss = make_loss_config(settings, fields, size, size - 1)
         if settings.compile_for:
-            compile_for(settings, loss, plan, console or Console())
+            compile_for(settings, loss, make_train_step, console or Console())
             return 0
         if settings.deterministic:
             use_deterministic_operations()
@@ -418,7 +268,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
         is_done = run.train()
         if is_done:
             run.evaluate()
-        run.report(is_done=is_done)
+        finish(run.settings, run.model, run.state, run.text, run.console)
     except (TrainingError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -433,15 +283,5 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
-def start() -> int:
-    """Joins the other processes, if there are any, and runs the command line."""
-    try:
-        join_pod()
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return main(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    run_to_the_end(start)
+    run_to_the_end(main)

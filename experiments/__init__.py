@@ -2,11 +2,5 @@
 
     python -m experiments.run repetition
 
-The model, the data and the optimizer are the trainer's, whose modules are imported by
-folder.
+The model, the data and the optimizer are those of `examples/trainer`.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

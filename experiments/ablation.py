@@ -4,10 +4,10 @@ import dataclasses
 
 from experiments import repetition
 from experiments.additions import LearnedWeights
-from experiments.arms import Arm
 from experiments.plots import plot_dots, plot_paths
 from experiments.records import Results, RunRecord, only, picture
 from experiments.sizes import Sizes
+from experiments.variants import Variant
 
 SIZES = {
     "cpu": dataclasses.replace(repetition.SIZES["cpu"], steps=400),
@@ -29,47 +29,47 @@ TERMS: dict[str, dict[str, object]] = {
     "contrastive": {"use_contrastive_loss": True, "contrastive_type": "simctg"},
 }
 # These replace another part of the loss, so they are not among "all".
-ALTERNATIVES: dict[str, Arm] = {
-    "focal": Arm({"use_focal_loss": True}),
-    "sequential heads": Arm(
+ALTERNATIVES: dict[str, Variant] = {
+    "focal": Variant({"use_focal_loss": True}),
+    "sequential heads": Variant(
         TERMS["parallel heads"] | {"mtp_type": "sequential"},
     ),
-    "parallel heads, learned weights": Arm(
+    "parallel heads, learned weights": Variant(
         TERMS["parallel heads"],
         (LearnedWeights(terms=("main_loss", "mtp_loss")),),
     ),
 }
 
 
-def _joined(without: str | None = None) -> Arm:
+def _joined(without: str | None = None) -> Variant:
     fields: dict[str, object] = {}
     for name, term in TERMS.items():
         if name != without:
             fields |= term
-    return Arm(fields)
+    return Variant(fields)
 
 
-PLAIN = {"plain": Arm()}
-ALONE = {name: Arm(fields) for name, fields in TERMS.items()} | ALTERNATIVES
+PLAIN = {"plain": Variant()}
+ALONE = {name: Variant(fields) for name, fields in TERMS.items()} | ALTERNATIVES
 TOGETHER = {"all": _joined()} | {f"all but {name}": _joined(name) for name in TERMS}
-ARMS = PLAIN | ALONE | TOGETHER
+VARIANTS = PLAIN | ALONE | TOGETHER
 
 
-def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
-    """Trains an arm; measures likelihood, calibration and repetition."""
-    return repetition.measure(sizes, arm, seed)
+def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
+    """Trains a variant; measures likelihood, calibration and repetition."""
+    return repetition.measure(sizes, variant, seed)
 
 
 def plot(results: Results) -> None:
-    """Draws the figures of every arm, and what is learned or adapted on the way."""
+    """Draws the figures of every variant, and what is learned or adapted on the way."""
     panels = {
         "nll": "held-out nll",
         "calibration_error": "calibration error",
         "repeated_4grams": "repeated 4-grams",
         "step_milliseconds": "ms per step",
     }
-    for arms, of in ((PLAIN | ALONE, ""), (PLAIN | TOGETHER, "all")):
-        shown = only(results, arms)
+    for variants, of in ((PLAIN | ALONE, ""), (PLAIN | TOGETHER, "all")):
+        shown = only(results, variants)
         if shown["runs"]:
             plot_dots(shown, panels, picture(results, of))
     moving = ["adaptive temperature", "all", "all but label smoothing"]

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from decode import generate
 from jaxtyping import Array, Bool, Float, Int
-from layers import Batch
-from model import LanguageModel, hidden_and_head
 
 from ava_jax import losses
-from experiments.arms import Own, Report, Scene
+from experiments.variants import Own, Report, Scene
+from trainer.decode.decoder import generate
+from trainer.model.language_model import LanguageModel, hidden_and_head
+from trainer.model.layers import Batch
 
 
 def _logits(

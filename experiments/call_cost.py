@@ -9,13 +9,12 @@ changes how many drafts are right, but not what a call takes. On one core.
 import dataclasses
 import sys
 
-from layers import ModelConfig
-
 import ava_jax
 from experiments import heads
 from experiments.lab import Trained, build, heldout_prompts, initial_params, load_text
 from experiments.run import use_one_thread
 from experiments.sizes import CPU, Sizes
+from trainer.model.layers import ModelConfig
 
 MODELS = ((2, 128), (4, 256), (8, 256), (4, 512))
 KINDS = ("parallel", "sequential")
@@ -24,7 +23,7 @@ KINDS = ("parallel", "sequential")
 def cost(sizes: Sizes, kind: str) -> float:
     """Returns the cost of a call that drafts."""
     text = load_text(sizes)
-    model = build(sizes, heads.ARMS[kind], text)
+    model = build(sizes, heads.VARIANTS[kind], text)
     prompts = heldout_prompts(sizes, text).prompts
     params = initial_params(model, 0)
     state = ava_jax.unified_loss(model.loss).init()

@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from expert_load import count_choices
 from jaxtyping import Array, Int
-from layers import Batch, ModelConfig
-from model import loss_inputs
 
 from ava_jax import metrics
 from experiments.additions import SequenceBalance
-from experiments.arms import Arm, Falling
 from experiments.lab import (
     Numbers,
     Trained,
@@ -26,6 +22,10 @@ from experiments.lab import (
 from experiments.plots import plot_dots, plot_loads
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import GPU, Sizes
+from experiments.variants import Falling, Variant
+from trainer.model.expert_load import count_choices
+from trainer.model.language_model import loss_inputs
+from trainer.model.layers import Batch, ModelConfig
 
 SIZES = {
     "cpu": Sizes(
@@ -44,14 +44,14 @@ BIAS: dict[str, object] = BALANCED | {
     "moe_balancing_type": "bias",
     "bias_update_rate": 1e-3,
 }
-ARMS = {
-    "none": Arm(),
-    "auxiliary 1e-4": Arm(AUXILIARY | {"load_balancing_weight": 1e-4}),
-    "auxiliary 1e-2": Arm(AUXILIARY | {"load_balancing_weight": 1e-2}),
-    "gradient": Arm(BALANCED | {"moe_balancing_type": "gradient"}),
-    "bias": Arm(BIAS),
-    "bias, falling rate": Arm(BIAS | {"bias_update_rate": Falling(3e-3)}),
-    "bias + sequence": Arm(BIAS, (SequenceBalance(weight=1e-4),)),
+VARIANTS = {
+    "none": Variant(),
+    "auxiliary 1e-4": Variant(AUXILIARY | {"load_balancing_weight": 1e-4}),
+    "auxiliary 1e-2": Variant(AUXILIARY | {"load_balancing_weight": 1e-2}),
+    "gradient": Variant(BALANCED | {"moe_balancing_type": "gradient"}),
+    "bias": Variant(BIAS),
+    "bias, falling rate": Variant(BIAS | {"bias_update_rate": Falling(3e-3)}),
+    "bias + sequence": Variant(BIAS, (SequenceBalance(weight=1e-4),)),
 }
 # An expert with less than this of an even share counts as dead.
 DEAD = 0.1
@@ -81,15 +81,15 @@ def violations(load: np.ndarray) -> Numbers:
     return {"max_violation": mean} | layers | {"dead_experts": dead}
 
 
-def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
-    """Trains an arm and counts its experts' tokens."""
+def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
+    """Trains a variant and counts its experts' tokens."""
     text = load_text(sizes)
-    trained = train(sizes, arm, seed, text)
+    trained = train(sizes, variant, seed, text)
     load = heldout_load(sizes, trained, heldout_batches(sizes, text))
     numbers = evaluate(sizes, trained, text) | violations(load)
     kept = ("step", "nll", "expert_load")
     return {
-        "arm": "",
+        "variant": "",
         "seed": seed,
         "numbers": numbers | {"step_milliseconds": trained.step_milliseconds},
         "paths": {name: trained.paths[name] for name in kept},

@@ -14,15 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decode import generate
 from jaxtyping import Array, Int
-from layers import Batch
-from model import LanguageModel, is_adaptive, loss_inputs, with_params
-from speculate import Speculated, speculate
 
 from ava_jax import metrics
 from experiments.additions import GateCalibration, first_drafts
-from experiments.arms import Arm
 from experiments.lab import (
     Numbers,
     Trained,
@@ -36,6 +31,16 @@ from experiments.lab import (
 from experiments.plots import plot_calibration, plot_dots
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import CPU, GPU, Sizes
+from experiments.variants import Variant
+from trainer.decode.decoder import generate
+from trainer.decode.speculate import Speculated, speculate
+from trainer.model.language_model import (
+    LanguageModel,
+    is_adaptive,
+    loss_inputs,
+    with_params,
+)
+from trainer.model.layers import Batch
 
 SIZES = {
     "cpu": dataclasses.replace(CPU, steps=800, prompts=200),
@@ -43,13 +48,13 @@ SIZES = {
 }
 AHEAD: dict[str, object] = {"use_mtp": True, "num_future_tokens": 3}
 ADAPTIVE = AHEAD | {"mtp_type": "adaptive", "mtp_weight": 0.3}
-ARMS = {
-    "none": Arm(),
-    "parallel": Arm(AHEAD | {"mtp_weight": 0.3}),
-    "sequential": Arm(AHEAD | {"mtp_type": "sequential", "mtp_weight": 0.3}),
-    "adaptive": Arm(ADAPTIVE),
-    "adaptive, no gradient": Arm(ADAPTIVE | {"stop_confidence_gradient": True}),
-    "adaptive, taught gate": Arm(
+VARIANTS = {
+    "none": Variant(),
+    "parallel": Variant(AHEAD | {"mtp_weight": 0.3}),
+    "sequential": Variant(AHEAD | {"mtp_type": "sequential", "mtp_weight": 0.3}),
+    "adaptive": Variant(ADAPTIVE),
+    "adaptive, no gradient": Variant(ADAPTIVE | {"stop_confidence_gradient": True}),
+    "adaptive, taught gate": Variant(
         # Nothing but the truth about the drafts moves this gate.
         ADAPTIVE | {"use_confidence_weighting": False, "confidence_reg_strength": 0.0},
         (GateCalibration(weight=0.1),),
@@ -62,14 +67,14 @@ DRAFTING = 0.5
 TIMED = 20
 
 
-def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
-    """Trains an arm; measures its heads, and decoding with them."""
+def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
+    """Trains a variant; measures its heads, and decoding with them."""
     text = load_text(sizes)
-    trained = train(sizes, arm, seed, text)
+    trained = train(sizes, variant, seed, text)
     numbers = evaluate(sizes, trained, text)
     numbers["step_milliseconds"] = trained.step_milliseconds
     extra: dict[str, object] = {}
-    if arm.fields:
+    if variant.fields:
         prompts = heldout_prompts(sizes, text).prompts
         numbers |= decoding(sizes, trained, prompts)
     if is_adaptive(trained.model.loss):
@@ -78,7 +83,13 @@ def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
         numbers["gate_error"] = float(metrics.expected_calibration_error(bins))
         extra["gate"] = {k: np.asarray(v).tolist() for k, v in vars(bins).items()}
     paths = {k: v for k, v in trained.paths.items() if k in ("step", "nll")}
-    return {"arm": "", "seed": seed, "numbers": numbers, "paths": paths, "extra": extra}
+    return {
+        "variant": "",
+        "seed": seed,
+        "numbers": numbers,
+        "paths": paths,
+        "extra": extra,
+    }
 
 
 def decoding(sizes: Sizes, trained: Trained, prompts: Int[Array, "N P"]) -> Numbers:

@@ -1,14 +1,14 @@
-"""Training one arm, and the measurements that all experiments share.
+"""Training one variant, and the measurements that all experiments share.
 
-Arms of one experiment and seed have the same initial weights, the same rows in the same
-order and the same number of steps.
+Variants of one experiment and seed have the same initial weights, the same rows in the
+same order and the same number of steps.
 """
 
 import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -16,23 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from corpus import Corpus, load_corpus
-from data import TextData, prepare_data
-from decode import Decoder
-from devices import make_mesh
-from evaluate import evaluate as evaluate_rows
-from evaluate import routing_bias
-from expert_load import count_choices, relative_load
 from jaxtyping import Array, Float, Int
-from layers import Batch
-from model import LanguageModel, hidden_and_head, loss_inputs
-from settings import Settings
-from train_tpu import make_model, make_optimizer
 
 import ava_jax
 from ava_jax import metrics
-from experiments.arms import Arm, Own, Scene
 from experiments.sizes import Sizes
+from experiments.variants import Own, Scene, Variant
+from trainer.data.corpus import Corpus, load_corpus
+from trainer.data.text import TextData, prepare_data
+from trainer.decode.decoder import Decoder
+from trainer.model.expert_load import count_choices, relative_load
+from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
+from trainer.model.layers import Batch
+from trainer.run.devices import make_mesh
+from trainer.run.evaluate import evaluate as evaluate_rows
+from trainer.run.evaluate import routing_bias
+from trainer.run.optimizer import make_optimizer
+from trainer.run.settings import Settings
+from trainer.run.state import make_model
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 TABLES = ("Python Character Mapping Codec", "HTML character entity references")
@@ -45,7 +46,7 @@ Paths = dict[str, list[object]]
 
 
 class Trained(NamedTuple):
-    """What training an arm gave.
+    """What training a variant gave.
 
     Attributes:
       model: the model.
@@ -121,10 +122,10 @@ def settings_of(sizes: Sizes) -> Settings:
     )
 
 
-def build(sizes: Sizes, arm: Arm, text: TextData) -> LanguageModel:
-    """Returns the model that an arm trains."""
-    model = make_model(settings_of(sizes), arm.config(sizes, text))
-    return model.clone(confidence_threshold=arm.confidence_threshold)
+def build(sizes: Sizes, variant: Variant, text: TextData) -> LanguageModel:
+    """Returns the model that a variant trains."""
+    model = make_model(settings_of(sizes), variant.config(sizes, text))
+    return model.clone(confidence_threshold=variant.confidence_threshold)
 
 
 class Params(NamedTuple):
@@ -149,18 +150,25 @@ def initial_params(model: LanguageModel, seed: int) -> optax.Params:
 
 
 def _begin(
-    model: LanguageModel, arm: Arm, optimizer: optax.GradientTransformation, seed: int
+    model: LanguageModel,
+    variant: Variant,
+    optimizer: optax.GradientTransformation,
+    seed: int,
 ) -> Learner:
     """The learner before the first step; the transformer depends on the seed alone."""
-    own = {addition.name: addition.init() for addition in arm.additions}
+    own = {addition.name: addition.init() for addition in variant.additions}
     params = Params(initial_params(model, seed), own)
     state = ava_jax.unified_loss(model.loss).init()
     return Learner(params, optimizer.init(params), state)
 
 
-def train(sizes: Sizes, arm: Arm, seed: int, text: TextData) -> Trained:
-    """Trains an arm from its initial weights to the last step."""
-    model = build(sizes, arm, text)
+Advance = Callable[[Learner, Batch, Int[Array, ""]], tuple[Learner, dict[str, Array]]]
+
+
+def make_advance(
+    sizes: Sizes, variant: Variant, model: LanguageModel, seed: int
+) -> Advance:
+    """Returns a jitted training step of a variant."""
     optimizer, _ = make_optimizer(settings_of(sizes))
     loss_fn = ava_jax.unified_loss(model.loss)
 
@@ -175,7 +183,7 @@ def train(sizes: Sizes, arm: Arm, seed: int, text: TextData) -> Trained:
         loss, aux, state = loss_fn(state, **inputs)
         report = dict(aux)
         scene = Scene(model, params.model, batch, inputs, aux, bias, step, key)
-        for addition in arm.additions:
+        for addition in variant.additions:
             loss, more = addition.apply(params.own[addition.name], loss, scene)
             report |= more
         choices = count_choices(inputs, sizes.model.experts)
@@ -194,7 +202,15 @@ def train(sizes: Sizes, arm: Arm, seed: int, text: TextData) -> Trained:
         params = cast(Params, optax.apply_updates(learner.params, updates))
         return Learner(params, moments, state), report
 
-    learner = jax.jit(functools.partial(_begin, model, arm, optimizer, seed))()
+    return advance
+
+
+def train(sizes: Sizes, variant: Variant, seed: int, text: TextData) -> Trained:
+    """Trains a variant from its initial weights to the last step."""
+    model = build(sizes, variant, text)
+    optimizer, _ = make_optimizer(settings_of(sizes))
+    advance = make_advance(sizes, variant, model, seed)
+    learner = jax.jit(functools.partial(_begin, model, variant, optimizer, seed))()
     feed, every = text.batches(sizes.rows, seed), max(1, sizes.steps // POINTS)
     paths: Paths = {"step": []}
     seconds: list[float] = []
@@ -227,7 +243,7 @@ def add_up(parts: Iterable[T]) -> T:
 
 
 def heldout_batches(sizes: Sizes, text: TextData) -> list[Batch]:
-    """Returns the batches that every arm is evaluated on."""
+    """Returns the batches that every variant is evaluated on."""
     size = sizes.rows
     numbers = spread_rows(text.heldout, size * sizes.heldout_batches)
     parts = (numbers[at : at + size] for at in range(0, len(numbers), size))

@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from experiments.records import Results, RunRecord, by_arm
+from experiments.records import Results, RunRecord, by_variant
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -21,7 +21,7 @@ def plot_dots(
     path: Path,
     marks: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Draws a panel per number: arms from top to bottom, a dot per seed, the mean.
+    """Draws a panel per number: variants from top to bottom, a dot per seed, the mean.
 
     Args:
       results: of an experiment.
@@ -29,13 +29,13 @@ def plot_dots(
       path: of the picture.
       marks: vertical lines by number, each with its label.
     """
-    arms = list(by_arm(results, next(iter(panels))))
+    variants = list(by_variant(results, next(iter(panels))))
     with mpl.rc_context({"font.size": 9}):
-        size = (2.2 + 3.2 * len(panels), 1.3 + 0.34 * len(arms))
+        size = (2.2 + 3.2 * len(panels), 1.3 + 0.34 * len(variants))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (number, title) in zip(axes, panels.items(), strict=True):
-            _draw_dots(axis, results, number, arms)
+            _draw_dots(axis, results, number, variants)
             for place, (label, value) in enumerate(
                 (marks or {}).get(number, {}).items()
             ):
@@ -51,34 +51,36 @@ def plot_dots(
                     color="0.3",
                 )
             axis.set_xlabel(title)
-        axes[0].set_yticks(range(len(arms)), arms)
-        axes[0].set_ylim(len(arms) - 0.5, -0.5)
+        axes[0].set_yticks(range(len(variants)), variants)
+        axes[0].set_ylim(len(variants) - 0.5, -0.5)
         figure.savefig(path, dpi=120)
 
 
-def _draw_dots(axis: Axes, results: Results, number: str, arms: list[str]) -> None:
+def _draw_dots(axis: Axes, results: Results, number: str, variants: list[str]) -> None:
     for run in results["runs"]:
         if number in run["numbers"]:
-            place = arms.index(run["arm"])
+            place = variants.index(run["variant"])
             axis.plot(
                 run["numbers"][number], place, "o", color=COLORS[0], alpha=0.5, ms=4
             )
-    for arm, found in by_arm(results, number).items():
-        axis.plot(found["mean"], arms.index(arm), "|", color=COLORS[1], ms=14, mew=2)
+    for variant, found in by_variant(results, number).items():
+        axis.plot(
+            found["mean"], variants.index(variant), "|", color=COLORS[1], ms=14, mew=2
+        )
     axis.grid(axis="x", alpha=0.3)
     axis.margins(x=0.08)
 
 
 def plot_paths(results: Results, names: dict[str, str], path: Path) -> None:
-    """Draws a panel per reported number over training: a line per arm and seed."""
+    """Draws a panel per reported number over training: a line per variant and seed."""
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(4.6 * len(names), 3.4), layout="constrained")
         axes = figure.subplots(1, len(names), squeeze=False)[0]
         for axis, (name, title) in zip(axes, names.items(), strict=True):
             having = [run for run in results["runs"] if name in run["paths"]]
-            arms = list(dict.fromkeys(run["arm"] for run in having))
+            variants = list(dict.fromkeys(run["variant"] for run in having))
             for run in having:
-                _draw_path(axis, run, name, arms)
+                _draw_path(axis, run, name, variants)
             axis.set_title(title)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
@@ -87,13 +89,13 @@ def plot_paths(results: Results, names: dict[str, str], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def _draw_path(axis: Axes, run: RunRecord, name: str, arms: list[str]) -> None:
+def _draw_path(axis: Axes, run: RunRecord, name: str, variants: list[str]) -> None:
     values = np.asarray(run["paths"][name], float).reshape(
         len(run["paths"]["step"]), -1
     )
-    place = arms.index(run["arm"])
+    place = variants.index(run["variant"])
     for column in range(values.shape[1]):
-        label = run["arm"] + (f" [{column + 1}]" if values.shape[1] > 1 else "")
+        label = run["variant"] + (f" [{column + 1}]" if values.shape[1] > 1 else "")
         axis.plot(
             np.asarray(run["paths"]["step"], float),
             values[:, column],
@@ -105,7 +107,7 @@ def _draw_path(axis: Axes, run: RunRecord, name: str, arms: list[str]) -> None:
 
 
 def plot_loads(results: Results, path: Path) -> None:
-    """Draws the experts' load over training: a row per arm, a column per layer."""
+    """Draws the experts' load over training: a row per variant, a column per layer."""
     runs = [run for run in results["runs"] if run["seed"] == 0]
     layers = np.asarray(runs[0]["paths"]["expert_load"]).shape[1]
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=4.0)
@@ -125,7 +127,9 @@ def plot_loads(results: Results, path: Path) -> None:
                     cmap="RdBu_r",
                     extent=(0, last, load.shape[2] + 0.5, 0.5),
                 )
-                axis.set_title(f"{run['arm']}, expert layer {layer + 1}", fontsize=8)
+                axis.set_title(
+                    f"{run['variant']}, expert layer {layer + 1}", fontsize=8
+                )
             row[0].set_ylabel("expert")
         for axis in axes[-1]:
             axis.set_xlabel("step")
@@ -139,23 +143,23 @@ def plot_loads(results: Results, path: Path) -> None:
 
 
 def plot_calibration(results: Results, name: str, path: Path) -> None:
-    """Draws confidence against what came true, a panel per arm that has bins of it.
+    """Draws confidence against what came true, a panel per variant that has bins of it.
 
     The bins are in `extra`, under the name.
     """
     having = [run for run in results["runs"] if name in run.get("extra", {})]
-    arms = list(dict.fromkeys(run["arm"] for run in having))
+    variants = list(dict.fromkeys(run["variant"] for run in having))
     with mpl.rc_context({"font.size": 9}):
-        panels = max(1, len(arms))
+        panels = max(1, len(variants))
         figure = Figure(figsize=(0.6 + 4.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
-        for axis, arm in zip(axes, arms, strict=False):
+        for axis, variant in zip(axes, variants, strict=False):
             axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":", label="calibrated")
             for run in having:
                 bins = run.get("extra", {}).get(name)
-                if run["arm"] == arm and isinstance(bins, dict):
+                if run["variant"] == variant and isinstance(bins, dict):
                     _draw_bins(axis, bins, run["seed"])
-            axis.set(title=arm, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+            axis.set(title=variant, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
         axes[0].set_ylabel("share of the first drafts that are accepted")

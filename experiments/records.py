@@ -6,20 +6,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from files import write_whole
-
 from benchmarks.records import MachineRecord
+from trainer.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
 
 class RunRecord(TypedDict):
-    """One arm with one seed.
+    """One variant with one seed.
 
     `numbers` are what is compared, `paths` go over training, `extra` is for plots.
     """
 
-    arm: str
+    variant: str
     seed: int
     numbers: dict[str, float]
     paths: dict[str, list[object]]
@@ -49,9 +48,12 @@ def picture(results: Results, of: str = "") -> Path:
     return RESULTS / f"{name}-{of}.png" if of else RESULTS / f"{name}.png"
 
 
-def only(results: Results, arms: Collection[str]) -> Results:
-    """Returns the results of some arms."""
-    return {**results, "runs": [run for run in results["runs"] if run["arm"] in arms]}
+def only(results: Results, variants: Collection[str]) -> Results:
+    """Returns the results of some variants."""
+    return {
+        **results,
+        "runs": [run for run in results["runs"] if run["variant"] in variants],
+    }
 
 
 def load(path: Path) -> Results | None:
@@ -87,25 +89,25 @@ def spread(values: list[float]) -> Spread:
     }
 
 
-def by_arm(results: Results, number: str) -> dict[str, Spread]:
-    """Returns a number of every arm that has it, over its seeds, in order."""
+def by_variant(results: Results, number: str) -> dict[str, Spread]:
+    """Returns a number of every variant that has it, over its seeds, in order."""
     values: dict[str, list[float]] = {}
     for run in results["runs"]:
         if number in run["numbers"]:
-            values.setdefault(run["arm"], []).append(run["numbers"][number])
-    return {arm: spread(found) for arm, found in values.items()}
+            values.setdefault(run["variant"], []).append(run["numbers"][number])
+    return {variant: spread(found) for variant, found in values.items()}
 
 
 def changes(results: Results, number: str, against: str) -> dict[str, Spread]:
-    """Returns `number / its value in the arm against − 1`, seed by seed."""
+    """Returns `number / its value in the variant against − 1`, seed by seed."""
     base = {
         run["seed"]: run["numbers"][number]
         for run in results["runs"]
-        if run["arm"] == against
+        if run["variant"] == against
     }
     values: dict[str, list[float]] = {}
     for run in results["runs"]:
         if number in run["numbers"] and run["seed"] in base:
             change = run["numbers"][number] / base[run["seed"]] - 1
-            values.setdefault(run["arm"], []).append(change)
-    return {arm: spread(found) for arm, found in values.items()}
+            values.setdefault(run["variant"], []).append(change)
+    return {variant: spread(found) for variant, found in values.items()}

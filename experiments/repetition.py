@@ -7,16 +7,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from decode import before_end, generate
 from jaxtyping import Array, Bool, Int
 
 from ava_jax import metrics
 from experiments.additions import RepetitionDecay, SequenceUnlikelihood
-from experiments.arms import Arm
 from experiments.lab import Numbers, evaluate, heldout_prompts, load_text, train
 from experiments.plots import plot_dots
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import CPU, GPU, Sizes
+from experiments.variants import Variant
+from trainer.decode.decoder import before_end, generate
 
 SIZES = {"cpu": CPU, "gpu": GPU}
 LONGEST_PERIOD = 50
@@ -26,16 +26,16 @@ PENALTIES: dict[str, object] = {
     "eos_penalty_weight": 0.05,
 }
 SEQUENCES = SequenceUnlikelihood(weight=1.0, rows=4, prompt=50, count=100, start=300)
-ARMS = {
-    "plain": Arm(),
-    "penalties on targets": Arm(PENALTIES | {"penalty_source": "targets"}),
-    "penalties": Arm(PENALTIES),
-    "token unlikelihood": Arm({"unlikelihood_weight": 1.0}),
-    "repetition decay": Arm(
+VARIANTS = {
+    "plain": Variant(),
+    "penalties on targets": Variant(PENALTIES | {"penalty_source": "targets"}),
+    "penalties": Variant(PENALTIES),
+    "token unlikelihood": Variant({"unlikelihood_weight": 1.0}),
+    "repetition decay": Variant(
         additions=(RepetitionDecay(weight=0.5, rows=2, spans=(2, 48)),)
     ),
-    "sequence unlikelihood": Arm(additions=(SEQUENCES,)),
-    "token and sequence": Arm(
+    "sequence unlikelihood": Variant(additions=(SEQUENCES,)),
+    "token and sequence": Variant(
         {"unlikelihood_weight": 0.5},
         (dataclasses.replace(SEQUENCES, weight=3.0),),
     ),
@@ -57,10 +57,10 @@ def repetition(ids: Int[Array, "N C"], mask: Bool[Array, "N C"]) -> Numbers:
     }
 
 
-def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
-    """Trains an arm and lets it go on from the prompts."""
+def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
+    """Trains a variant and lets it go on from the prompts."""
     text = load_text(sizes)
-    trained = train(sizes, arm, seed, text)
+    trained = train(sizes, variant, seed, text)
     numbers = evaluate(sizes, trained, text)
     given = heldout_prompts(sizes, text)
     lengths = jnp.full(sizes.prompts, sizes.prompt_length, jnp.int32)
@@ -86,7 +86,7 @@ def measure(sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
         for row in range(3)
     ]
     return {
-        "arm": "",
+        "variant": "",
         "seed": seed,
         "numbers": numbers,
         "paths": {k: v for k, v in trained.paths.items() if k in PATHS},

@@ -1,10 +1,10 @@
-"""Runs an experiment: every arm with every seed, into `experiments/results/`.
+"""Runs an experiment: every variant with every seed, into `experiments/results/`.
 
     python -m experiments.run repetition
     python -m experiments.run all --jobs 2
 
 A run that is there already is not made again, so a stopped command goes on where it
-was; `--again` forgets the old ones. On a CPU each job has one core, so that arms
+was; `--again` forgets the old ones. On a CPU each job has one core, so that variants
 compare.
 """
 
@@ -24,10 +24,10 @@ from typing import Protocol, cast
 import jax
 
 from benchmarks.machine import machine, versions
-from experiments.arms import Arm
 from experiments.lab import CACHE
 from experiments.records import Results, RunRecord, load, path_of, save
 from experiments.sizes import Sizes
+from experiments.variants import Variant
 
 EXPERIMENTS = ("repetition", "experts", "heads", "ablation")
 # Eigen's threads would take turns on the cores that the jobs share.
@@ -38,10 +38,10 @@ class Experiment(Protocol):
     """What the module of an experiment has."""
 
     SIZES: dict[str, Sizes]
-    ARMS: dict[str, Arm]
+    VARIANTS: dict[str, Variant]
 
-    def measure(self, sizes: Sizes, arm: Arm, seed: int) -> RunRecord:
-        """Trains the arm and measures it; `arm` in the record is filled in later."""
+    def measure(self, sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
+        """Trains the variant and measures it; the caller fills in `variant`."""
         ...
 
     def plot(self, results: Results) -> None:
@@ -59,14 +59,16 @@ def load_experiment(name: str) -> Experiment:
     return cast(Experiment, importlib.import_module(f"experiments.{name}"))
 
 
-def work(name: str, preset: str, arm: str, seed: int) -> RunRecord:
+def work(name: str, preset: str, variant: str, seed: int) -> RunRecord:
     """Makes one run; the whole task of a job."""
-    # Seeds of an arm compile the same programs.
+    # Seeds of a variant compile the same programs.
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     experiment = load_experiment(name)
     begun = time.perf_counter()
-    run = experiment.measure(experiment.SIZES[preset], experiment.ARMS[arm], seed)
-    run["arm"] = arm
+    run = experiment.measure(
+        experiment.SIZES[preset], experiment.VARIANTS[variant], seed
+    )
+    run["variant"] = variant
     run["numbers"]["seconds"] = time.perf_counter() - begun
     return run
 
@@ -105,12 +107,12 @@ def run(name: str, options: argparse.Namespace) -> None:
     experiment = load_experiment(name)
     results = begin(name, options.preset, again=options.again)
     path = path_of(name, options.preset)
-    known = {(record["arm"], record["seed"]) for record in results["runs"]}
+    known = {(record["variant"], record["seed"]) for record in results["runs"]}
     tasks = [
-        (arm, seed)
+        (variant, seed)
         for seed in range(options.seeds)
-        for arm in options.arms or experiment.ARMS
-        if (arm, seed) not in known
+        for variant in options.variants or experiment.VARIANTS
+        if (variant, seed) not in known
     ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, context) as pool:
@@ -118,8 +120,8 @@ def run(name: str, options: argparse.Namespace) -> None:
         for done in concurrent.futures.as_completed(started):
             record = done.result()
             results["runs"].append(record)
-            order = list(experiment.ARMS)
-            results["runs"].sort(key=lambda record: order.index(record["arm"]))
+            order = list(experiment.VARIANTS)
+            results["runs"].sort(key=lambda record: order.index(record["variant"]))
             save(path, results)
             print(_line(name, record), flush=True)
     experiment.plot(results)
@@ -128,7 +130,7 @@ def run(name: str, options: argparse.Namespace) -> None:
 
 def _line(name: str, record: RunRecord) -> str:
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in record["numbers"].items())
-    return f"{name}/{record['arm']}/{record['seed']}  {numbers}"
+    return f"{name}/{record['variant']}/{record['seed']}  {numbers}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -138,16 +140,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--again", action="store_true", help="forget the old runs")
     options = parser.parse_args(arguments)
     if options.jobs < 1 or options.seeds < 1:
         parser.error("--jobs and --seeds must be at least 1")
     names = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
-    if options.arms:
-        unknown = set(options.arms) - set(load_experiment(names[0]).ARMS)
+    if options.variants:
+        unknown = set(options.variants) - set(load_experiment(names[0]).VARIANTS)
         if unknown or len(names) > 1:
-            parser.error(f"--arms: {', '.join(sorted(unknown)) or 'one experiment'}")
+            parser.error(
+                f"--variants: {', '.join(sorted(unknown)) or 'one experiment'}"
+            )
     if options.jobs > 1 or options.preset == "cpu":
         use_one_thread()
     for name in names:

@@ -1,14 +1,14 @@
-"""How large an experiment is: the same for all its arms and seeds."""
+"""How large an experiment is: the same for all its variants and seeds."""
 
 import dataclasses
 from typing import Literal
 
-from layers import ModelConfig
+from trainer.model.layers import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the model, the data and the training; every arm has the same.
+    """Of the model, the data and the training; every variant has the same.
 
     Attributes:
       model: the transformer.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.records import Results, Spread, by_arm, changes, load, path_of
+from experiments.records import Results, Spread, by_variant, changes, load, path_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -21,7 +21,7 @@ class Column(NamedTuple):
       title: its head.
       number: which number of the runs.
       form: how to print it.
-      against: the arm that a change is relative to; None prints the number itself.
+      against: the variant that a change is relative to; None prints the number itself.
     """
 
     title: str
@@ -79,20 +79,20 @@ TABLES: dict[str, tuple[Column, ...]] = {
 def table(results: Results, columns: tuple[Column, ...]) -> str:
     """Returns a Markdown table: means over the seeds, and their range in brackets."""
     found = [
-        by_arm(results, column.number)
+        by_variant(results, column.number)
         if column.against is None
         else changes(results, column.number, column.against)
         for column in columns
     ]
-    arms = dict.fromkeys(run["arm"] for run in results["runs"])
-    lines = ["| arm | " + " | ".join(column.title for column in columns) + " |"]
+    variants = dict.fromkeys(run["variant"] for run in results["runs"])
+    lines = ["| variant | " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
-    for arm in arms:
+    for variant in variants:
         cells = [
-            _cell(values.get(arm), column.form)
+            _cell(values.get(variant), column.form)
             for values, column in zip(found, columns, strict=True)
         ]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The experiments: what an arm changes and what not; their results and the page."""
+"""The experiments: what a variant changes and what not; their results and the page."""
 
 import dataclasses
 import importlib
@@ -10,14 +10,12 @@ import pytest
 
 import ava_jax
 from experiments import additions, call_cost, lab, records, repetition, run, tables
-from experiments.arms import Arm
 from experiments.sizes import Sizes
-
-# isort: split
-from corpus import Corpus
-from data import TextData, prepare_data
-from layers import ModelConfig
-from model import loss_inputs
+from experiments.variants import Variant
+from trainer.data.corpus import Corpus
+from trainer.data.text import TextData, prepare_data
+from trainer.model.language_model import loss_inputs
+from trainer.model.layers import ModelConfig
 
 TINY = Sizes(
     model=ModelConfig(layers=1, width=16, heads=2),
@@ -55,9 +53,9 @@ def text(tmp_path_factory) -> TextData:
     )
 
 
-def scene(text: TextData, arm: Arm, seed: int = 0) -> additions.Scene:
-    """A first step of an arm."""
-    model = lab.build(TINY, arm, text)
+def scene(text: TextData, variant: Variant, seed: int = 0) -> additions.Scene:
+    """A first step of a variant."""
+    model = lab.build(TINY, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
     params = model.init(jax.random.key(seed), batch)["params"]
     inputs = loss_inputs(model, params, batch, None)
@@ -68,11 +66,11 @@ def scene(text: TextData, arm: Arm, seed: int = 0) -> additions.Scene:
     return additions.Scene(model, params, batch, inputs, aux, None, step, key)
 
 
-def test_arms_share_their_initial_weights_and_their_rows(text):
-    one = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 0, text)
-    heads = Arm({"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.0})
+def test_variants_share_their_initial_weights_and_their_rows(text):
+    one = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text)
+    heads = Variant({"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.0})
     two = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), heads, 0, text)
-    other = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 1, text)
+    other = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 1, text)
     np.testing.assert_array_equal(one.paths["nll"], two.paths["nll"])
     assert one.paths["nll"] != other.paths["nll"]
     trunk = jax.tree_util.tree_leaves_with_path(one.params)
@@ -88,8 +86,8 @@ def test_penalties_on_targets_train_nothing(text):
         "ngram_penalty_weight": 0.0,
         "immediate_repetition_weight": 5.0,
     }
-    plain = lab.train(TINY, Arm(), 0, text)
-    same = lab.train(TINY, Arm(fields), 0, text)
+    plain = lab.train(TINY, Variant(), 0, text)
+    same = lab.train(TINY, Variant(fields), 0, text)
     jax.tree.map(np.testing.assert_array_equal, plain.params, same.params)
     assert same.paths["immediate_repetition_penalty"]
 
@@ -102,7 +100,7 @@ def test_rows_of_repetition_decay_repeat_a_span_of_the_text(text, monkeypatch):
         return jnp.sum(logits) * 0 + 2.0
 
     monkeypatch.setattr(additions.losses, "repetition_decay_loss", record)
-    found = scene(text, Arm())
+    found = scene(text, Variant())
     addition = additions.RepetitionDecay(weight=0.5, rows=2, spans=(2, 5))
     loss, report = addition.apply({}, jnp.asarray(1.0), found)
     assert float(loss) == 2.0
@@ -122,7 +120,7 @@ def test_sequence_unlikelihood_waits_for_its_start(text):
     addition = additions.SequenceUnlikelihood(
         weight=2.0, rows=2, prompt=4, count=12, start=3, ngram_size=1
     )
-    found = scene(text, Arm())
+    found = scene(text, Variant())
     before, report = addition.apply({}, jnp.asarray(1.0), found)
     assert float(before) == 1.0
     assert float(report["sequence_unlikelihood"]) == 0.0
@@ -134,11 +132,11 @@ def test_sequence_unlikelihood_waits_for_its_start(text):
 
 
 def test_the_gate_is_taught_what_the_main_head_will_say(text):
-    arm = Arm(
+    variant = Variant(
         {"use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1},
         confidence_threshold=0.0,
     )
-    found = scene(text, arm)
+    found = scene(text, variant)
     later = jnp.roll(jnp.asarray(found.inputs.get("logits")), -1, axis=1)
     odd = (jnp.arange(TINY.length) % 2 == 1)[:, None]
     ahead = jnp.asarray(found.inputs.get("additional_logits"))
@@ -164,13 +162,13 @@ def test_the_gate_is_taught_what_the_main_head_will_say(text):
     )
     np.testing.assert_allclose(float(loss), 1 + 3 * np.mean(terms), rtol=1e-5)
     with pytest.raises(ValueError, match="only adaptive heads have a gate"):
-        additions.GateCalibration(weight=1.0).apply({}, loss, scene(text, Arm()))
+        additions.GateCalibration(weight=1.0).apply({}, loss, scene(text, Variant()))
 
 
 def test_learned_weights_replace_the_sum(text):
-    arm = Arm({"use_mtp": True, "num_future_tokens": 1})
+    variant = Variant({"use_mtp": True, "num_future_tokens": 1})
     addition = additions.LearnedWeights(terms=("main_loss", "mtp_loss"))
-    found = scene(text, arm)
+    found = scene(text, variant)
     own = {"bias": jnp.array([0.0, 1.0])}
     loss, report = addition.apply(own, jnp.asarray(99.0), found)
     main, ahead = float(found.aux["main_loss"]), float(found.aux["mtp_loss"])
@@ -201,7 +199,9 @@ def test_tables_of_characters_are_left_out():
 
 
 def test_evaluation_is_the_mean_over_tokens(text):
-    trained = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Arm(), 0, text)
+    trained = lab.train(
+        dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text
+    )
     found = lab.evaluate(TINY, trained, text)
     nll, right, count = 0.0, 0, 0
     for batch in lab.heldout_batches(TINY, text):
@@ -228,9 +228,9 @@ EVERY_KIND = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arm"), EVERY_KIND)
-def test_an_arm_is_trained_measured_kept_and_drawn(
-    name, arm, text, monkeypatch, tmp_path
+@pytest.mark.parametrize(("name", "variant"), EVERY_KIND)
+def test_a_variant_is_trained_measured_kept_and_drawn(
+    name, variant, text, monkeypatch, tmp_path
 ):
     experiment = importlib.import_module(f"experiments.{name}")
     module = repetition if name == "ablation" else experiment
@@ -240,7 +240,7 @@ def test_an_arm_is_trained_measured_kept_and_drawn(
     if name == "experts":
         small = ModelConfig(layers=2, width=16, heads=2, experts=4)
         sizes = dataclasses.replace(TINY, model=small)
-    given = experiment.ARMS[arm]
+    given = experiment.VARIANTS[variant]
     short = tuple(
         dataclasses.replace(addition, prompt=4, count=6, start=1, rows=2)
         if isinstance(addition, additions.SequenceUnlikelihood)
@@ -249,7 +249,7 @@ def test_an_arm_is_trained_measured_kept_and_drawn(
     )
     found = results()
     record = experiment.measure(sizes, dataclasses.replace(given, additions=short), 0)
-    record["arm"] = arm
+    record["variant"] = variant
     found["runs"].append(record)
     found["experiment"] = name
     records.save(records.path_of(name, "cpu"), found)
@@ -278,7 +278,7 @@ def results(*runs: tuple[str, int, float]) -> records.Results:
         "versions": {},
         "sizes": {},
         "runs": [
-            {"arm": a, "seed": s, "numbers": {"nll": v}, "paths": {}}
+            {"variant": a, "seed": s, "numbers": {"nll": v}, "paths": {}}
             for a, s, v in runs
         ],
     }
@@ -288,7 +288,7 @@ def test_changes_are_taken_seed_by_seed(tmp_path):
     found = results(("plain", 0, 2.0), ("x", 0, 1.0), ("plain", 1, 4.0), ("x", 1, 6.0))
     change = records.changes(found, "nll", "plain")
     assert change["x"] == {"mean": 0.0, "low": -0.5, "high": 0.5, "seeds": 2}
-    assert records.by_arm(found, "nll")["x"]["mean"] == 3.5
+    assert records.by_variant(found, "nll")["x"]["mean"] == 3.5
     records.save(tmp_path / "x.json", found)
     assert records.load(tmp_path / "x.json") == found
 
@@ -300,7 +300,7 @@ def test_a_table_has_the_mean_and_the_range():
     )
     found = results(("plain", 0, 2.0), ("x", 0, 1.0), ("x", 1, 4.0))
     assert tables.table(found, columns).splitlines() == [
-        "| arm | nll | change |",
+        "| variant | nll | change |",
         "|---|---:|---:|",
         "| plain | 2.0 | +0% |",
         "| x | 2.5 (1.0…4.0) | -50% |",
@@ -321,12 +321,18 @@ def test_results_are_complete_and_of_these_sizes(path):
     assert path == records.path_of(found["experiment"], found["preset"])
     experiment = run.load_experiment(found["experiment"])
     assert found["sizes"] == run.sizes_record(experiment.SIZES[found["preset"]])
-    made = {(record["arm"], record["seed"]) for record in found["runs"]}
-    assert made == {(arm, seed) for arm in experiment.ARMS for seed in range(3)}
+    made = {(record["variant"], record["seed"]) for record in found["runs"]}
+    assert made == {
+        (variant, seed) for variant in experiment.VARIANTS for seed in range(3)
+    }
 
 
 def test_the_command_refuses_what_it_does_not_know(capsys):
-    for arguments in (["nothing"], ["heads", "--jobs", "0"], ["heads", "--arms", "x"]):
+    for arguments in (
+        ["nothing"],
+        ["heads", "--jobs", "0"],
+        ["heads", "--variants", "x"],
+    ):
         with pytest.raises(SystemExit):
             run.main(arguments)
     assert "x" in capsys.readouterr().err

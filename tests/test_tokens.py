@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ava_jax.losses.repetition import repeated_ngram_pairs
 from ava_jax.tokens import (
     ahead,
     earlier_continuations,
@@ -14,6 +13,7 @@ from ava_jax.tokens import (
     plain_tokens,
     read_history,
     read_tokens,
+    repeated_ngram_pairs,
     repeated_token,
 )
 

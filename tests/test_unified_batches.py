@@ -130,7 +130,7 @@ def test_a_batch_in_which_nothing_counts_changes_nothing(source):
         (ADAPTIVE, adaptive_floats()),
     ):
         loss_fn = ava_jax.create_unified_loss(config)
-        ints = integers()
+        ints = integers(experts="gate_logits" in arrays)
         state = loss_fn.init()
         _, _, state = jitted(loss_fn)(state, {**arrays, **ints})
         ints["attention_mask"] = jnp.zeros((B, S))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ava_jax.kernel.collectives import first_id, num_shards
 from ava_jax.kernel.stats import Query, Vocabulary
@@ -62,7 +62,7 @@ def is_class(vocabulary: Vocabulary, ids: Int[Array, "*n"]) -> Bool[Array, "*n"]
     return (ids >= 0) & (ids < vocabulary.size)
 
 
-def column_ids(z: Float[Array, "*n W"]) -> Int[Array, "*n W"]:
+def column_ids(z: Shaped[Array, "*n W"]) -> Int[Array, "*n W"]:
     """Returns the column of every element."""
     return lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 

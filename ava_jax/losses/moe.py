@@ -5,6 +5,7 @@ with a `token_weights` of 0 are masked: they are left out and may hold NaN. Any 
 weight is treated as 1.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +14,40 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from ava_jax.losses.contrastive import unit_vectors
 from ava_jax.losses.router import RouterLoad, unmasked_tokens, zero_masked
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.state import BiasBalanceState, GradientBalanceState
+
+
+@flax.struct.dataclass
+class GradientBalanceState:
+    """Moving averages of the router's load (`moe_balancing_type="gradient"`).
+
+    Attributes:
+      counts: assignments per expert.
+      scores: mean router probability per expert.
+      tokens: number of tokens.
+    """
+
+    counts: Float[Array, "E"]
+    scores: Float[Array, "E"]
+    tokens: Float[Array, ""]
+
+    def statistics(self) -> dict[str, Array]:
+        """Returns the numbers under the names of `ava_jax.statistics`."""
+        return {
+            "expert_counts": self.counts,
+            "expert_scores": self.scores,
+            "total_tokens": self.tokens,
+        }
+
+
+@flax.struct.dataclass
+class BiasBalanceState:
+    """The routing bias per expert (`moe_balancing_type="bias"`)."""
+
+    bias: Float[Array, "E"]
+
+    def statistics(self) -> dict[str, Array]:
+        """Returns the bias under its name in `ava_jax.statistics`."""
+        return {"bias": self.bias}
 
 
 def update_gradient_balance(

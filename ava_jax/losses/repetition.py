@@ -4,9 +4,6 @@ A charge names ids and how much of their unlikelihood a token pays; the vocabula
 picks those ids' logits, so a charge costs no array over the vocabulary.
 """
 
-from collections.abc import Sequence
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
@@ -17,15 +14,9 @@ from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import (
-    History,
-    Tokens,
     count_ngrams,
-    earlier_continuations,
-    earlier_ids,
-    longest_runs,
     plain_tokens,
     read_tokens,
-    repeated_token,
     sort_ngrams,
 )
 
@@ -183,98 +174,6 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     return spans[:, jnp.arange(length) % spans.shape[1]]
-
-
-@flax.struct.dataclass
-class Charges:
-    """Ids that a token is charged for, and how much of `u(c) = −log(1 − p_c)` each.
-
-    Attributes:
-      ids: [B, S, Q], those of all penalties side by side.
-      amount: [B, S, Q]; 0 where there is nothing to charge.
-      widths: the penalties' names, and how many of the ids are each one's.
-    """
-
-    ids: Int[Array, "B S Q"]
-    amount: Float[Array, "B S Q"]
-    widths: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
-
-    def of(self, unlikelihood: Float[Array, "B S Q"]) -> dict[str, Array]:
-        """Returns `Σ_q amount · u(c_q)` per token, by penalty."""
-        due, start, totals = self.amount * unlikelihood, 0, {}
-        for name, width in self.widths:
-            totals[name] = jnp.sum(due[..., start : start + width], -1)
-            start += width
-        return totals
-
-
-def join_charges(charges: Sequence[Charges]) -> Charges | None:
-    """Puts the ids of several penalties side by side; None where there are none."""
-    if len(charges) <= 1:
-        return charges[0] if charges else None
-    return Charges(
-        ids=jnp.concatenate([c.ids for c in charges], -1),
-        amount=jnp.concatenate([c.amount for c in charges], -1),
-        widths=tuple(width for c in charges for width in c.widths),
-    )
-
-
-def _charges(name: str, ids: Int[Array, "B S Q"], amount: Array) -> Charges:
-    return Charges(ids, as_float(amount), ((name, ids.shape[-1]),))
-
-
-def ngram_charges(tokens: Tokens, ngram_size: int, max_matches: int) -> Charges:
-    """What followed the same context earlier, unless it is the target again."""
-    ids, exists = earlier_continuations(tokens, ngram_size, max_matches)
-    return _charges("ngram", ids, exists & (ids != tokens.targets[..., None]))
-
-
-def immediate_charges(tokens: Tokens) -> Charges:
-    """The previous token, by 2r−1 for a run of r, unless it is the target."""
-    ids, run = repeated_token(tokens)
-    wrong = tokens.active & (run > 0) & (ids != tokens.targets)
-    amount = jnp.where(wrong, 2 * run - 1, 0)
-    return _charges("immediate", ids[..., None], amount[..., None])
-
-
-def early_eos_charges(
-    tokens: Tokens, eos_token_id: int, min_sequence_length: int
-) -> Charges:
-    """The EOS id at early positions whose target it is not."""
-    early = tokens.active & (tokens.positions < min_sequence_length)
-    amount = early & (tokens.targets != eos_token_id)
-    ids = jnp.full((*tokens.targets.shape, 1), eos_token_id, jnp.int32)
-    return _charges("eos", ids, amount[..., None])
-
-
-def history_charges(
-    history: History,
-    targets: Int[Array, "B C"],
-    segments: Int[Array, "B C"],
-    positions: Int[Array, "B C"],
-) -> Charges:
-    """All distinct earlier ids of the segment but the target, for a block of tokens."""
-    ids, found = earlier_ids(history, segments, positions)
-    return _charges("unlikelihood", ids, found & (ids != targets[..., None]))
-
-
-def repeated_ngram_pairs(tokens: Tokens, ngram_size: int) -> Float[Array, ""]:
-    """Returns `Σ_rows Σ_distinct c(c−1)/2` over equal n-grams."""
-    windows = sort_ngrams(tokens, ngram_size)
-    return jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
-
-
-def squared_runs(tokens: Tokens) -> Float[Array, ""]:
-    """Returns `Σ_rows (longest run − 1)²`."""
-    return jnp.sum(as_float(longest_runs(tokens) - 1) ** 2)
-
-
-def early_eos_targets(
-    tokens: Tokens, eos_token_id: int, min_sequence_length: int
-) -> Float[Array, "B S"]:
-    """Marks the targets that are an early EOS."""
-    early = tokens.active & (tokens.positions < min_sequence_length)
-    return as_float(early & (tokens.targets == eos_token_id))
 
 
 def anti_repetition_loss(

@@ -1,7 +1,6 @@
-"""The trainer's modules live beside their script, so they are imported by folder."""
+"""What the tests of the trainer share: its text, its flags, its compiled programs."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from texts import make_text
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.fixture(autouse=True)

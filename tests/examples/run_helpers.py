@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
-from metrics import Record, read_records
+
 from train_tpu import main
+from trainer.report.metrics import Record, read_records
+from trainer.run import launch_local
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,7 +43,7 @@ def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:
     """The arrays and the data state of a checkpoint."""
     folder = out.resolve() / "checkpoints" / f"step_{step:08d}"
     state = ocp.StandardCheckpointer().restore(folder / "state")
-    return state, json.loads((folder / "data.json").read_text())
+    return state, json.loads((folder / "data" / "metadata").read_text())
 
 
 def without_seconds(records: list[Record]) -> list[Record]:
@@ -78,7 +80,7 @@ def start(
     """Starts the trainer, by the launcher if there are several processes."""
     script = [str(EXAMPLES / "train_tpu.py")]
     if processes > 1:
-        script = [str(EXAMPLES / "launch_local.py"), str(processes)]
+        script = [launch_local.__file__, str(processes)]
     return subprocess.Popen(
         [sys.executable, *script, *arguments],
         env=environment(cache, devices),

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode import GREEDY, Decoder, Sampling, before_end, generate
-from layers import Batch, ModelConfig
-from model import LanguageModel, hidden_and_head, loss_inputs
-from speculate import Speculator, speculate
 
 import ava_jax
 from ava_jax import heads
+from trainer.decode.decoder import GREEDY, Decoder, Sampling, before_end, generate
+from trainer.decode.speculate import Speculator, speculate
+from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
+from trainer.model.layers import Batch, ModelConfig
 
 # With few classes a model that has learned nothing often drafts what it says later.
 VOCAB, FEW, COUNT, K = 50, 3, 12, 3

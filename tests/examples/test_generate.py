@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from data import end_of_text
-from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
 from run_helpers import train
+
+from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
+from trainer.data.text import end_of_text
 
 FLAGS = ("--loss.num-future-tokens", "2", "--checkpoint-every", "3")
 
@@ -125,13 +126,13 @@ def test_a_folder_that_cannot_be_read_is_explained(run, tmp_path, capsys):
     )
     largest.write_bytes(largest.read_bytes()[:-1])
     assert main([str(broken)]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "is corrupt" in capsys.readouterr().err
 
 
 def test_a_checkpoint_being_written_is_left_alone(run, tmp_path):
     busy = tmp_path / "busy"
     shutil.copytree(run, busy)
-    partial = busy / "checkpoints" / "partial_00000009"
+    partial = busy / "checkpoints" / "step_00000009.orbax-checkpoint-tmp"
     partial.mkdir()
     assert load(busy).step == 6
     assert partial.exists()

@@ -9,25 +9,26 @@ from typing import cast
 
 import jax
 import pytest
-from compile_for import (
+from rich.console import Console
+from run_helpers import with_flags
+
+import ava_jax
+from train_tpu import main, make_train_step
+from trainer.errors import TrainingError
+from trainer.run.compile_for import (
     CHIPS,
     Plan,
     bytes_of,
     compile_plan,
     count_flops,
     find_devices,
+    make_plan,
     make_report,
     show,
 )
-from devices import make_mesh
-from errors import TrainingError
-from program import Program, Traffic, read_program
-from rich.console import Console
-from run_helpers import with_flags
-from settings import Settings, make_loss_config, parse_settings
-from train_tpu import main, plan
-
-import ava_jax
+from trainer.run.devices import make_mesh
+from trainer.run.program import Program, Traffic, read_program
+from trainer.run.settings import Settings, make_loss_config, parse_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -109,6 +110,12 @@ def settings_of(*flags: str) -> tuple[Settings, ava_jax.UnifiedLossConfig]:
     return settings, make_loss_config(settings, fields, size, size - 1)
 
 
+def plan(settings: Settings, loss: ava_jax.UnifiedLossConfig) -> Plan:
+    """The step on one device."""
+    mesh = make_mesh("data=1", 4, jax.devices()[:1])
+    return make_plan(settings, loss, make_train_step, mesh)
+
+
 SMALL = [
     "--model.layers=2",
     "--model.width=32",
@@ -128,10 +135,10 @@ SMALL = [
 def test_the_table_of_a_step_on_devices_that_are_there() -> None:
     settings, loss = settings_of(*SMALL)
     mesh = make_mesh("data=2,fsdp=2,tensor=2", 4, jax.devices()[:8])
-    made = plan(settings, loss, mesh)
-    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.params))
+    made = make_plan(settings, loss, make_train_step, mesh)
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.state.params))
     # All but the scales of the norms are split by fsdp and tensor.
-    assert whole / 4 < bytes_of(made.params) < 1.05 * whole / 4
+    assert whole / 4 < bytes_of(made.state.params) < 1.05 * whole / 4
     compiled = compile_plan(made, CHIPS["v5e"])
     report = make_report(settings, loss, made, compiled, CHIPS["v5e"], 8)
     assert report.fits
@@ -149,7 +156,9 @@ def test_the_table_of_a_step_on_devices_that_are_there() -> None:
 
 def test_estimates_come_from_cycles_and_bytes() -> None:
     settings, loss = settings_of(*SMALL)
-    made = plan(settings, loss, make_mesh("data=1", 4, jax.devices()[:1]))
+    made = make_plan(
+        settings, loss, make_train_step, make_mesh("data=1", 4, jax.devices()[:1])
+    )
     compiled = compile_plan(made, CHIPS["v5p"])
     report = make_report(settings, loss, made, compiled, CHIPS["v5p"], 1)
     program = Program(1_750_000, 350_000, {"all-reduce": Traffic(2, 9e7)}, 5, 1)
@@ -177,7 +186,9 @@ def test_estimates_come_from_cycles_and_bytes() -> None:
 
 def test_flops_are_those_of_the_matrices() -> None:
     settings, loss = settings_of(*SMALL)
-    params = plan(settings, loss, make_mesh("data=1", 4)).params
+    params = make_plan(
+        settings, loss, make_train_step, make_mesh("data=1", 4)
+    ).state.params
     flops = count_flops(settings, loss, params)
     inner = settings.model.inner
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * inner
@@ -195,7 +206,9 @@ def test_flops_are_those_of_the_matrices() -> None:
 )
 def test_further_heads_are_flops_of_the_loss(flags: list[str], heads: int) -> None:
     settings, loss = settings_of(*SMALL, *flags)
-    params = plan(settings, loss, make_mesh("data=1", 4)).params
+    params = make_plan(
+        settings, loss, make_train_step, make_mesh("data=1", 4)
+    ).state.params
     flops = count_flops(settings, loss, params)
     assert flops.loss == heads * 128 * 6 * 32 * 256
 
@@ -203,7 +216,9 @@ def test_further_heads_are_flops_of_the_loss(flags: list[str], heads: int) -> No
 def test_a_token_visits_some_of_the_experts() -> None:
     flags = ("--preset", "moe", *SMALL)
     settings, loss = settings_of(*flags, "--model.experts-per-token", "2")
-    params = plan(settings, loss, make_mesh("data=1", 4)).params
+    params = make_plan(
+        settings, loss, make_train_step, make_mesh("data=1", 4)
+    ).state.params
     two = count_flops(settings, loss, params).model
     settings, loss = settings_of(*flags, "--model.experts-per-token", "4")
     four = count_flops(settings, loss, params).model
@@ -235,7 +250,7 @@ def test_a_mesh_must_use_the_whole_topology() -> None:
 
 def test_a_step_that_needs_too_much_says_what_to_change() -> None:
     settings, loss = settings_of(*SMALL)
-    made = plan(settings, loss, make_mesh("data=1", 4))
+    made = plan(settings, loss)
 
     def refuse() -> None:
         raise jax.errors.JaxRuntimeError(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import Corpus, load_corpus
-from data import Feed, PackedRows, TextData, prepare_data
-from errors import TrainingError
-from tokens import TokenFile
+
+from trainer.data.corpus import Corpus, load_corpus
+from trainer.data.text import Feed, PackedRows, TextData, prepare_data
+from trainer.data.tokens import TokenFile
+from trainer.errors import TrainingError
 
 EOS = 9
 

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from devices import use_deterministic_operations
 from rich.console import Console
-from run_folder import FREE
 from run_helpers import EXAMPLES, environment, with_flags
-from settings import parse_settings
+
 from train_tpu import Run, make_gradient
+from trainer.run.devices import use_deterministic_operations
+from trainer.run.folder import FREE
+from trainer.run.settings import parse_settings
 
 RUNS = 20
 

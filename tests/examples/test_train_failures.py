@@ -4,13 +4,14 @@ import shutil
 import signal
 from pathlib import Path
 
-import checkpoint
 import pytest
-from checkpoint import Checkpoints
-from errors import TrainingError
-from metrics import MetricsLog, read_records
 from run_helpers import count_lines, start, wait_until, with_flags
+
 from train_tpu import main
+from trainer.errors import TrainingError
+from trainer.report.metrics import MetricsLog, read_records
+from trainer.run import checkpoint
+from trainer.run.checkpoint import DELETED, Checkpoints
 
 
 def with_steps(tiny: list[str], steps: int) -> list[str]:
@@ -46,7 +47,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_found_and_an_older_checkpoint_goes_on(
+def test_a_flipped_bit_is_found_and_an_older_checkpoint_resumes(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*tiny, "--out", str(tmp_path), "--checkpoint-every", "3"]
@@ -56,14 +57,14 @@ def test_a_flipped_bit_is_found_and_an_older_checkpoint_goes_on(
     flip_a_bit(max(files, key=lambda path: path.stat().st_size))
     assert main(arguments) == 1
     message = capsys.readouterr().err
-    assert "step_00000006 is damaged" in message
-    assert "go on from step 3" in message
+    assert "step_00000006 is corrupt" in message
+    assert "resume from step 3" in message
     assert (tmp_path / "checkpoints" / "step_00000003").exists()
     newest.rename(tmp_path / "aside")
     assert main(arguments) == 0
 
 
-def test_the_checkpoint_that_is_offered_is_a_sound_one(
+def test_the_checkpoint_that_is_offered_is_a_valid_one(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--checkpoint-every", "1", "--steps", "4", "--keep", "9"]
@@ -71,14 +72,14 @@ def test_the_checkpoint_that_is_offered_is_a_sound_one(
     assert main(arguments) == 0
     folders = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in range(1, 5)]
     for folder in folders[2:]:
-        flip_a_bit(folder / "data.json")
+        flip_a_bit(folder / "data" / "metadata")
     assert main(arguments) == 1
     message = capsys.readouterr().err
-    assert f"delete {folders[3]} and {folders[2]} to go on from step 2" in message
+    assert f"delete {folders[3]} and {folders[2]} to resume from step 2" in message
     for folder in folders[:2]:
         flip_a_bit(folder / "state" / "_METADATA")
     assert main(arguments) == 1
-    assert "no sound older one" in capsys.readouterr().err
+    assert "no valid older one" in capsys.readouterr().err
 
 
 def test_only_folders_set_aside_are_removed(
@@ -94,22 +95,22 @@ def test_only_folders_set_aside_are_removed(
     monkeypatch.setattr(checkpoint.shutil, "rmtree", note_and_remove)
     flags = ["--checkpoint-every", "1", "--keep", "1"]
     assert main(with_flags(tiny, "--out", str(tmp_path), *flags)) == 0
-    assert removed == [f"partial_{step:08d}" for step in range(1, 6)]
+    assert removed == [DELETED] * 5
 
 
-@pytest.mark.parametrize("name", ["data.json", "sha256.json", "state/_METADATA"])
+@pytest.mark.parametrize("name", ["data/metadata", "sha256.json", "state/_METADATA"])
 def test_every_file_of_a_checkpoint_is_covered(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     arguments = [*with_steps(tiny, 1), "--out", str(tmp_path)]
     assert main(arguments) == 0
-    damaged = tmp_path / "checkpoints" / "step_00000001" / name
-    flip_a_bit(damaged)
+    corrupt = tmp_path / "checkpoints" / "step_00000001" / name
+    flip_a_bit(corrupt)
     assert main(arguments) == 1
-    assert "is damaged" in capsys.readouterr().err
-    damaged.unlink()
+    assert "is corrupt" in capsys.readouterr().err
+    corrupt.unlink()
     assert main(arguments) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "is corrupt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

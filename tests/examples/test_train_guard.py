@@ -10,16 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint import Checkpoints
-from errors import TrainingError
-from guard import SkipGuard, Skips, check_targets, choose, find_culprit, is_finite
-from layers import Batch
-from metrics import Metrics, Record, read_records
-from plot import plot_losses
 from rich.console import Console
 from run_helpers import train, with_flags
-from settings import parse_settings
-from train_tpu import Run, TrainState, main
+
+from train_tpu import Run, main
+from trainer.errors import TrainingError
+from trainer.model.layers import Batch
+from trainer.report.finish import finish
+from trainer.report.metrics import Metrics, Record, read_records
+from trainer.report.plot import plot_losses
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.guard import (
+    SkipGuard,
+    Skips,
+    check_targets,
+    choose,
+    find_culprit,
+    is_finite,
+)
+from trainer.run.settings import parse_settings
+from trainer.run.state import TrainState
 
 NAN, INF = float("nan"), float("inf")
 GOOD: Record = {
@@ -174,7 +184,7 @@ def test_a_passing_fault_is_survived_reported_and_drawn(
     run = Run(settings, fields, Console(width=100))
     inject(run, {3, 4})
     assert run.train()
-    run.report(is_done=True)
+    finish(run.settings, run.model, run.state, run.text, run.console)
     screen = capsys.readouterr().out
     assert "step 3 was skipped: not finite is" in screen
     assert "2 steps were skipped" in screen

@@ -9,26 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import make_mesh
-from errors import TrainingError
-from evaluate import evaluate
-from expert_load import count_choices, relative_load
 from flax.typing import VariableDict
-from layers import Batch, ModelConfig
-from metrics import Metrics
-from model import LanguageModel, loss_inputs
 from rich.console import Console
 from run_helpers import train, with_flags
-from samples import Sample, keep_sample, read_samples
-from settings import LossFields, parse_settings
-from train_tpu import Run
 
 import ava_jax
 from ava_jax import heads
+from train_tpu import Run
+from trainer.errors import TrainingError
+from trainer.model.expert_load import count_choices, relative_load
+from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.layers import Batch, ModelConfig
+from trainer.report.metrics import Metrics
+from trainer.report.samples import Sample, keep_sample, read_samples
+from trainer.run.devices import make_mesh
+from trainer.run.evaluate import evaluate
+from trainer.run.settings import LossFields, parse_settings
 
 V, ROWS, LENGTH, K = 11, 4, 12, 2
 KINDS: dict[str, LossFields] = {
-    "parallel": {"use_mtp": True, "mtp_type": "deepseek"},
+    "parallel": {"use_mtp": True, "mtp_type": "parallel"},
     "sequential": {"use_mtp": True, "mtp_type": "sequential"},
     "adaptive": {"primary_loss_type": "adaptive_mtp"},
 }

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 from flax.typing import VariableDict
-from layers import Batch, ModelConfig
-from model import LanguageModel, hidden_and_head, loss_inputs
-from moe import Experts, Routing
-from settings import LossFields
 
 import ava_jax
+from trainer.model.experts import Experts, Routing
+from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
+from trainer.model.layers import Batch, ModelConfig
+from trainer.run.settings import LossFields
 
 LOSS: LossFields = {"vocab_size": 20, "hidden_size": 16}
 

@@ -8,13 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
-import launch_local
 import pytest
-from checkpoint import Checkpoints
-from devices import RowShare, make_mesh
-from layers import Batch
-from metrics import read_records
-from model import loss_inputs
 from rich.console import Console
 from run_helpers import (
     EXAMPLES,
@@ -25,9 +19,16 @@ from run_helpers import (
     wait_until,
     with_flags,
 )
-from settings import parse_settings
 from texts import make_text
+
 from train_tpu import Run, main
+from trainer.model.language_model import loss_inputs
+from trainer.model.layers import Batch
+from trainer.report.metrics import read_records
+from trainer.run import launch_local
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.devices import RowShare, make_mesh
+from trainer.run.settings import parse_settings
 
 FLAGS = ("--batch-size", "8", "--microbatches", "2", "--checkpoint-every", "3")
 
@@ -295,7 +296,7 @@ def test_the_launcher_returns_the_code_of_the_first_that_fails(
     programs: Path,
 ) -> None:
     end = subprocess.run(
-        [sys.executable, str(EXAMPLES / "launch_local.py"), "2", "--steps", "0"],
+        [sys.executable, launch_local.__file__, "2", "--steps", "0"],
         env=environment(programs),
         capture_output=True,
         text=True,

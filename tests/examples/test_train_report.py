@@ -7,12 +7,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from board import Board
-from errors import TrainingError
-from metrics import Metrics, MetricsLog, Record, read_records
-from plot import group_names, plot_losses
-from report import ProgressReport, show_table
 from rich.console import Console
+
+from trainer.errors import TrainingError
+from trainer.report.metrics import Metrics, MetricsLog, Record, read_records
+from trainer.report.plot import group_names, plot_losses
+from trainer.report.progress import ProgressReport
+from trainer.report.summary import show_table
+from trainer.report.tensorboard import Board
 
 
 def make_records(steps: int) -> list[Record]:

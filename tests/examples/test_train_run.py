@@ -7,14 +7,15 @@ import chex
 import jax
 import numpy as np
 import pytest
-from devices import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec
-from layers import Batch
-from metrics import read_records
 from rich.console import Console
 from run_helpers import assert_close, checkpoint, train, without_seconds
-from settings import PRESETS, parse_settings
-from train_tpu import Run, main, split
+
+from train_tpu import Run, main
+from trainer.model.layers import Batch
+from trainer.report.metrics import read_records
+from trainer.run.devices import make_mesh, split_rows
+from trainer.run.settings import PRESETS, parse_settings
 
 SLOW = pytest.mark.slow
 
@@ -108,7 +109,9 @@ def test_no_row_leaves_its_device_for_a_micro_batch() -> None:
     over_data = NamedSharding(mesh, PartitionSpec("data"))
     rows = jax.device_put(np.arange(64, dtype=np.int32).reshape(16, 4), over_data)
     batch = Batch(rows, rows, rows, rows)
-    compiled = jax.jit(split, static_argnums=(1, 2)).lower(batch, 2, mesh).compile()
+    compiled = (
+        jax.jit(split_rows, static_argnums=(1, 2)).lower(batch, 2, mesh).compile()
+    )
     program = str(compiled.as_text())
     assert "ENTRY" in program
     assert "all-" not in program

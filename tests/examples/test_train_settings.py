@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from errors import TrainingError
-from settings import PRESETS, make_loss_config, parse_settings
 
 import ava_jax
+from trainer.errors import TrainingError
+from trainer.run.settings import PRESETS, make_loss_config, parse_settings
 
 
 def loss_of(arguments: list[str], vocab_size: int = 300) -> ava_jax.UnifiedLossConfig:

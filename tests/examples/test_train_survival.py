@@ -8,15 +8,13 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
-from checkpoint import Checkpoints
-from metrics import Record, read_records
 from rich.console import Console
 from run_helpers import (
     assert_close,
@@ -28,8 +26,12 @@ from run_helpers import (
     with_flags,
     without_seconds,
 )
-from settings import parse_settings
+
 from train_tpu import Run, main
+from trainer.report.metrics import Record, read_records
+from trainer.run import checkpoint as checkpoint_module
+from trainer.run.checkpoint import DELETED, PARTIAL, Checkpoints
+from trainer.run.settings import parse_settings
 
 KILLS = 20
 STEPS = 240
@@ -41,7 +43,8 @@ def assert_same_run(found: Path, expected: Path, step: int) -> None:
     for name in ("metrics.jsonl", "heldout.jsonl"):
         records = read_records(expected / name)
         assert without_seconds(read_records(found / name)) == without_seconds(records)
-    assert not list(found.rglob("partial_*"))
+    assert not list(found.rglob(PARTIAL))
+    assert not list(found.rglob(DELETED))
     assert not list(found.rglob("*.part"))
 
 
@@ -56,14 +59,14 @@ class Killer:
     def strike(self, process: subprocess.Popen[str], kind: str) -> None:
         begun = time.time()
         log = self._out / "metrics.jsonl"
-        saved = max((int(p.name[5:]) for p in self._folders("step_")), default=0)
+        saved = Checkpoints(self._out / "checkpoints", keep=2).latest() or 0
         goal = saved + self._draw.randint(1, 9)
 
         def is_training() -> bool:
             return log.exists() and log.stat().st_mtime > begun
 
         def is_writing() -> bool:
-            return bool(self._folders("partial_"))
+            return any((self._out / "checkpoints").glob(PARTIAL))
 
         if kind == "startup":
             time.sleep(self._draw.uniform(0, 4))
@@ -76,9 +79,6 @@ class Killer:
         process.kill()
         process.communicate()
         self.inside_writes += is_writing()
-
-    def _folders(self, beginning: str) -> list[Path]:
-        return list((self._out / "checkpoints").glob(f"{beginning}*"))
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_what_a_kill_leaves_behind_is_cleared_away(
     train(tiny, whole)
     train(tiny, killed, "--steps", "3")
     # Killed while it removed step 1, wrote step 4, and added held-out metrics.
-    for step in (1, 4):
-        rest = killed / "checkpoints" / f"partial_{step:08d}" / "state"
+    for name in (f"{DELETED}/step_00000001", "step_00000004.orbax-checkpoint-tmp"):
+        rest = killed / "checkpoints" / name / "state"
         rest.mkdir(parents=True)
         (rest / "half").write_text("x")
     with (killed / "heldout.jsonl").open("a") as file:
@@ -124,20 +124,21 @@ def test_what_a_kill_leaves_behind_is_cleared_away(
     assert kept == {"step_00000003", "step_00000006"}
 
 
-def test_a_checkpoint_is_sealed_only_after_its_lines_are_written(
+def test_a_checkpoint_is_whole_only_after_its_lines_are_written(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sealed: list[tuple[int, int]] = []
-    seal = Checkpoints._seal
+    written: list[tuple[int, int]] = []
+    write = checkpoint_module.write_manifest
 
-    def look_and_seal(self: Checkpoints, step: int) -> int:
-        sealed.append((step, count_lines(tmp_path / "metrics.jsonl")))
-        return seal(self, step)
+    def look_and_write(folder: Path, ignored: Collection[str]) -> None:
+        step = int(folder.name.partition(".")[0].removeprefix("step_"))
+        written.append((step, count_lines(tmp_path / "metrics.jsonl")))
+        write(folder, ignored)
 
-    monkeypatch.setattr(Checkpoints, "_seal", look_and_seal)
+    monkeypatch.setattr(checkpoint_module, "write_manifest", look_and_write)
     train(tiny, tmp_path, "--checkpoint-every", "2")
-    assert [step for step, _ in sealed] == [2, 4, 6]
-    assert all(lines >= step for step, lines in sealed)
+    assert [step for step, _ in written] == [2, 4, 6]
+    assert all(lines >= step for step, lines in written)
 
 
 @pytest.mark.slow

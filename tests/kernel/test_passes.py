@@ -210,7 +210,7 @@ def test_no_array_of_tokens_times_vocabulary_exists():
 
 @pytest.mark.usefixtures("optimized")
 def test_parallel_heads_never_hold_their_logits():
-    config = {**EVERYTHING, "mtp_type": "deepseek", "hidden_size": D, "chunk_size": 2}
+    config = {**EVERYTHING, "mtp_type": "parallel", "hidden_size": D, "chunk_size": 2}
     arrays, integers = batch()
     del arrays["mtp_hidden_states"]
     arrays["mtp_params"] = {

@@ -34,7 +34,7 @@ class OracleConfig:
     use_mtp: bool = False
     num_future_tokens: int = 3
     mtp_weight: float = 0.1
-    mtp_type: str = "deepseek"
+    mtp_type: str = "parallel"
     use_confidence_weighting: bool = True
     stop_confidence_gradient: bool = False
     confidence_reg_strength: float = 0.01

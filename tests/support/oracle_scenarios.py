@@ -265,7 +265,7 @@ def deepseek_heads(rng: Generator, heads: int, vocab: int) -> dict[str, Any]:
 def plain_mtp_scenario(rng: Generator) -> Scenario:
     """Parallel and sequential heads beside either door."""
     config, inputs = draw_tokens(rng)
-    kind = pick(rng, ["deepseek", "sequential"])
+    kind = pick(rng, ["parallel", "sequential"])
     heads = int(rng.integers(1, 4 + 1))
     vocab, fused = config["vocab_size"], pick(rng, [True, False])
     config |= {
@@ -284,7 +284,7 @@ def plain_mtp_scenario(rng: Generator) -> Scenario:
         inputs["logits"] = door_logits(rng, config, inputs, 1, 2.0, False)
         inputs.pop("hidden_states", None)
     places = [pair_places(config, inputs, j) for j in range(1, heads + 1)]
-    if kind == "deepseek":
+    if kind == "parallel":
         inputs["mtp_params"] = deepseek_heads(rng, heads, vocab)
         used = np.any(places, axis=0) | (fused & counted_places(config, inputs))
         hidden = draw_logits(rng, (*used.shape, WIDTH), 1.0)

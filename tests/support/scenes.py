@@ -37,15 +37,17 @@ ADAPTIVE: dict[str, Any] = {
 }
 
 
-def integers(key: int = 0, rows: int = B) -> dict[str, Any]:
-    """Targets with repeats and a mask with holes; no row is empty."""
+def integers(key: int = 0, rows: int = B, *, experts: bool = True) -> dict[str, Any]:
+    """Targets with repeats and a mask with holes, no row empty, and chosen experts."""
     one, two, three = jax.random.split(jax.random.key(key), 3)
     mask = (jax.random.uniform(two, (rows, S)) < 0.8).at[:, 0].set(True)
-    return {
+    ints = {
         "targets": jax.random.randint(one, (rows, S), 0, 4),
         "attention_mask": mask,
-        "expert_indices": jax.random.randint(three, (rows, S, 2), 0, E),
     }
+    if experts:
+        ints["expert_indices"] = jax.random.randint(three, (rows, S, 2), 0, E)
+    return ints
 
 
 def floats(key: int = 1, rows: int = B) -> dict[str, Any]:

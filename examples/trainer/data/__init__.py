@@ -1,0 +1,1 @@
+"""Data: documents to tokens, tokens to packed rows, rows to batches."""

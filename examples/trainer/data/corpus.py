@@ -1,0 +1,136 @@
+"""Reading text: files, folders, .jsonl, .gz, or the standard library's own source."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import platform
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.errors import TrainingError
+
+SKIPPED_FOLDERS = {
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "site-packages",
+    "test",
+    "tests",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents, and what identifies them."""
+
+    name: str
+    documents: tuple[str, ...]
+    sha256: str
+    size: int
+    skipped: int = 0
+
+    def describe(self) -> str:
+        """Returns one line for people."""
+        skipped = f", {self.skipped} not UTF-8 left out" if self.skipped else ""
+        return (
+            f"{self.name}: {len(self.documents):,} documents, {self.size:,} bytes, "
+            f"sha256 {self.sha256}{skipped}"
+        )
+
+
+def load_corpus(path: Path | None) -> Corpus:
+    """Reads the documents of a file or folder; of the standard library for None.
+
+    Documents come in an order that depends on their contents alone, shuffled with a
+    fixed seed, so that the held-out end is like the rest.
+
+    Raises:
+      TrainingError: nothing there, not text, or a line of .jsonl without `text`.
+    """
+    if path is None:
+        name = f"standard library of Python {platform.python_version()}"
+        files = _standard_library()
+    else:
+        name, files = str(path), _files_of(path)
+    documents: list[str] = []
+    skipped = 0
+    for file in files:
+        try:
+            documents.extend(text for text in _read(file) if text)
+        except UnicodeDecodeError as error:
+            if file == path:
+                raise TrainingError(f"{file} is not UTF-8 text: {error}") from error
+            skipped += 1
+    if not documents:
+        raise TrainingError(f"no text in {name}: it needs at least one document")
+    return _identified(name, documents, skipped)
+
+
+def _identified(name: str, documents: list[str], skipped: int) -> Corpus:
+    digest = hashlib.sha256()
+    size = 0
+    for document in documents:
+        raw = document.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+        size += len(raw)
+    random.Random(0).shuffle(documents)
+    return Corpus(name, tuple(documents), digest.hexdigest(), size, skipped)
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in _walk(root, SKIPPED_FOLDERS) if file.suffix == ".py"]
+    if not files:
+        raise TrainingError(
+            f"this Python has no source files in {root}: pass --data FILE_OR_FOLDER"
+        )
+    return files
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise TrainingError(f"no such file or folder: {path} (from --data)")
+    return _walk(path, set())
+
+
+def _walk(root: Path, skipped: set[str]) -> list[Path]:
+    """Every file that is not hidden, in an order that is the same everywhere."""
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in skipped and f[0] != "."]
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _read(file: Path) -> Iterator[str]:
+    """Yields the documents of one file; .jsonl has one a line."""
+    raw, name = file.read_bytes(), file.name
+    if name.endswith(".gz"):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError) as error:
+            raise TrainingError(f"{file} is not a whole gzip file: {error}") from error
+        name = name.removesuffix(".gz")
+    text = raw.decode()
+    if not name.endswith(".jsonl"):
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _text_of(line, f"{file}, line {number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TrainingError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise TrainingError(f'{where}: needs an object with a "text" string')
+    return record["text"]

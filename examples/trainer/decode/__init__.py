@@ -1,0 +1,1 @@
+"""Decoding with a key-value cache: one token at a time, or speculatively."""

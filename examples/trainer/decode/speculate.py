@@ -1,0 +1,355 @@
+"""Greedy decoding that drafts with the heads that look ahead, and checks the drafts.
+
+A call of the model reads the newest token and K drafts behind it. Drafts count as long
+as they are what the model itself says there, and its own next token comes free after
+them; so a call makes up to K + 1 tokens, and they are those of decoding one by one
+(Stern et al. 2018; with heads for drafts: Gloeckle et al. 2024, DeepSeek-AI 2024).
+
+Reading several tokens at once rounds differently from reading one, so where the two
+largest logits are almost equal, the other one could win. Such a token is decided by
+reading one by one what was not read so before; every token is at most once.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.typing import VariableDict
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from trainer.decode.decoder import Decoder, at_places, likeliest
+from trainer.model.language_model import LanguageModel, is_adaptive, with_params
+from trainer.model.layers import Batch
+
+# Logits closer than this, in units of the larger one, may change places by rounding.
+# It is 250 steps of a float32; up to 10 were seen between one token and several.
+NEAR = 3e-5
+
+
+class Flight(NamedTuple):
+    """Where rows are, and drafts of how they may go on.
+
+    Attributes:
+      cache: keys and values of what was read.
+      rows: tokens that were read, the newest one, and drafts behind it.
+      read: how many tokens were read, which is the place of the newest.
+      stop: the place of the last token wanted; a row that is there stays.
+      keen: whether there are drafts.
+      settled: how many of the read tokens were read one by one, or in the prompt.
+      hidden: of all that was read; sequential heads go back to them.
+    """
+
+    cache: VariableDict
+    rows: Int[Array, "B C"]
+    read: Int[Array, "B"]
+    stop: Int[Array, "B"]
+    keen: Bool[Array, "B"]
+    settled: Int[Array, "B"]
+    hidden: Float[Array, "B C D"] | None
+
+    @property
+    def is_done(self) -> Bool[Array, "B"]:
+        """Which rows have all their tokens."""
+        return self.read >= self.stop
+
+
+class Calls(NamedTuple):
+    """What calls did, per row.
+
+    Attributes:
+      drafted: drafts that were checked; 0 where the gate wanted none.
+      accepted: how many of them, from the first, were right. A call makes one more.
+      redone: whether its last token was a near tie and decided one by one.
+    """
+
+    drafted: Int[Array, "*n"]
+    accepted: Int[Array, "*n"]
+    redone: Bool[Array, "*n"]
+
+
+class Speculated(NamedTuple):
+    """Tokens, and what they took.
+
+    Attributes:
+      tokens: as `generate` makes them.
+      calls: of the model, after the one that reads the prompt and makes a token too.
+      record: of each call; zeros after a row's last. The last one may go too far.
+    """
+
+    tokens: Int[Array, "B C"]
+    calls: Int[Array, "B"]
+    record: Calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculator:
+    """A decoder that looks ahead with the model's own heads."""
+
+    decoder: Decoder
+
+    @classmethod
+    def of(cls, model: LanguageModel, length: int) -> "Speculator":
+        """Returns one for rows of at most `length` tokens.
+
+        Raises:
+          ValueError: the model has no heads to draft with.
+        """
+        if not (model.loss.use_mtp or is_adaptive(model.loss)):
+            raise ValueError(
+                "speculative decoding drafts with the heads of multi-token prediction, "
+                "and this model has none: its loss needs use_mtp=True or "
+                'primary_loss_type="adaptive_mtp"'
+            )
+        return cls(Decoder.of(model, length))
+
+    @property
+    def drafts(self) -> int:
+        """How many tokens the heads look ahead (K)."""
+        return self.decoder.model.loss.num_future_tokens
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the heads build on each other and have attention of their own."""
+        loss = self.decoder.model.loss
+        return loss.mtp_type == "sequential" and not is_adaptive(loss)
+
+    def begin(
+        self,
+        params: optax.Params,
+        bias: Float[Array, "L E"] | None,
+        prompts: Int[Array, "B S"],
+        lengths: Int[Array, "B"],
+        count: int,
+    ) -> Flight:
+        """Reads the prompts, makes one token each, and drafts."""
+        decoder, width = self.decoder, prompts.shape[1]
+        hidden, cache = decoder.read_prompts(params, bias, prompts)
+        room = ((0, 0), (0, count + 2 * self.drafts))
+        last = at_places(hidden, lengths - 1)
+        token = likeliest(decoder.logits(params, last))
+        flight = Flight(
+            cache=cache,
+            rows=_put(jnp.pad(prompts, room), lengths[:, None], token[:, None]),
+            read=lengths,
+            stop=lengths + count - 1,
+            keen=jnp.ones_like(lengths, bool),
+            settled=lengths,
+            hidden=jnp.pad(hidden, (*room, (0, 0))) if self.is_sequential else None,
+        )
+        return self._draft(params, flight, last, jnp.zeros_like(lengths), width)
+
+    def call(
+        self, params: optax.Params, bias: Float[Array, "L E"] | None, flight: Flight
+    ) -> tuple[Flight, Calls]:
+        """Calls the model once: checks the drafts, makes a token more, drafts again."""
+        read = functools.partial(self._read, params, bias)
+        if not is_adaptive(self.decoder.model.loss):
+            return read(self.drafts, flight)
+        wide, narrow = (functools.partial(read, k) for k in (self.drafts, 0))
+        is_wanted = jnp.any(flight.keen & ~flight.is_done)
+        return jax.lax.cond(is_wanted, wide, narrow, flight)
+
+    def _read(
+        self,
+        params: optax.Params,
+        bias: Float[Array, "L E"] | None,
+        drafts: int,
+        flight: Flight,
+    ) -> tuple[Flight, Calls]:
+        decoder = self.decoder
+        places = flight.read[:, None] + jnp.arange(drafts + 1)
+        window = at_places(flight.rows, places)
+        hidden, cache = decoder.read(params, bias, flight.cache, window, places)
+        logits = decoder.logits(params, hidden)
+        best, is_near = likeliest(logits), _is_near_tie(logits)
+        is_right = (window[:, 1:] == best[:, :-1]) & ~is_near[:, :-1]
+        run = jnp.cumprod(is_right & flight.keen[:, None], axis=1, dtype=jnp.int32)
+        accepted = jnp.sum(run, axis=1, dtype=jnp.int32)
+        redone = at_places(is_near, accepted) & ~flight.is_done
+        record = Calls(jnp.where(flight.keen, drafts, 0), accepted, redone)
+        cache, settled, token = self._settle(
+            params,
+            bias,
+            flight._replace(cache=cache),
+            record,
+            at_places(best, accepted),
+        )
+        end = flight.read + accepted + 1
+        kept = None if flight.hidden is None else _put(flight.hidden, places, hidden)
+        moved = flight._replace(
+            cache=cache,
+            rows=_put(flight.rows, end[:, None], token[:, None]),
+            read=jnp.minimum(end, flight.stop),
+            settled=settled,
+            hidden=kept,
+        )
+        first = jnp.maximum(flight.read - self.drafts + 1, 0)
+        last = at_places(hidden, accepted)
+        return self._draft(params, moved, last, first, 2 * self.drafts), record
+
+    def _settle(
+        self,
+        params: optax.Params,
+        bias: Float[Array, "L E"] | None,
+        flight: Flight,
+        record: Calls,
+        token: Int[Array, "B"],
+    ) -> tuple[VariableDict, Int[Array, "B"], Int[Array, "B"]]:
+        """Decides the tokens that are to be redone.
+
+        Returns:
+          The cache, how many tokens of each row were read one by one by now, and the
+          tokens after the accepted ones.
+        """
+        end = flight.read + record.accepted
+
+        def is_open(carry: tuple[VariableDict, Array, Array]) -> Bool[Array, ""]:
+            return jnp.any(record.redone & (carry[1] <= end))
+
+        def read_one(
+            carry: tuple[VariableDict, Array, Array],
+        ) -> tuple[VariableDict, Array, Array]:
+            cache, settled, _ = carry
+            place = jnp.minimum(settled, end)[:, None]
+            old = at_places(flight.rows, place)
+            hidden, cache = self.decoder.read(params, bias, cache, old, place)
+            logits = self.decoder.logits(params, hidden[:, 0])
+            return cache, place[:, 0] + 1, likeliest(logits)
+
+        before = (flight.cache, flight.settled, token)
+        cache, settled, decided = jax.lax.while_loop(is_open, read_one, before)
+        return cache, settled, jnp.where(record.redone, decided, token)
+
+    def _draft(
+        self,
+        params: optax.Params,
+        flight: Flight,
+        last: Float[Array, "B D"],
+        first: Int[Array, "B"],
+        width: int,
+    ) -> Flight:
+        """Writes drafts behind the newest token, if they are wanted.
+
+        Args:
+          params: of the model.
+          flight: with its newest token in place.
+          last: the hidden state that the newest token was made of.
+          first: the place from which on sequential heads have something new to see.
+          width: how many places that are, and maybe some that were not read yet.
+        """
+        if flight.hidden is not None:
+            return self._draft_deeper(params, flight, flight.hidden, first, width)
+        apply = functools.partial(self.decoder.model.apply, with_params(params), last)
+
+        def draft() -> Int[Array, "B K"]:
+            logits = cast(Array, apply(method=LanguageModel.parallel_logits))
+            return likeliest(logits[..., : self.decoder.model.loss.vocab_size]).T
+
+        places = flight.read[:, None] + 1 + jnp.arange(self.drafts)
+        if not is_adaptive(self.decoder.model.loss):
+            return flight._replace(rows=_put(flight.rows, places, draft()))
+        keen = cast(Array, apply(method=LanguageModel.is_confident))
+        is_wanted = jnp.any(keen & ~flight.is_done)
+        nothing = jnp.zeros_like(places)
+        drafts = jax.lax.cond(is_wanted, draft, lambda: nothing)
+        return flight._replace(rows=_put(flight.rows, places, drafts), keen=keen)
+
+    def _draft_deeper(
+        self,
+        params: optax.Params,
+        flight: Flight,
+        hidden: Float[Array, "B C D"],
+        first: Int[Array, "B"],
+        width: int,
+    ) -> Flight:
+        """Drafts depth by depth, each from the tokens of those before.
+
+        Depth j at place t reads the token at t + j, so its keys and values of the last
+        j - 1 places were made of drafts. They are made again, like those of new places.
+        """
+        cache, rows = flight.cache, flight.rows
+        places = first[:, None] + jnp.arange(width)
+        stream = at_places(hidden, places)
+        for depth in range(1, self.drafts + 1):
+            ahead = at_places(rows, places + depth)
+            out, changed = self.decoder.model.apply(
+                {**with_params(params), "cache": cache},
+                depth,
+                stream,
+                ahead,
+                Batch(ahead, ahead, jnp.ones_like(ahead), places),
+                method=LanguageModel.look_deeper,
+                mutable=["cache"],
+            )
+            stream, heard = cast(tuple[Array, Array], out)
+            cache = changed["cache"]
+            last = at_places(heard, flight.read - 1 - first)
+            draft = likeliest(self.decoder.logits(params, last))
+            rows = _put(rows, (flight.read + depth)[:, None], draft[:, None])
+        return flight._replace(cache=cache, rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count"))
+def speculate(
+    model: LanguageModel,
+    params: optax.Params,
+    bias: Float[Array, "L E"] | None,
+    prompts: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    *,
+    count: int,
+) -> Speculated:
+    """Goes on after each prompt by `count` tokens, the likeliest ones, as `generate`.
+
+    Args:
+      model: that was trained, with heads that look ahead.
+      params: its parameters.
+      bias: of the routers, from the loss state.
+      prompts: one per row, from the left; what lies behind `lengths` is ignored.
+      lengths: of the prompts, at least 1.
+      count: tokens to make.
+
+    Raises:
+      ValueError: the model has no heads to draft with.
+    """
+    speculator = Speculator.of(model, prompts.shape[1] + count)
+    flight = speculator.begin(params, bias, prompts, lengths, count)
+    calls = jnp.zeros_like(lengths)
+    # A call makes a token at least, so they all fit.
+    nothing = jnp.zeros((len(lengths), count), jnp.int32)
+    record = Calls(nothing, nothing, nothing.astype(bool))
+
+    def is_open(carry: tuple[Flight, Array, Calls]) -> Bool[Array, ""]:
+        return ~jnp.all(carry[0].is_done)
+
+    def step(carry: tuple[Flight, Array, Calls]) -> tuple[Flight, Array, Calls]:
+        flight, calls, record = carry
+        counts = ~flight.is_done
+        flight, new = speculator.call(params, bias, flight)
+        new = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), new)
+        place = calls[:, None]
+        record = jax.tree.map(lambda all, x: _put(all, place, x[:, None]), record, new)
+        return flight, calls + counts, record
+
+    flight, calls, record = jax.lax.while_loop(is_open, step, (flight, calls, record))
+    places = lengths[:, None] + jnp.arange(count)
+    return Speculated(at_places(flight.rows, places), calls, record)
+
+
+def _is_near_tie(logits: Float[Array, "*n V"]) -> Bool[Array, "*n"]:
+    """Says whether rounding could decide which logit is the largest."""
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    bound = NEAR * jnp.maximum(jnp.abs(best), 1.0)
+    return jnp.sum(logits > best - bound, axis=-1) > 1
+
+
+def _put(
+    x: Shaped[Array, "B S *m"],
+    places: Int[Array, "B n"],
+    new: Shaped[Array, "B n *m"],
+) -> Shaped[Array, "B S *m"]:
+    """Writes at places of each row's own; what falls off the end is left out."""
+    return x.at[jnp.arange(x.shape[0])[:, None], places].set(new, mode="drop")

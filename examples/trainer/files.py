@@ -1,0 +1,88 @@
+"""Files that are whole or absent, manifests of checksums, errors that name the file."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from trainer.errors import TrainingError
+
+MANIFEST = "sha256.json"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into a message that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror or error}; once that is put right, "
+            "the same command resumes from the last checkpoint"
+        ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    part = path.with_name(f"{path.name}.part")
+    raw = content.encode() if isinstance(content, str) else content
+    with writing(path):
+        try:
+            part.write_bytes(raw)
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def make_empty(folder: Path) -> None:
+    """Makes a folder, or empties it."""
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets in one process of the machine at a time; a killed one makes way."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path, ignored: Collection[str] = ()) -> None:
+    """Writes the checksums of all files of a folder, but for `ignored`, beside them."""
+    sums = _checksums(folder, ignored)
+    write_whole(folder / MANIFEST, json.dumps(sums, indent=1))
+
+
+def find_corrupt(folder: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Returns the names of the files that do not match the folder's manifest."""
+    try:
+        expected = dict(json.loads((folder / MANIFEST).read_text()))
+        found = _checksums(folder, ignored)
+    except (OSError, ValueError, TypeError) as error:
+        return [f"{MANIFEST}: {error}"]
+    names = sorted(set(expected) | set(found))
+    return [name for name in names if expected.get(name) != found.get(name)]
+
+
+def _checksums(folder: Path, ignored: Collection[str]) -> dict[str, str]:
+    """SHA-256 of every file but the manifest itself, by relative path."""
+    sums: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (MANIFEST, *ignored):
+            with path.open("rb") as file:
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums

@@ -1,0 +1,1 @@
+"""The language model: its layers, its experts, and the heads that its loss needs."""

@@ -1,0 +1,1 @@
+"""A run: settings, devices, checkpoints, evaluation and compiling ahead of time."""

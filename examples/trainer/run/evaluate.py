@@ -1,0 +1,131 @@
+"""Held-out metrics at temperature 1, and a sample of the model's text."""
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+import ava_jax
+from ava_jax import BiasBalanceState
+from ava_jax.losses import layer_norm
+from trainer.model.language_model import LanguageModel, is_adaptive, loss_inputs
+from trainer.model.layers import Batch
+from trainer.report.metrics import Record
+from trainer.run.devices import loss_on
+
+
+def routing_bias(state: ava_jax.LossState) -> Float[Array, "L E"] | None:
+    """Returns the bias that the routers choose by, if the loss keeps one."""
+    balance = state.moe_balancing
+    return balance.bias if isinstance(balance, BiasBalanceState) else None
+
+
+def plain_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLossConfig:
+    """The cross-entropy alone: no temperature, no smoothing, no penalties."""
+    return ava_jax.UnifiedLossConfig(
+        vocab_size=loss.vocab_size,
+        logit_soft_cap=loss.logit_soft_cap,
+        primary_loss_type="standard",
+        label_smoothing=0.0,
+        use_ngram_penalty=False,
+        use_immediate_repetition_penalty=False,
+    )
+
+
+def evaluate(
+    model: LanguageModel,
+    params: optax.Params,
+    bias: Float[Array, "L E"] | None,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+) -> Record:
+    """Returns nll, perplexity and accuracy over all tokens of the batches.
+
+    `head_accuracy_j` is how often head j of multi-token prediction is right about
+    `targets[t + j]`, where that lies in the segment of t; NaN if it never does.
+    """
+    # With lm_head, the loss makes the logits in chunks, and none are stored.
+    model = model.clone(fused=True)
+    loss_fn = loss_on(mesh, plain_loss(model.loss))
+    state = loss_fn.init()
+
+    def measure(inputs: ava_jax.LossInputs) -> Float[Array, "3"]:
+        _, aux, _ = loss_fn(state, train=False, **inputs)
+        tokens = aux["num_tokens"].astype(jnp.float32)
+        return jnp.stack([tokens, aux["nll"] * tokens, aux["accuracy"] * tokens])
+
+    @jax.jit
+    def count(params: optax.Params, batch: Batch) -> Float[Array, "heads 3"]:
+        inputs = loss_inputs(model, params, batch, bias)
+        main = measure(main_head(inputs, batch))[None]
+        shared, own = further_heads(model, params, inputs, batch)
+        if not own:
+            return main
+        further = jax.lax.map(lambda head: measure(shared | head), own)
+        return jnp.concatenate([main, further])
+
+    total = sum(np.asarray(count(params, batch), np.float64) for batch in batches)
+    tokens, nll, right = np.asarray(total).T
+    nothing = np.full_like(right, np.nan)
+    accuracies = np.divide(right, tokens, out=nothing, where=tokens > 0).tolist()
+    mean = float(nll[0] / tokens[0])
+    perplexity = float(np.exp(mean))
+    record = {"nll": mean, "perplexity": perplexity, "accuracy": accuracies[0]}
+    further = enumerate(accuracies[1:], start=1)
+    return record | {f"head_accuracy_{j}": accuracy for j, accuracy in further}
+
+
+def main_head(inputs: ava_jax.LossInputs, batch: Batch) -> ava_jax.LossInputs:
+    """What the next token is predicted by, as the inputs of a plain loss."""
+    return {
+        "targets": batch.targets,
+        "attention_mask": batch.segment_ids > 0,
+        "hidden_states": inputs.get("hidden_states"),
+        "lm_head": inputs.get("lm_head"),
+    }
+
+
+def further_heads(
+    model: LanguageModel,
+    params: optax.Params,
+    inputs: ava_jax.LossInputs,
+    batch: Batch,
+) -> tuple[ava_jax.LossInputs, ava_jax.LossInputs]:
+    """What the heads of multi-token prediction predict by.
+
+    The adaptive heads count too where their gate would not let them run.
+
+    Returns:
+      The inputs of a plain loss that the K heads share, and those that each has for
+      itself, stacked [K, ...]; nothing for a model without further heads.
+    """
+    targets, segments = (
+        look_ahead(x, model.loss.num_future_tokens)
+        for x in (batch.targets, batch.segment_ids)
+    )
+    counted = (segments > 0) & (segments == batch.segment_ids)
+    own: ava_jax.LossInputs = {"targets": targets, "attention_mask": counted}
+    depths = inputs.get("mtp_hidden_states")
+    if depths is not None:
+        return {"lm_head": inputs.get("lm_head")}, own | {"hidden_states": depths}
+    heads = inputs.get("mtp_params")
+    if is_adaptive(model.loss):
+        heads = cast(Mapping[str, Mapping[str, Mapping]], params)["mtp"]["heads"]
+    hidden = inputs.get("hidden_states")
+    if heads is None or hidden is None:
+        return {}, {}
+    normed = layer_norm(hidden, heads["norm"]["scale"], heads["norm"]["bias"])
+    kernel, bias = heads["heads"]["kernel"], heads["heads"]["bias"]
+    return {"hidden_states": normed}, own | {"lm_head": kernel, "lm_head_bias": bias}
+
+
+def look_ahead(x: Int[Array, "B S"], count: int) -> Int[Array, "K B S"]:
+    """Stacks x moved on by 1 to K tokens; zeros come in at the end of the row."""
+    length = x.shape[1]
+    steps = [min(step, length) for step in range(1, count + 1)]
+    return jnp.stack([jnp.pad(x[:, step:], ((0, 0), (0, step))) for step in steps])
