@@ -1,8 +1,4 @@
-"""Repetition: charges of the unified loss, and losses of their own.
-
-A charge names ids and how much of their unlikelihood a token pays; the vocabulary pass
-picks those ids' logits, so a charge costs no array over the vocabulary.
-"""
+"""Repetition losses: sequence unlikelihood, repetition decay and anti-repetition."""
 
 import jax
 import jax.numpy as jnp

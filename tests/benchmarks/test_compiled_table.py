@@ -33,7 +33,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         entry("naive", lambda x: jnp.exp(x).sum()),
         entry("plain", lambda x: jnp.sin(x).sum(), "candidate"),
     ]
-    monkeypatch.setattr(compiled, "place_on", lambda *_: None)
+    monkeypatch.setattr(compiled, "devices_of", lambda *_: None)
     monkeypatch.setattr(compiled, "entries", lambda *_: iter(made))
 
 
