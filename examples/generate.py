@@ -1,10 +1,11 @@
-"""Goes on from a prompt with a model of the trainer, and shows text as it is made.
+"""Continues a prompt with a trained model and prints the text as it is generated.
 
     python examples/generate.py runs/demo --prompt "def "
     python examples/generate.py runs/demo --prompt "def " --greedy --speculative
 
-The newest checkpoint is read; a trainer at work is not disturbed. The text goes to
-stdout, all else to stderr. Exit code 1: an error, explained on stderr. 130: Ctrl-C.
+It reads the newest checkpoint and does not disturb a running trainer. The text goes to
+stdout, everything else to stderr. Exit code 1: an error, explained on stderr. 130:
+Ctrl-C.
 """
 
 import argparse
@@ -42,7 +43,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Trained(NamedTuple):
-    """A model of a run, and what it speaks.
+    """The model of a run, with its tokenizer.
 
     Attributes:
       model: the model.
@@ -69,7 +70,7 @@ def load(folder: Path, step: int | None = None) -> Trained:
     """Loads a run's checkpoint, by default the newest.
 
     Raises:
-      TrainingError: there is no run or no such checkpoint, or it is damaged.
+      TrainingError: there is no run or no such checkpoint, or it is corrupt.
     """
     config = read_run(folder).config
     settings, loss = _rebuild(folder, config["settings"], config["loss"])
@@ -77,7 +78,7 @@ def load(folder: Path, step: int | None = None) -> Trained:
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
     steps = checkpoints.steps()
     if not steps:
-        raise TrainingError(f"{folder} has no checkpoint yet: let the trainer go on")
+        raise TrainingError(f"{folder} has no checkpoint yet: train it longer")
     if step is not None and step not in steps:
         known = ", ".join(map(str, steps))
         raise TrainingError(
@@ -238,12 +239,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sampling]:
     """
     parser = argparse.ArgumentParser(
         prog="generate.py",
-        description="Go on from a prompt with a model of the trainer.",
+        description="Continue a prompt with a trained model.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--prompt", default="", help="text to go on from; - for stdin")
-    parser.add_argument("--prompt-file", type=Path, help="file to go on from")
+    parser.add_argument("--prompt", default="", help="text to continue; - for stdin")
+    parser.add_argument("--prompt-file", type=Path, help="file to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many to make")
     parser.add_argument("--temperature", type=float, help="default 0.8")
     parser.add_argument("--top-k", type=int, help="default 40")

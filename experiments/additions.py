@@ -21,8 +21,8 @@ def _logits(
     bias: Float[Array, "L E"] | None,
 ) -> Float[Array, "B S V"]:
     """Logits of whole rows, each one segment."""
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    batch = Batch(ids, ids, jnp.ones_like(ids), places)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    batch = Batch(ids, ids, jnp.ones_like(ids), positions)
     hidden, head = hidden_and_head(model, params, batch, bias)
     return (hidden @ head)[..., : model.loss.vocab_size]
 
@@ -62,8 +62,8 @@ class RepetitionDecay(Untrained):
         size_key, start_key = jax.random.split(scene.key)
         size = jax.random.randint(size_key, (rows,), low, high + 1)
         start = jax.random.randint(start_key, (rows,), 0, width - high)
-        places = start[:, None] + jnp.arange(width + 1) % size[:, None]
-        ids = jnp.take_along_axis(text, places, axis=1)
+        offsets = start[:, None] + jnp.arange(width + 1) % size[:, None]
+        ids = jnp.take_along_axis(text, offsets, axis=1)
         logits = _logits(scene.model, scene.params, ids[:, :-1], scene.bias)
         value = losses.repetition_decay_loss(
             logits, ids[:, 1:], span_length=size, decay=self.decay
@@ -77,11 +77,11 @@ class SequenceUnlikelihood(Untrained):
 
     Attributes:
       weight: of the loss of the continuations.
-      rows: how many rows of the batch are gone on from, per step.
+      rows: how many rows of the batch are continued, per step.
       prompt: tokens of each that are read.
       count: tokens that are made.
       start: first step that does it; before, it costs nothing.
-      ngram_size: n of the repeats that are charged.
+      ngram_size: n of the repeats that are penalized.
     """
 
     weight: float
@@ -164,7 +164,7 @@ def first_drafts(
       segments: of the rows; 0 is padding.
 
     Returns:
-      Whether each is accepted, and whether it counts: not at the end of a segment.
+      Whether each is accepted, and whether it is unmasked: not at a segment's end.
     """
     accepted = jnp.argmax(ahead[:, :-1], -1) == jnp.argmax(logits[:, 1:], -1)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -193,13 +193,13 @@ class GateCalibration(Untrained):
             raise ValueError("only adaptive heads have a gate")
         real = scene.model.loss.vocab_size
         segments = scene.batch.segment_ids
-        accepted, counted = first_drafts(
+        accepted, unmasked = first_drafts(
             ahead[0][..., :real], logits[..., :real], segments
         )
         # A saturated sigmoid has no logarithm.
         sure = jnp.clip(confidence[:, :-1, 0], 1e-6, 1 - 1e-6)
         entropy = -jnp.where(accepted, jnp.log(sure), jnp.log1p(-sure))
-        mean = jnp.sum(entropy, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+        mean = jnp.sum(entropy, where=unmasked) / jnp.maximum(jnp.sum(unmasked), 1)
         return loss + self.weight * mean, {self.name: mean}
 
 

@@ -166,9 +166,9 @@ def gate_bins(
     )
     real = model.loss.vocab_size
     first = ahead[0].reshape(logits.shape)[..., :real]
-    accepted, counted = first_drafts(first, logits[..., :real], batch.segment_ids)
+    accepted, unmasked = first_drafts(first, logits[..., :real], batch.segment_ids)
     return metrics.calibration_bins(
-        confidence[:, :-1, 0], accepted, counted, num_bins=20
+        confidence[:, :-1, 0], accepted, unmasked, num_bins=20
     )
 
 

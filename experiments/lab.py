@@ -263,8 +263,8 @@ def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
         hidden, _ = hidden_and_head(model, params, batch, trained.bias)
         shares = jax.nn.softmax(decoder.logits(params, hidden))
         right = jnp.argmax(shares, -1) == batch.targets
-        counted = batch.segment_ids > 0
-        return metrics.calibration_bins(jnp.max(shares, -1), right, counted)
+        unmasked = batch.segment_ids > 0
+        return metrics.calibration_bins(jnp.max(shares, -1), right, unmasked)
 
     bins = add_up(calibrate(params, batch) for batch in batches)
     return found | {
@@ -273,7 +273,7 @@ def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
 
 
 class Prompts(NamedTuple):
-    """Held-out beginnings and how the text goes on; each within one document."""
+    """Held-out prompts and the text that follows; each within one document."""
 
     prompts: Int[Array, "N P"]
     continuations: Int[Array, "N C"]

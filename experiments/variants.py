@@ -1,4 +1,4 @@
-"""A variant in an experiment: fields of the loss, and other changes of the objective."""
+"""A variant of an experiment: loss fields, and other changes of the objective."""
 
 import dataclasses
 from collections.abc import Mapping

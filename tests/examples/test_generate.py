@@ -1,4 +1,4 @@
-"""The command that goes on from a prompt: its text, its flags, its errors."""
+"""The command that continues a prompt: its text, its flags, its errors."""
 
 import io
 import itertools

@@ -56,7 +56,7 @@ class TokenFile:
     def _unreadable(self, reason: str) -> TrainingError:
         return TrainingError(
             f"cannot read {self._path}: {reason}; the same command makes that file "
-            "again from --data and goes on from the last checkpoint"
+            "again from --data and resumes from the last checkpoint"
         )
 
 

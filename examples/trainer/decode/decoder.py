@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values: read prompts, pick tokens, go on."""
+"""Decoding with a key-value cache: read prompts, then pick tokens one by one."""
 
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ def likeliest(logits: Float[Array, "*n V"]) -> Int[Array, "*n"]:
     return jnp.min(jnp.where(logits < best, size, ids), axis=-1)
 
 
-def at_places(x: Shaped[Array, "B S *m"], places: Int[Array, "B *n"]) -> Array:
-    """Returns what each row holds at its own places."""
-    rows = jnp.arange(x.shape[0]).reshape(-1, *[1] * (places.ndim - 1))
-    return x[rows, places]
+def take_at(x: Shaped[Array, "B S *m"], positions: Int[Array, "B *n"]) -> Array:
+    """Returns the entries of each row at its own positions."""
+    rows = jnp.arange(x.shape[0]).reshape(-1, *[1] * (positions.ndim - 1))
+    return x[rows, positions]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,8 @@ class Decoder:
     ) -> tuple[Float[Array, "B S D"], VariableDict]:
         """Reads from the beginning; returns hidden states and the cache."""
         rows, width = prompts.shape
-        places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-        return self.read(params, bias, self.empty_cache(rows), prompts, places)
+        positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
+        return self.read(params, bias, self.empty_cache(rows), prompts, positions)
 
     def begin(
         self,
@@ -143,7 +143,7 @@ class Decoder:
     ) -> Cursor:
         """Reads the first `lengths` tokens, at least one, of each row."""
         hidden, cache = self.read_prompts(params, bias, prompts)
-        return Cursor(cache, at_places(hidden, lengths - 1), lengths)
+        return Cursor(cache, take_at(hidden, lengths - 1), lengths)
 
     def extend(
         self,
@@ -188,7 +188,7 @@ def generate(
     count: int,
     sampling: Sampling = GREEDY,
 ) -> Int[Array, "B C"]:
-    """Goes on after each prompt by `count` tokens, past an end of text as well.
+    """Continues each prompt by `count` tokens, past an end of text as well.
 
     Args:
       model: that was trained.

@@ -20,23 +20,23 @@ import optax
 from flax.typing import VariableDict
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from trainer.decode.decoder import Decoder, at_places, likeliest
+from trainer.decode.decoder import Decoder, likeliest, take_at
 from trainer.model.language_model import LanguageModel, is_adaptive, with_params
 from trainer.model.layers import Batch
 
-# Logits closer than this, in units of the larger one, may change places by rounding.
+# Logits closer than this, in units of the larger one, may change order.
 # It is 250 steps of a float32; up to 10 were seen between one token and several.
 NEAR = 3e-5
 
 
 class Flight(NamedTuple):
-    """Where rows are, and drafts of how they may go on.
+    """The state of the rows, with drafts of their next tokens.
 
     Attributes:
       cache: keys and values of what was read.
       rows: tokens that were read, the newest one, and drafts behind it.
-      read: how many tokens were read, which is the place of the newest.
-      stop: the place of the last token wanted; a row that is there stays.
+      read: how many tokens were read, which is the position of the newest.
+      stop: the position of the last token wanted; a row that is there stays.
       keen: whether there are drafts.
       settled: how many of the read tokens were read one by one, or in the prompt.
       hidden: of all that was read; sequential heads go back to them.
@@ -128,7 +128,7 @@ class Speculator:
         decoder, width = self.decoder, prompts.shape[1]
         hidden, cache = decoder.read_prompts(params, bias, prompts)
         room = ((0, 0), (0, count + 2 * self.drafts))
-        last = at_places(hidden, lengths - 1)
+        last = take_at(hidden, lengths - 1)
         token = likeliest(decoder.logits(params, last))
         flight = Flight(
             cache=cache,
@@ -160,25 +160,25 @@ class Speculator:
         flight: Flight,
     ) -> tuple[Flight, Calls]:
         decoder = self.decoder
-        places = flight.read[:, None] + jnp.arange(drafts + 1)
-        window = at_places(flight.rows, places)
-        hidden, cache = decoder.read(params, bias, flight.cache, window, places)
+        positions = flight.read[:, None] + jnp.arange(drafts + 1)
+        window = take_at(flight.rows, positions)
+        hidden, cache = decoder.read(params, bias, flight.cache, window, positions)
         logits = decoder.logits(params, hidden)
         best, is_near = likeliest(logits), _is_near_tie(logits)
         is_right = (window[:, 1:] == best[:, :-1]) & ~is_near[:, :-1]
         run = jnp.cumprod(is_right & flight.keen[:, None], axis=1, dtype=jnp.int32)
         accepted = jnp.sum(run, axis=1, dtype=jnp.int32)
-        redone = at_places(is_near, accepted) & ~flight.is_done
+        redone = take_at(is_near, accepted) & ~flight.is_done
         record = Calls(jnp.where(flight.keen, drafts, 0), accepted, redone)
         cache, settled, token = self._settle(
             params,
             bias,
             flight._replace(cache=cache),
             record,
-            at_places(best, accepted),
+            take_at(best, accepted),
         )
         end = flight.read + accepted + 1
-        kept = None if flight.hidden is None else _put(flight.hidden, places, hidden)
+        kept = None if flight.hidden is None else _put(flight.hidden, positions, hidden)
         moved = flight._replace(
             cache=cache,
             rows=_put(flight.rows, end[:, None], token[:, None]),
@@ -187,7 +187,7 @@ class Speculator:
             hidden=kept,
         )
         first = jnp.maximum(flight.read - self.drafts + 1, 0)
-        last = at_places(hidden, accepted)
+        last = take_at(hidden, accepted)
         return self._draft(params, moved, last, first, 2 * self.drafts), record
 
     def _settle(
@@ -213,11 +213,11 @@ class Speculator:
             carry: tuple[VariableDict, Array, Array],
         ) -> tuple[VariableDict, Array, Array]:
             cache, settled, _ = carry
-            place = jnp.minimum(settled, end)[:, None]
-            old = at_places(flight.rows, place)
-            hidden, cache = self.decoder.read(params, bias, cache, old, place)
+            position = jnp.minimum(settled, end)[:, None]
+            old = take_at(flight.rows, position)
+            hidden, cache = self.decoder.read(params, bias, cache, old, position)
             logits = self.decoder.logits(params, hidden[:, 0])
-            return cache, place[:, 0] + 1, likeliest(logits)
+            return cache, position[:, 0] + 1, likeliest(logits)
 
         before = (flight.cache, flight.settled, token)
         cache, settled, decided = jax.lax.while_loop(is_open, read_one, before)
@@ -235,10 +235,10 @@ class Speculator:
 
         Args:
           params: of the model.
-          flight: with its newest token in place.
+          flight: with its newest token written.
           last: the hidden state that the newest token was made of.
-          first: the place from which on sequential heads have something new to see.
-          width: how many places that are, and maybe some that were not read yet.
+          first: the position from which on sequential heads have something new to see.
+          width: how many positions that are, and maybe some that were not read yet.
         """
         if flight.hidden is not None:
             return self._draft_deeper(params, flight, flight.hidden, first, width)
@@ -248,14 +248,14 @@ class Speculator:
             logits = cast(Array, apply(method=LanguageModel.parallel_logits))
             return likeliest(logits[..., : self.decoder.model.loss.vocab_size]).T
 
-        places = flight.read[:, None] + 1 + jnp.arange(self.drafts)
+        positions = flight.read[:, None] + 1 + jnp.arange(self.drafts)
         if not is_adaptive(self.decoder.model.loss):
-            return flight._replace(rows=_put(flight.rows, places, draft()))
+            return flight._replace(rows=_put(flight.rows, positions, draft()))
         keen = cast(Array, apply(method=LanguageModel.is_confident))
         is_wanted = jnp.any(keen & ~flight.is_done)
-        nothing = jnp.zeros_like(places)
+        nothing = jnp.zeros_like(positions)
         drafts = jax.lax.cond(is_wanted, draft, lambda: nothing)
-        return flight._replace(rows=_put(flight.rows, places, drafts), keen=keen)
+        return flight._replace(rows=_put(flight.rows, positions, drafts), keen=keen)
 
     def _draft_deeper(
         self,
@@ -267,26 +267,27 @@ class Speculator:
     ) -> Flight:
         """Drafts depth by depth, each from the tokens of those before.
 
-        Depth j at place t reads the token at t + j, so its keys and values of the last
-        j - 1 places were made of drafts. They are made again, like those of new places.
+        Depth j at position t reads the token at t + j, so its keys and values of the
+        last j - 1 positions were computed from drafts. They are computed again, like
+        those of new positions.
         """
         cache, rows = flight.cache, flight.rows
-        places = first[:, None] + jnp.arange(width)
-        stream = at_places(hidden, places)
+        positions = first[:, None] + jnp.arange(width)
+        stream = take_at(hidden, positions)
         for depth in range(1, self.drafts + 1):
-            ahead = at_places(rows, places + depth)
+            ahead = take_at(rows, positions + depth)
             out, changed = self.decoder.model.apply(
                 {**with_params(params), "cache": cache},
                 depth,
                 stream,
                 ahead,
-                Batch(ahead, ahead, jnp.ones_like(ahead), places),
+                Batch(ahead, ahead, jnp.ones_like(ahead), positions),
                 method=LanguageModel.look_deeper,
                 mutable=["cache"],
             )
             stream, heard = cast(tuple[Array, Array], out)
             cache = changed["cache"]
-            last = at_places(heard, flight.read - 1 - first)
+            last = take_at(heard, flight.read - 1 - first)
             draft = likeliest(self.decoder.logits(params, last))
             rows = _put(rows, (flight.read + depth)[:, None], draft[:, None])
         return flight._replace(cache=cache, rows=rows)
@@ -302,7 +303,7 @@ def speculate(
     *,
     count: int,
 ) -> Speculated:
-    """Goes on after each prompt by `count` tokens, the likeliest ones, as `generate`.
+    """Continues each prompt by `count` tokens, those of greedy `generate`.
 
     Args:
       model: that was trained, with heads that look ahead.
@@ -330,13 +331,15 @@ def speculate(
         counts = ~flight.is_done
         flight, new = speculator.call(params, bias, flight)
         new = jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), new)
-        place = calls[:, None]
-        record = jax.tree.map(lambda all, x: _put(all, place, x[:, None]), record, new)
+        position = calls[:, None]
+        record = jax.tree.map(
+            lambda all, x: _put(all, position, x[:, None]), record, new
+        )
         return flight, calls + counts, record
 
     flight, calls, record = jax.lax.while_loop(is_open, step, (flight, calls, record))
-    places = lengths[:, None] + jnp.arange(count)
-    return Speculated(at_places(flight.rows, places), calls, record)
+    positions = lengths[:, None] + jnp.arange(count)
+    return Speculated(take_at(flight.rows, positions), calls, record)
 
 
 def _is_near_tie(logits: Float[Array, "*n V"]) -> Bool[Array, "*n"]:
@@ -348,8 +351,8 @@ def _is_near_tie(logits: Float[Array, "*n V"]) -> Bool[Array, "*n"]:
 
 def _put(
     x: Shaped[Array, "B S *m"],
-    places: Int[Array, "B n"],
+    positions: Int[Array, "B n"],
     new: Shaped[Array, "B n *m"],
 ) -> Shaped[Array, "B S *m"]:
-    """Writes at places of each row's own; what falls off the end is left out."""
-    return x.at[jnp.arange(x.shape[0])[:, None], places].set(new, mode="drop")
+    """Writes at positions of each row's own; what falls off the end is left out."""
+    return x.at[jnp.arange(x.shape[0])[:, None], positions].set(new, mode="drop")

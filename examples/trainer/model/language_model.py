@@ -24,8 +24,8 @@ from trainer.model.experts import Routing
 from trainer.model.layers import Batch, Block, ExpertBlock, ModelConfig
 
 # Which axes of a parameter lie along the mesh's "fsdp" and "tensor" axes, by the end of
-# its path; the first ending that fits counts. The optimizer's moments end in the same
-# names. Everything else is replicated.
+# its path; the first ending that matches applies. The optimizer's moments end in the
+# same names. Everything else is replicated.
 PARAMETER_AXES: dict[str, P] = {
     "embed/embedding": P("tensor", "fsdp"),
     "lm_head": P("fsdp", "tensor"),
@@ -204,7 +204,7 @@ class LanguageModel(nn.Module):
         Args:
           depth: j, from 1.
           hidden: of the depth before; at depth 1 those of `hidden_states`.
-          ahead: the token j places on.
+          ahead: the token j positions later.
           batch: says by its positions where `hidden` lies in the row.
         """
         sequential = cast(heads.SequentialMTP, self.mtp)
@@ -256,9 +256,9 @@ class LanguageModel(nn.Module):
         batch: Batch,
     ) -> ava_jax.LossInputs:
         """What the multi-token terms need."""
-        counted = batch.segment_ids > 0
+        unmasked = batch.segment_ids > 0
         if isinstance(self.mtp, heads.AdaptiveMTPHeads):
-            out = self.mtp(hidden, counted)
+            out = self.mtp(hidden, unmasked)
             return {
                 "additional_logits": out.additional_logits,
                 "confidence_scores": out.confidence_scores,

@@ -172,15 +172,15 @@ class Attention(nn.Module):
         if self.cache_length is None:
             mixed = attend(query, key, value, batch.segment_ids, self.block)
         else:
-            places, shared = batch.positions, self.heads // self.key_heads
+            positions, shared = batch.positions, self.heads // self.key_heads
             key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
-            mixed = self._read_on(query, key, value, places, self.cache_length)
+            mixed = self._attend_cached(query, key, value, positions, self.cache_length)
         out = nn.Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=ZEROS, name="merge"
         )
         return out(mixed.reshape(x.shape))
 
-    def _read_on(
+    def _attend_cached(
         self,
         query: Float[Array, "B S H W"],
         key: Float[Array, "B S H W"],

@@ -46,10 +46,10 @@ class Metrics:
 
 def _entry_names(name: str, shape: tuple[int, ...]) -> list[str]:
     letters = {0: (), 1: ("",), 2: ("L", "E")}[len(shape)]
-    places = itertools.product(*(range(1, size + 1) for size in shape))
+    indices = itertools.product(*(range(1, size + 1) for size in shape))
     return [
-        "_".join([name, *(f"{x}{i}" for x, i in zip(letters, place, strict=True))])
-        for place in places
+        "_".join([name, *(f"{x}{i}" for x, i in zip(letters, index, strict=True))])
+        for index in indices
     ]
 
 
@@ -58,8 +58,8 @@ class MetricsLog:
 
     Args:
       path: of the file.
-      start: the step that the run goes on from; later lines, which a run that was
-        killed may have left, are dropped.
+      start: the step that the run resumes from; later lines, which a killed run may
+        have left, are dropped.
       is_writer: False on all processes but the first.
     """
 

@@ -1,4 +1,4 @@
-"""What becomes of a step's metrics: checks, the log, TensorBoard, the screen."""
+"""Records the metrics of each step: checks, the log, TensorBoard, the screen."""
 
 import contextlib
 import types
@@ -55,7 +55,7 @@ class Recorder:
         """Waits for a step, checks it and writes it down; None is nothing to do.
 
         Raises:
-          TrainingError: the step says that going on makes no sense.
+          TrainingError: the run cannot continue after this step.
         """
         if metrics is None:
             return

@@ -24,8 +24,8 @@ def join_pod() -> None:
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
 
     Raises:
-      TrainingError: some of the three are set and the rest cannot be found out, or the
-        processes do not find each other.
+      TrainingError: some of the three are set and the others cannot be found out, or
+        the processes do not find each other.
     """
     given = [name for name in ADDRESS if name in os.environ]
     # Its handler would swallow a SIGTERM that comes before training.
