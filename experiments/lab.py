@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 import ava_jax
 from ava_jax import metrics
 from experiments.sizes import Sizes
-from experiments.variants import Own, Scene, Variant
+from experiments.variants import OwnParams, StepContext, Variant
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.text import TextData, prepare_data
 from trainer.decode.decoder import Decoder
@@ -132,7 +132,7 @@ class Params(NamedTuple):
     """All that is trained: the model, and what the additions have of their own."""
 
     model: optax.Params
-    own: dict[str, Own]
+    own: dict[str, OwnParams]
 
 
 class Learner(NamedTuple):
@@ -182,9 +182,9 @@ def make_advance(
         inputs = loss_inputs(model, params.model, batch, bias)
         loss, aux, state = loss_fn(state, **inputs)
         report = dict(aux)
-        scene = Scene(model, params.model, batch, inputs, aux, bias, step, key)
+        context = StepContext(model, params.model, batch, inputs, aux, bias, step, key)
         for addition in variant.additions:
-            loss, more = addition.apply(params.own[addition.name], loss, scene)
+            loss, more = addition.apply(params.own[addition.name], loss, context)
             report |= more
         choices = count_choices(inputs, sizes.model.experts)
         if choices is not None:

@@ -64,10 +64,10 @@ GREEDY = Sampling()
 
 
 class Cursor(NamedTuple):
-    """How far rows have been read.
+    """The rows as far as they have been read.
 
     Attributes:
-      cache: the keys and values of what was read.
+      cache: keys and values of the tokens that were read.
       hidden: hidden states of the last token of each row.
       length: how many tokens of each row were read.
     """
@@ -79,7 +79,7 @@ class Cursor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model that reads on where it stopped.
+    """A model that continues reading where it stopped.
 
     Args:
       model: with a `cache_length`.
@@ -97,7 +97,7 @@ class Decoder:
         return cls(model.clone(cache_length=length, dtype=jnp.float32))
 
     def empty_cache(self, rows: int) -> VariableDict:
-        """Returns the cache of rows that nothing was read of."""
+        """Returns the empty cache of a number of rows."""
         token = jnp.zeros((rows, 1), jnp.int32)
         batch = Batch(token, token, token, token)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), batch)["cache"]
@@ -194,11 +194,11 @@ def generate(
       model: that was trained.
       params: its parameters.
       bias: of the routers, from the loss state.
-      prompts: one per row, from the left; what lies behind `lengths` is ignored.
-      lengths: of the prompts, at least 1.
-      key: of the sampling.
-      count: tokens to make.
-      sampling: how to pick.
+      prompts: one per row, left-aligned; tokens after `lengths` are ignored.
+      lengths: lengths of the prompts, at least 1.
+      key: random key of the sampling.
+      count: number of tokens to generate.
+      sampling: how to pick a token.
     """
     decoder = Decoder.of(model, prompts.shape[1] + count)
 

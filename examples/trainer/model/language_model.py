@@ -71,10 +71,10 @@ class LanguageModel(nn.Module):
       loss: the loss it trains under.
       columns: V with padding: rows of the embedding, columns of `lm_head`.
       dtype: arithmetic of the matrix products; parameters stay float32.
-      fused: hand over `hidden_states` and `lm_head` rather than logits.
-      cache_length: positions that attention keeps, to read on; see `Attention`.
-      confidence_threshold: from where on adaptive heads run: in training for the mean
-        of the gate's confidences, in decoding for that of the row's last token.
+      fused: return `hidden_states` and `lm_head` rather than logits.
+      cache_length: positions that attention caches for decoding; see `Attention`.
+      confidence_threshold: confidence from which on adaptive heads run: in training the
+        mean over the gate's outputs, in decoding that of the row's last token.
     """
 
     config: ModelConfig

@@ -40,6 +40,7 @@ def is_finite(tree: optax.Params) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(leaves))
 
 
+# optax.apply_if_finite checks the gradient alone, and leaves out the loss state.
 def choose(is_good: Bool[Array, ""], new: T, old: T) -> T:
     """Returns the new tree after a good step, the old one after a skipped step."""
     return jax.tree.map(lambda a, b: jnp.where(is_good, a, b), new, old)
@@ -57,7 +58,7 @@ class SkipGuard:
         self._first: tuple[int, str] | None = None
 
     def check(self, step: int, record: Record) -> str | None:
-        """Returns what to say about a step; mostly nothing.
+        """Returns a warning about a step, or None.
 
         Raises:
           TrainingError: too many steps in a row were skipped.
