@@ -17,7 +17,7 @@ from ava_jax.reduce import as_float
 Weight = float | optax.Schedule
 
 PrimaryLossType = Literal["standard", "deepseek", "adaptive_mtp"]
-MTPType = Literal["deepseek", "adaptive", "sequential"]
+MTPType = Literal["parallel", "sequential", "adaptive", "deepseek"]
 PenaltySource = Literal["predictions", "targets"]
 BalancingType = Literal["gradient", "bias"]
 ContrastiveType = Literal["infonce", "margin", "triplet", "simctg"]
@@ -27,6 +27,33 @@ Similarity = Literal["cosine", "l2", "dot"]
 def weight_at(weight: Weight, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns a number, or a schedule's value at the step."""
     return as_float(jnp.asarray(weight(step) if callable(weight) else weight))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The part of a config that no term owns.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: D, if it is to be checked.
+      ignore_index: a target id that carries no weight.
+      pad_token_id: target id that is padding where no attention mask is given.
+      eos_token_id: the end-of-sequence id, which may be the padding too.
+      logit_soft_cap: of every logit, or None.
+      chunk_size: see `UnifiedLossConfig`.
+      block_size: likewise.
+      implementation: likewise.
+    """
+
+    vocab_size: int
+    hidden_size: int | None
+    ignore_index: int
+    pad_token_id: int | None
+    eos_token_id: int | None
+    logit_soft_cap: float | None
+    chunk_size: int | None
+    block_size: int | None
+    implementation: Implementation | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +67,7 @@ class UnifiedLossConfig:
 
     Args:
       vocab_size: V, the number of classes; further columns of the logits are padding.
-      hidden_size: D, required for `mtp_type="deepseek"`.
+      hidden_size: D, required for `mtp_type="parallel"`.
       primary_loss_type: `"standard"` (temperature 1), `"deepseek"` (temperature from
         the state) or `"adaptive_mtp"`.
       ignore_index: a target id that carries no weight.
@@ -59,8 +86,9 @@ class UnifiedLossConfig:
       focal_gamma: focusing exponent γ ≥ 0.
       z_loss_weight: weight of mean(log_z²), part of the main loss.
       use_mtp: adds a multi-token-prediction loss to the primary loss.
-      mtp_type: `"deepseek"` (parallel heads), `"adaptive"` (given logits and
-        confidences) or `"sequential"` (hidden states per depth, shared head).
+      mtp_type: `"parallel"` (heads with matrices of their own; `"deepseek"` is another
+        name for it), `"sequential"` (hidden states per depth, shared head) or
+        `"adaptive"` (given logits and confidences).
       num_future_tokens: K, the number of heads or depths.
       mtp_weight: weight of the multi-token-prediction loss.
       use_confidence_weighting: scales the adaptive heads by the mean confidence.
@@ -70,7 +98,7 @@ class UnifiedLossConfig:
         (the PyTorch numbers, which have none).
       use_ngram_penalty: turns on the n-gram term and the token diversity.
       ngram_size: n, the length of a repeated n-gram.
-      ngram_max_matches: how many earlier matches of a context are charged.
+      ngram_max_matches: how many earlier matches of a context are penalized.
       ngram_penalty_weight: weight of both.
       use_immediate_repetition_penalty: turns on the penalty of repeating a token.
       immediate_repetition_weight: its weight.
@@ -135,7 +163,7 @@ class UnifiedLossConfig:
     focal_gamma: float = 2.0
     z_loss_weight: Weight = 0.0
     use_mtp: bool = False
-    mtp_type: MTPType = "deepseek"
+    mtp_type: MTPType = "parallel"
     num_future_tokens: int = 3
     mtp_weight: Weight = 0.1
     use_confidence_weighting: bool = True
@@ -176,6 +204,8 @@ class UnifiedLossConfig:
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
+        if self.mtp_type == "deepseek":
+            object.__setattr__(self, "mtp_type", "parallel")
         if isinstance(self.focal_alpha, Sequence) or hasattr(self.focal_alpha, "shape"):
             alpha = tuple(float(a) for a in jnp.ravel(jnp.asarray(self.focal_alpha)))
             object.__setattr__(self, "focal_alpha", alpha)
@@ -183,6 +213,12 @@ class UnifiedLossConfig:
             _check_type(field.name, getattr(self, field.name))
         _check_ranges(self)
         _check_needs(self)
+
+    @property
+    def settings(self) -> Settings:
+        """The fields that no term owns."""
+        names = (field.name for field in dataclasses.fields(Settings))
+        return Settings(**{name: getattr(self, name) for name in names})
 
     def weight(self, name: str, step: Int[Array, ""]) -> Float[Array, ""]:
         """Returns the field `name`, a weight or a rate, at the given step.
@@ -342,7 +378,7 @@ def _check_ranges(config: UnifiedLossConfig) -> None:
 
 
 def _check_needs(config: UnifiedLossConfig) -> None:
-    if config.use_mtp and config.mtp_type == "deepseek" and config.hidden_size is None:
+    if config.use_mtp and config.mtp_type == "parallel" and config.hidden_size is None:
         raise ValueError(
             "hidden_size required for multi-token prediction: pass hidden_size=D, the "
             "width of hidden_states"

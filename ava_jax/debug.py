@@ -1,4 +1,4 @@
-"""A loss call that raises on bad values instead of excluding or propagating them."""
+"""A wrapper of the loss that raises on bad inputs."""
 
 from collections.abc import Callable
 from typing import Unpack
@@ -7,17 +7,11 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
-from ava_jax.assemble import Aux
-from ava_jax.batch_terms import by_layer
-from ava_jax.inputs import (
-    LossInputs,
-    Normalizers,
-    array,
-    check_inputs,
-    heads_of,
-    tokens_of,
-)
+from ava_jax.checks import check_inputs
+from ava_jax.inputs import LossInputs, Normalizers, array, heads_of, tokens_of
 from ava_jax.state import LossState
+from ava_jax.terms.base import Aux
+from ava_jax.terms.router import RouterTerm
 from ava_jax.tokens import Tokens, ahead, stack_ahead
 from ava_jax.unified import UnifiedLoss
 
@@ -25,21 +19,21 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 
 
 def checked(loss_fn: UnifiedLoss) -> LossCall:
-    """Wraps a loss so that a bad value raises, with its position and the value.
+    """Wraps a loss so that a bad input raises, with its position and its value.
 
-    At counted positions it checks targets against the vocabulary, expert indices
+    At unmasked positions it checks targets against the vocabulary, expert indices
     against the number of experts, and logits (or hidden states and `lm_head`), router
-    logits and attention weights for NaN and infinities. A logit of −inf is a
-    masked vocabulary entry and legal, unless it is the target's.
+    logits and `attention_mask` for NaN and infinities. A logit of −inf is valid, a
+    masked vocabulary entry, unless it is the target's.
 
-    Outside jit it raises at once. Inside jit, transform the step with
+    Outside jit it raises immediately. Inside jit, transform the step with
     `jax.experimental.checkify.checkify` and call `throw()` on the error it returns.
 
     Args:
       loss_fn: from `unified_loss`.
 
     Returns:
-      A function called like the loss.
+      A function with the arguments and results of the loss.
 
     Raises:
       jax.experimental.checkify.JaxRuntimeError: at run time, on a bad value.
@@ -62,7 +56,7 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
         normalizers: Normalizers | None = None,
         **inputs: Unpack[LossInputs],
     ) -> tuple[Float[Array, ""], Aux, LossState]:
-        check_inputs(loss_fn.config, inputs)
+        check_inputs(loss_fn.settings, loss_fn.terms, inputs)
         _check_values(loss_fn, inputs)
         return loss_fn(state, train=train, normalizers=normalizers, **inputs)
 
@@ -70,16 +64,16 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
 
 
 def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
-    config = loss_fn.config
-    tokens = tokens_of(config, inputs)
-    outside = f"is outside the vocabulary of {config.vocab_size} ids"
+    vocab_size = loss_fn.settings.vocab_size
+    tokens = tokens_of(loss_fn.settings, inputs)
+    outside = f"is outside the vocabulary of {vocab_size} ids"
     _check("target", ~tokens.invalid, array(inputs, "targets"), outside)
     if (mask := inputs.get("attention_mask")) is not None:
         wide = jnp.asarray(mask).astype(float)
         _check("attention_mask", jnp.isfinite(wide), wide, "is not finite")
     for name in ("logits", "primary_logits"):
         if (logits := inputs.get(name)) is not None:
-            _check_logits(name, logits[..., : config.vocab_size], tokens)
+            _check_logits(name, logits[..., :vocab_size], tokens)
     if (hidden := inputs.get("hidden_states")) is not None:
         fine = jnp.isfinite(hidden) | ~tokens.active[..., None]
         _check("hidden_states", fine, hidden, "is not finite")
@@ -90,28 +84,26 @@ def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
 
 
 def _check_heads(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> None:
-    vocab_size = loss_fn.config.vocab_size
+    vocab_size = loss_fn.settings.vocab_size
     for j, logits in enumerate(heads_of(inputs.get("additional_logits"))):
         name, own = f"additional_logits[{j}]", ahead(tokens, j + 1)
         _check_logits(name, logits[..., :vocab_size], own)
     if (depths := inputs.get("mtp_hidden_states")) is not None:
-        counted = stack_ahead(tokens, depths.shape[0]).active
-        fine = jnp.isfinite(depths) | ~counted[..., None]
+        unmasked = stack_ahead(tokens, depths.shape[0]).active
+        fine = jnp.isfinite(depths) | ~unmasked[..., None]
         _check("mtp_hidden_states", fine, depths, "is not finite")
 
 
 def _check_router(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> None:
-    config = loss_fn.config
-    if (gates := inputs.get("gate_logits")) is not None:
-        rows = by_layer(config, "gate_logits", gates, tokens)
-        fine = jnp.isfinite(rows) | ~tokens.active.reshape(-1)[:, None]
-        _check("gate_logits", fine, rows, "is not finite")
-    if (chosen := inputs.get("expert_indices")) is not None and config.num_experts:
-        rows = by_layer(config, "expert_indices", chosen, tokens)
-        fine = (rows >= 0) & (rows < config.num_experts)
-        fine |= ~tokens.active.reshape(-1)[:, None]
-        outside = f"is not one of the {config.num_experts} experts"
-        _check("expert index", fine, rows, outside)
+    term = next((t for t in loss_fn.terms if isinstance(t, RouterTerm)), None)
+    if term is None:
+        return
+    gates, chosen = term.read(inputs)
+    masked = ~tokens.active.reshape(-1)[:, None]
+    _check("gate_logits", jnp.isfinite(gates) | masked, gates, "is not finite")
+    is_expert = (chosen >= 0) & (chosen < term.num_experts)
+    outside = f"is not one of the {term.num_experts} experts"
+    _check("expert index", is_expert | masked, chosen, outside)
 
 
 def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> None:
@@ -123,9 +115,9 @@ def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> N
 
 def _check(name: str, fine: Bool[Array, "..."], values: Array, problem: str) -> None:
     first = jnp.argmin(fine.reshape(-1))
-    place = jnp.unravel_index(first, fine.shape)
+    position = jnp.unravel_index(first, fine.shape)
     slots = ", ".join(f"{{i{axis}}}" for axis in range(fine.ndim))
     message = f"{name} {{value}} at [{slots}] {problem}"
-    shown = {f"i{axis}": index for axis, index in enumerate(place)}
+    shown = {f"i{axis}": index for axis, index in enumerate(position)}
     shown["value"] = values.reshape(-1)[first]
     checkify.check(jnp.all(fine), message, debug=False, **shown)

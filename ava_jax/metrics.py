@@ -1,7 +1,7 @@
-"""Measurements: generated text, calibration, expert balance, speculative decoding.
+"""Metrics of generated text, calibration, expert balance and speculative decoding.
 
-Pure functions of arrays, which run under `jax.jit` and `jax.vmap`. A mask or weight of
-0 means not there: what such a position holds changes nothing.
+Pure functions of arrays, which run under `jax.jit` and `jax.vmap`. Positions with a
+mask or weight of 0 are left out, whatever their values.
 """
 
 import flax.struct
@@ -24,21 +24,21 @@ def repeated_ngrams(
     *,
     ngram_size: int,
 ) -> Float[Array, "B"]:
-    """Share of each row's n-grams that occurred earlier in the row (seq-rep-n).
+    """Computes the share of each row's n-grams that repeat an earlier one (seq-rep-n).
 
-    `1 − distinct / total`. An n-gram counts if its n positions are adjacent and all
-    counted. With `ngram_size=1`, the share of repeated tokens.
+    `1 − distinct / total`, over the n-grams of adjacent unmasked positions. With
+    `ngram_size=1`, it is the share of repeated tokens.
 
     Args:
       ids: token ids of any range [B, S].
-      mask: [B, S]; 0 leaves a position out; all count if None.
+      mask: [B, S]; 0 leaves a position out; ones if None.
       ngram_size: n, at least 1.
 
     Returns:
       The share per row [B], 0 to less than 1; 0 for a row without an n-gram.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,22 +60,22 @@ def distinct_ngrams(
     *,
     ngram_size: int,
 ) -> Float[Array, ""]:
-    """Share of distinct n-grams among those of all rows together (distinct-n).
+    """Computes the share of distinct n-grams among those of all rows (distinct-n).
 
-    `distinct / total`. An n-gram counts if its n positions are adjacent, in one row,
-    and all counted. It is exact: n-grams are sorted, not hashed. The share falls as the
-    text grows: compare only equal amounts of text.
+    `distinct / total`, over the n-grams of adjacent unmasked positions of one row. It
+    is exact: n-grams are sorted, not hashed. The share decreases with the amount of
+    text: compare only equal amounts.
 
     Args:
       ids: token ids of any range [B, S].
-      mask: [B, S]; 0 leaves a position out; all count if None.
+      mask: [B, S]; 0 leaves a position out; ones if None.
       ngram_size: n, at least 1.
 
     Returns:
-      The share, a scalar in (0, 1]; 0 where there is no n-gram.
+      The share, a scalar in (0, 1]; 0 if there is no n-gram.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,7 +87,7 @@ def distinct_ngrams(
     References:
       Li et al., A Diversity-Promoting Objective Function, 2016.
     """
-    # One long row, whose positions start anew where a row did: no n-gram crosses that.
+    # One long row whose positions restart at every row: no n-gram crosses rows.
     joined = jax.tree.map(lambda x: x.reshape(1, -1), _read_ids(ids, mask))
     distinct, total = count_ngrams(joined, ngram_size)
     return safe_divide(distinct[0], total[0])
@@ -99,23 +99,23 @@ def longest_loop(
     *,
     max_period: int,
 ) -> Int[Array, "B"]:
-    """Length of each row's longest stretch that goes round in a loop.
+    """Computes the length of each row's longest periodic span.
 
     The largest `p + r` over the periods p ≤ `max_period` and the runs of r ≥ p adjacent
-    positions with `x_t = x_{t−p}`: what is looped over comes at least twice, whole. The
-    stretch holds no position that is left out.
+    positions with `x_t = x_{t−p}`: the period occurs at least twice in full. The span
+    contains no masked position.
 
     Args:
       ids: token ids of any range [B, S].
-      mask: [B, S]; 0 leaves a position out; all count if None.
-      max_period: the longest loop to look for, in tokens, at least 1; the work grows
-        with it, the memory does not.
+      mask: [B, S]; 0 leaves a position out; ones if None.
+      max_period: the longest period to search for, in tokens, at least 1; the time
+        grows with it, the memory does not.
 
     Returns:
-      The length in tokens [B], int32; 0 where nothing loops, otherwise at least 2.
+      The length in tokens [B], int32; 0 without a loop, otherwise at least 2.
 
     Raises:
-      ValueError: `max_period` is below 1, or shapes do not fit.
+      ValueError: `max_period` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,7 +139,7 @@ def longest_loop(
         loops = jnp.where(run >= period, period + run, 0)
         return jnp.maximum(longest, jnp.max(loops, axis=1, initial=0))
 
-    # Twice a longer period does not fit into a row.
+    # A longer period does not fit into a row twice.
     last = min(max_period, ids.shape[1] // 2)
     nothing = jnp.zeros(ids.shape[:1], jnp.int32)
     return lax.fori_loop(jnp.int32(1), jnp.int32(last + 1), lengthen, nothing)
@@ -169,14 +169,14 @@ def _read_ids(ids: Integer[Array, "B S"], mask: Shaped[Array, "B S"] | None) -> 
 
 @flax.struct.dataclass
 class CalibrationBins:
-    """Predictions by confidence, as sums, so that batches and devices add up.
+    """Bins of predictions by confidence, as sums, so that batches and devices add up.
 
     Attributes:
       weight: Σ w of each bin's predictions.
       confidence: Σ w · confidence.
       correct: Σ w · correct.
-      invalid: predictions with w ≠ 0 that lie in no bin: their confidence is NaN or
-        outside [0, 1].
+      invalid: the number of predictions with w ≠ 0 in no bin: their confidence is NaN
+        or outside [0, 1].
     """
 
     weight: Float[Array, "K"]
@@ -192,23 +192,23 @@ def calibration_bins(
     *,
     num_bins: int = 15,
 ) -> CalibrationBins:
-    """Sorts predictions by their confidence into bins of equal width.
+    """Bins predictions by their confidence, in bins of equal width.
 
-    Bin k of K sums w, `w · confidence` and `w · correct` of the predictions with
-    confidence in `(k/K, (k+1)/K]`; 0 lies in the first.
+    Bin k of K has the sums of w, `w · confidence` and `w · correct` over the
+    predictions with a confidence in `(k/K, (k+1)/K]`; 0 belongs to the first bin.
 
     Args:
-      confidence: probability given to the prediction, of any shape [...].
+      confidence: probability of the prediction, of any shape [...].
       correct: whether it was right [...]: bool, or a number from 0 to 1.
       weights: weight per prediction [...]; 0 leaves it out; ones if None.
       num_bins: K, at least 1.
 
     Returns:
-      `CalibrationBins`: three sums per bin [K], and how many confidences were not in
-      [0, 1] and so lie in no bin.
+      `CalibrationBins`: three sums per bin [K], and the number of confidences outside
+      [0, 1], which are in no bin.
 
     Raises:
-      ValueError: `num_bins` is below 1, or shapes do not fit.
+      ValueError: `num_bins` is below 1, or shapes do not match.
 
     Example:
       >>> import jax
@@ -235,10 +235,10 @@ def calibration_bins(
         )
     given = _read_weights(weights, confidence.shape)
     level = as_float(confidence)
-    counted = given != 0
-    known = counted & (level >= 0) & (level <= 1)
+    unmasked = given != 0
+    known = unmasked & (level >= 0) & (level <= 1)
     values = (given, given * level, given * as_float(correct))
-    # XLA divides by a constant less exactly than NumPy.
+    # NumPy's quotients are correctly rounded; XLA's, by a constant, are not.
     edges = np.arange(num_bins + 1) / num_bins
     bounds = jnp.asarray(np.append(-1.0, edges[1:-1])), jnp.asarray(edges[1:])
 
@@ -246,22 +246,22 @@ def calibration_bins(
         within = known & (level > bound[0]) & (level <= bound[1])
         return [jnp.sum(jnp.where(within, x, 0)) for x in values]
 
-    # Bin after bin: no [..., K] array, and no scatter, whose sums' order may vary.
+    # One bin at a time: no [..., K] array, and no scatter with its varying order.
     per_bin = lax.map(sums, bounds)
-    return CalibrationBins(*per_bin, invalid=jnp.sum(as_float(counted & ~known)))
+    return CalibrationBins(*per_bin, invalid=jnp.sum(as_float(unmasked & ~known)))
 
 
 def expected_calibration_error(bins: CalibrationBins) -> Float[Array, ""]:
-    """How far confidence is from accuracy, on average over the predictions (ECE).
+    """Computes the expected calibration error (ECE).
 
-    `Σ_k w_k/W · |accuracy_k − confidence_k|`, of each bin's means, with `W = Σ_k w_k`.
-    Predictions that lie in no bin (`bins.invalid`) do not count.
+    `Σ_k w_k/W · |accuracy_k − confidence_k|` of each bin's means, with `W = Σ_k w_k`.
+    Predictions in no bin (`bins.invalid`) are left out.
 
     Args:
-      bins: of `calibration_bins`, added up over all batches.
+      bins: from `calibration_bins`, summed over all batches.
 
     Returns:
-      A scalar in [0, 1]; 0 where nothing counts.
+      A scalar in [0, 1]; 0 if all bins are empty.
 
     Raises:
       ValueError: the fields are not vectors of one length.
@@ -305,21 +305,21 @@ def _read_weights(
 def accepted_lengths(
     drafts: Integer[Array, "*n K"], verified: Integer[Array, "*n K"]
 ) -> Int[Array, "*n"]:
-    """How many drafted tokens of each model call the verifier accepts.
+    """Computes how many drafted tokens of each model call the verifier accepts.
 
-    The largest a with `drafts_j = verified_j` for all j ≤ a: a draft after a wrong one
-    is worth nothing.
+    The largest a with `drafts_j = verified_j` for all j ≤ a: drafts after a wrong one
+    are discarded.
 
     Args:
-      drafts: the K tokens guessed ahead in each call [..., K].
-      verified: what the verifier puts in their places [..., K]: each given the drafts
-        before it.
+      drafts: the K tokens drafted in each call [..., K].
+      verified: the verifier's tokens at the same positions [..., K], each given the
+        drafts before it.
 
     Returns:
       The number accepted [...], int32, 0 to K.
 
     Raises:
-      ValueError: shapes do not fit, or no integers.
+      ValueError: shapes do not match, or dtypes are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -347,20 +347,20 @@ def acceptance_length(
     verified: Integer[Array, "*n K"],
     weights: Shaped[Array, "*n"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean number of tokens that one call of the model yields.
+    """Computes the mean number of tokens per call of the model.
 
-    `mean_w(1 + accepted)`: the verifier adds one of its own to the accepted drafts.
+    `mean_w(1 + accepted)`: the verifier adds one token to the accepted drafts.
 
     Args:
-      drafts: the K tokens guessed ahead in each call [..., K].
-      verified: what the verifier puts in their places [..., K].
+      drafts: the K tokens drafted in each call [..., K].
+      verified: the verifier's tokens at the same positions [..., K].
       weights: weight per call [...]; 0 leaves it out; ones if None.
 
     Returns:
-      A scalar in tokens per call, 1 to K + 1; 0 where no call counts.
+      A scalar in tokens per call, 1 to K + 1; 0 if all weights are 0.
 
     Raises:
-      ValueError: shapes do not fit, or no integers.
+      ValueError: shapes do not match, or dtypes are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -383,23 +383,23 @@ def acceptance_rates(
     verified: Integer[Array, "*n K"],
     weights: Shaped[Array, "*n"] | None = None,
 ) -> Float[Array, "K"]:
-    """How often the j-th draft is accepted where all drafts before it were.
+    """Computes how often the j-th draft is accepted if all drafts before it were.
 
-    `rate_j = Σ_w [accepted ≥ j] / Σ_w [accepted ≥ j−1]`. The first is the share of all
-    calls, which with one draft is DeepSeek-V3's acceptance rate. The product of the
-    first j is the share of calls that accept j drafts or more; 1 plus the sum of these
+    `rate_j = Σ_w [accepted ≥ j] / Σ_w [accepted ≥ j−1]`. The first rate is over all
+    calls; with one draft it is DeepSeek-V3's acceptance rate. The product of the first
+    j rates is the share of calls that accept j drafts or more; 1 plus the sum of these
     products is `acceptance_length`.
 
     Args:
-      drafts: the K tokens guessed ahead in each call [..., K].
-      verified: what the verifier puts in their places [..., K].
+      drafts: the K tokens drafted in each call [..., K].
+      verified: the verifier's tokens at the same positions [..., K].
       weights: weight per call [...]; 0 leaves it out; ones if None.
 
     Returns:
-      The rates [K], in [0, 1]; 0 where no call got that far.
+      The rates [K], in [0, 1]; 0 where no call accepted all drafts before.
 
     Raises:
-      ValueError: shapes do not fit, or no integers.
+      ValueError: shapes do not match, or dtypes are not integers.
 
     Example:
       >>> import jax.numpy as jnp

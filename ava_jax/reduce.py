@@ -1,8 +1,8 @@
 """Weighted sums, safe quotients and the arithmetic dtype.
 
-Sums and weights travel through the package, not means: a mean is taken once, at the
-end, with a denominator that the caller may supply. That is what makes micro-batches,
-shards and padding exact.
+The package passes sums and weights around, not means: a mean is computed once, at the
+end, with a denominator that the caller may supply. This makes micro-batches, shards and
+padding exact.
 """
 
 import jax
@@ -23,7 +23,7 @@ def as_float(x: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
 def safe_divide(
     numerator: Num[Array, "*#n"], denominator: Num[Array, "*#n"]
 ) -> Float[Array, "*n"]:
-    """Divides, and returns 0 with a zero gradient where the denominator is 0."""
+    """Computes the quotient; 0 with a zero gradient where the denominator is 0."""
     numerator, denominator = as_float(numerator), as_float(denominator)
     empty = denominator == 0
     quotient = numerator / jnp.where(empty, jnp.ones_like(denominator), denominator)
@@ -33,9 +33,8 @@ def safe_divide(
 def weighted_sum(
     values: Float[Array, "*n"], weights: Float[Array, "*n"]
 ) -> Float[Array, ""]:
-    """Sums `weights · values`; a weight of 0 excludes its value whatever it holds."""
-    counted = weights != 0
-    kept = jnp.where(counted, values, jnp.zeros_like(values))
+    """Computes `Σ weights · values`; values of weight 0 are left out, even NaN."""
+    kept = jnp.where(weights != 0, values, jnp.zeros_like(values))
     return jnp.sum(weights * kept)
 
 
@@ -44,6 +43,6 @@ def weighted_mean(
     weights: Float[Array, "*n"],
     denominator: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Returns `Σ w·v / denominator`, the denominator being `Σ w` unless given."""
+    """Computes `Σ w·v / denominator`; the denominator is `Σ w` unless given."""
     total = jnp.sum(weights) if denominator is None else denominator
     return safe_divide(weighted_sum(values, weights), total)

@@ -6,6 +6,7 @@ never here.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,55 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ava_jax.reduce import safe_divide
-
-
-@flax.struct.dataclass
-class LossHistory:
-    """The ring of recent main losses that steers the temperature.
-
-    Attributes:
-      losses: the last main losses, in ring order.
-      index: where the next loss goes.
-      size: how many entries of the ring are filled.
-    """
-
-    losses: Float[Array, "R"]
-    index: Int[Array, ""]
-    size: Int[Array, ""]
-
-
-@flax.struct.dataclass
-class AdaptiveMTPState:
-    """Running sums of the adaptive MTP loss's parts, and how many steps they hold."""
-
-    primary_loss: Float[Array, ""]
-    additional_loss: Float[Array, ""]
-    confidence_reg: Float[Array, ""]
-    confidence: Float[Array, ""]
-    count: Int[Array, ""]
-
-
-@flax.struct.dataclass
-class GradientBalanceState:
-    """Moving averages of the router's load (`moe_balancing_type="gradient"`).
-
-    Attributes:
-      counts: assignments per expert.
-      scores: mean router probability per expert.
-      tokens: number of tokens.
-    """
-
-    counts: Float[Array, "E"]
-    scores: Float[Array, "E"]
-    tokens: Float[Array, ""]
-
-
-@flax.struct.dataclass
-class BiasBalanceState:
-    """The routing bias per expert (`moe_balancing_type="bias"`)."""
-
-    bias: Float[Array, "E"]
+from ava_jax.losses.moe import BiasBalanceState, GradientBalanceState
+from ava_jax.terms.adaptive import AdaptiveMTPState
+from ava_jax.terms.base import Term
+from ava_jax.terms.temperature import LossHistory
 
 
 @flax.struct.dataclass
@@ -74,7 +30,7 @@ class LossState:
       loss_history: present with the temperature.
       adaptive_mtp: present when an adaptive MTP loss is on.
       moe_balancing: present when `use_moe_balancing` is on.
-      extra: the states of the extra terms, by name.
+      extra: the states of all other terms, by name.
     """
 
     step: Int[Array, ""]
@@ -83,6 +39,31 @@ class LossState:
     adaptive_mtp: AdaptiveMTPState | None = None
     moe_balancing: GradientBalanceState | BiasBalanceState | None = None
     extra: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+def states_of(state: LossState, terms: Sequence[Term]) -> dict[str, Any]:
+    """Returns each term's part of the state, by name; None where it has none."""
+    parts: dict[str, Any] = {}
+    for term in terms:
+        if term.fields:
+            parts[term.name] = {field: getattr(state, field) for field in term.fields}
+        else:
+            parts[term.name] = state.extra.get(term.name)
+    return parts
+
+
+def with_states(
+    state: LossState, terms: Sequence[Term], parts: Mapping[str, Any]
+) -> LossState:
+    """Returns the state with the terms' parts in place."""
+    fields: dict[str, Any] = {"extra": {}}
+    for term in terms:
+        part = parts[term.name]
+        if term.fields:
+            fields |= part
+        elif part is not None:
+            fields["extra"][term.name] = part
+    return dataclasses.replace(state, **fields)
 
 
 def statistics(state: LossState) -> dict[str, Any]:
@@ -106,22 +87,10 @@ def statistics(state: LossState) -> dict[str, Any]:
     out: dict[str, Any] = {}
     if state.temperature is not None:
         out["temperature"] = state.temperature
-    if (mtp := state.adaptive_mtp) is not None:
-        out["adaptive_mtp"] = {
-            "avg_primary_loss": safe_divide(mtp.primary_loss, mtp.count),
-            "avg_additional_loss": safe_divide(mtp.additional_loss, mtp.count),
-            "avg_confidence_reg": safe_divide(mtp.confidence_reg, mtp.count),
-            "avg_confidence": safe_divide(mtp.confidence, mtp.count),
-            "total_computations": mtp.count,
-        }
-    if isinstance(balance := state.moe_balancing, GradientBalanceState):
-        out["moe_balancing"] = {
-            "expert_counts": balance.counts,
-            "expert_scores": balance.scores,
-            "total_tokens": balance.tokens,
-        }
-    elif balance is not None:
-        out["moe_balancing"] = {"bias": balance.bias}
+    if state.adaptive_mtp is not None:
+        out["adaptive_mtp"] = state.adaptive_mtp.statistics()
+    if state.moe_balancing is not None:
+        out["moe_balancing"] = state.moe_balancing.statistics()
     return out
 
 

@@ -1,6 +1,6 @@
-"""Integers only: which tokens count, their shifts, windows, matches and runs.
+"""Integer functions of the targets: masks, shifts, n-gram windows, matches and runs.
 
-Nothing here touches a vocabulary axis or has a gradient. All arrays are [B, S] unless a
+Nothing here has a vocabulary axis or a gradient. All arrays are [B, S] unless a
 docstring says otherwise, and nothing crosses a segment.
 """
 
@@ -16,20 +16,20 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from ava_jax.reduce import as_float
 
 RUN_CAP = 10
-# Of indices that name every position once.
+# For indices that are a permutation of the positions.
 _PERMUTATION: Any = {"unique_indices": True, "mode": "promise_in_bounds"}
 
 
 @flax.struct.dataclass
 class Tokens:
-    """The targets of a batch and what counts of them.
+    """The targets of a batch with their weights and segments.
 
     Attributes:
-      targets: ids; 0 where the token does not count.
+      targets: ids; 0 where the token is masked.
       raw: ids as given.
-      weights: per-token weights; 0 where the token does not count.
-      active: weights != 0.
-      invalid: would count, but the id is outside the vocabulary.
+      weights: per-token weights; 0 where the token is masked.
+      active: marks the unmasked tokens, weights != 0.
+      invalid: marks tokens masked only because their id is outside the vocabulary.
       segments: segment ids; all 1 unless given.
       positions: position within the segment, from 0.
     """
@@ -53,11 +53,11 @@ def read_tokens(
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> Tokens:
-    """Weighs every target and finds the segments.
+    """Computes the weight of every target and its position in its segment.
 
     The weight is `attention_mask · [y ≠ ignore_index] · [0 ≤ y < V]`, times
-    `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` weigh 0; if that is
-    the EOS id too, the first one of the row's trailing run keeps its weight.
+    `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` have weight 0; if
+    that is also the EOS id, only trailing ones do, except the first of them.
     """
     targets = _signed(targets)
     if attention_mask is not None:
@@ -84,7 +84,7 @@ def read_tokens(
 
 
 def _signed(ids: Integer[Array, "B S"]) -> Int[Array, "B S"]:
-    """Gives ids a type that holds ignore_index and vocab_size; none become equal."""
+    """Casts ids to a signed dtype that holds ignore_index, without merging any."""
     return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
 
 
@@ -101,7 +101,7 @@ def _padding(
 
 
 def previous(x: Shaped[Array, "B S"], fill: int | bool) -> Shaped[Array, "B S"]:
-    """Shifts one to the right along the sequence; position 0 gets `fill`."""
+    """Shifts by one to the right along the sequence; position 0 gets `fill`."""
     first = jnp.full((x.shape[0], min(x.shape[1], 1)), fill, x.dtype)
     return jnp.concatenate([first, x[:, :-1]], axis=1)
 
@@ -117,10 +117,10 @@ def _index(shape: tuple[int, ...]) -> Int[Array, "B S"]:
 
 
 def ahead(tokens: Tokens, distance: int) -> Tokens:
-    """Returns the tokens that a head looking `distance` further ahead predicts.
+    """Returns the tokens that a head predicts `distance` positions further ahead.
 
-    Position t holds target t+j with its weight, if t+j lies in the row and in the
-    segment of t; otherwise it does not count.
+    Position t holds target t+j with its weight, if t+j is in the row and in the segment
+    of t; otherwise it is masked.
     """
     width = tokens.targets.shape[1]
 
@@ -147,7 +147,7 @@ def stack_ahead(tokens: Tokens, num_heads: int) -> Tokens:
 
 
 def stretch_lengths(tokens: Tokens) -> Int[Array, "B S"]:
-    """Returns how many counted targets of one segment end, without a gap, here."""
+    """Returns the length of the gapless run of unmasked targets ending at each one."""
     index = _index(tokens.active.shape)
     last_gap = lax.cummax(jnp.where(tokens.active, -1, index), axis=1)
     first = jnp.maximum(last_gap + 1, index - tokens.positions)
@@ -155,19 +155,19 @@ def stretch_lengths(tokens: Tokens) -> Int[Array, "B S"]:
 
 
 def whole_windows(tokens: Tokens, size: int) -> Bool[Array, "B S"]:
-    """Says where a window of `size` counted targets of one segment ends."""
+    """Marks where a window of `size` unmasked targets of one segment ends."""
     return (_streaks(tokens.active, size) == size) & (tokens.positions >= size - 1)
 
 
 @flax.struct.dataclass
 class SortedWindows:
-    """A row's windows, equal ones side by side and in order of position.
+    """The windows of each row, sorted: equal ones are adjacent, in order of position.
 
     Attributes:
       order: position of the window at each index of the sorted row.
       targets: the target at that position.
-      is_first: whether no window before this one is equal to it.
-      whole: whether the window at this index counts.
+      is_first: whether no earlier window of the row is equal to this one.
+      whole: whether the window is complete: unmasked targets of one segment.
     """
 
     order: Int[Array, "B S"]
@@ -177,20 +177,20 @@ class SortedWindows:
 
     @property
     def rank(self) -> Int[Array, "B S"]:
-        """How many equal windows come earlier in the row."""
+        """The number of equal windows earlier in the row."""
         index = _index(self.order.shape)
         return index - lax.cummax(jnp.where(self.is_first, index, 0), axis=1)
 
     def in_row_order(self, values: Shaped[Array, "B S *n"]) -> Shaped[Array, "B S *n"]:
-        """Brings values from the sorted row back to the windows' positions."""
+        """Returns values of the sorted rows in the order of the rows."""
         return _scatter(values, self.order)
 
 
 def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
-    """Sorts the windows of `size` targets of each row, by their last position.
+    """Sorts the windows of `size` targets of each row; their position is the last one.
 
     Raises:
-      ValueError: `size`, which callers know as `ngram_size`, is below 1.
+      ValueError: `size`, which callers pass as `ngram_size`, is below 1.
     """
     if size < 1:
         raise ValueError(f"ngram_size must be at least 1, got {size}")
@@ -198,26 +198,34 @@ def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
 
 
 def count_ngrams(tokens: Tokens, size: int) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """Returns how many distinct windows of `size` targets each row has, and of all."""
+    """Returns the number of distinct windows of each row, and of all its windows."""
     windows = sort_ngrams(tokens, size)
     distinct = windows.whole & windows.is_first
     return jnp.sum(distinct, axis=1), jnp.sum(windows.whole, axis=1)
 
 
-def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
-    """Groups windows whose first targets are equal, exactly, O(S log S) per target.
+def repeated_ngram_pairs(tokens: Tokens, size: int) -> Float[Array, ""]:
+    """Returns how many pairs of equal windows of `size` targets the rows have.
 
-    Rows are sorted by one key after the other, and stay in order where it is equal.
-    That is one small sort in a loop: compiling a sort takes the TPU's compiler 3 s with
-    two operands, 7 s with three and 18 s with six.
+    `Σ_rows Σ_distinct c·(c−1)/2`, c the number of equal windows.
+    """
+    windows = sort_ngrams(tokens, size)
+    return jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
+
+
+def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
+    """Sorts windows by their first targets, exactly, in O(S log S) per target.
+
+    A loop sorts the rows by one key after the other, stably: compiling a sort takes the
+    TPU's compiler 3 s with two operands, 7 s with three and 18 s with six.
 
     Args:
       tokens: the rows.
-      size: targets in a window.
-      compared: how many of them, from the first, equal windows share.
+      size: targets per window.
+      compared: the number of targets, from the first, that windows are compared by.
     """
     whole = whole_windows(tokens, size)
-    # No window of segment 0 counts.
+    # Incomplete windows become segment 0, which holds no complete one.
     segments = jnp.where(whole, tokens.segments, 0)
     columns = (segments, *_ending_at(tokens.targets, size, 0))
     widest = max((x.dtype for x in columns), key=lambda dtype: dtype.itemsize)
@@ -240,13 +248,13 @@ def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
 
 
 def _sort_once(key: Int[Array, "B S"], order: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Sorts the rows' order by key; equal keys stay as they are."""
+    """Sorts the order of each row by key, stably."""
     index = _index(order.shape)
     width = order.shape[1]
     if width**2 >= 2**31:
         operands = (key, index, order)
         return lax.sort(operands, dimension=1, num_keys=2, is_stable=False)[2]
-    # Both fit one number.
+    # Index and order fit one number.
     operands = (key, index * width + order)
     return lax.sort(operands, dimension=1, num_keys=2, is_stable=False)[1] % width
 
@@ -254,7 +262,7 @@ def _sort_once(key: Int[Array, "B S"], order: Int[Array, "B S"]) -> Int[Array, "
 def _gather(
     values: Shaped[Array, "B S *n"], order: Int[Array, "B S"]
 ) -> Shaped[Array, "B S *n"]:
-    """Puts the value at `order[i]` of each row, a permutation, at index i."""
+    """Returns `values[order[i]]` at index i of each row, for a permutation."""
 
     @jax.vmap
     def gather(values, order):
@@ -266,9 +274,9 @@ def _gather(
 def _scatter(
     values: Shaped[Array, "B S *n"], order: Int[Array, "B S"]
 ) -> Shaped[Array, "B S *n"]:
-    """Puts the value at index i of each row at `order[i]`, a permutation."""
+    """Returns `values[i]` at index `order[i]` of each row, for a permutation."""
 
-    # Row by row, so that devices which share the rows need not gather them.
+    # Mapped over rows, so that XLA need not gather rows that are sharded.
     @jax.vmap
     def scatter(values, order):
         return jnp.zeros_like(values).at[order].set(values, **_PERMUTATION)
@@ -279,16 +287,16 @@ def _scatter(
 def _ending_at(
     x: Shaped[Array, "B S"], size: int, back: int
 ) -> tuple[Shaped[Array, "B S"], ...]:
-    """The `size` values that end `back` positions before each one."""
+    """Returns the `size` values that end `back` positions before each position."""
     padded = jnp.pad(x, ((0, 0), (size + back, 0)))
     width = x.shape[1]
     return tuple(padded[:, k + 1 : k + 1 + width] for k in range(size))
 
 
 def _streaks(links: Bool[Array, "B S"], cap: int) -> Int[Array, "B S"]:
-    """Returns how many positions up to each one are links without a gap, up to `cap`.
+    """Returns the number of consecutive links up to each position, at most `cap`.
 
-    One kernel on a CPU, where a cumulative maximum is eight.
+    This is one kernel on a CPU, where a cumulative maximum is eight.
     """
     length = jnp.zeros(links.shape, jnp.int32)
     for link in _ending_at(links.astype(jnp.int32), cap, 0):
@@ -299,41 +307,41 @@ def _streaks(links: Bool[Array, "B S"], cap: int) -> Int[Array, "B S"]:
 def earlier_continuations(
     tokens: Tokens, ngram_size: int, max_matches: int
 ) -> tuple[Int[Array, "B S M"], Bool[Array, "B S M"]]:
-    """Finds what followed the latest earlier occurrences of each token's context.
+    """Returns the targets that followed earlier occurrences of each token's context.
 
     The context of t is the n−1 targets before it. Of the earlier positions of the same
-    row and segment with an equal context, the latest `max_matches` are taken.
+    row and segment with an equal context, the last `max_matches` are used.
 
     Returns:
-      The targets at those positions, latest first, and whether each one exists.
+      The targets at those positions, last first, and whether each one exists.
     """
     windows = _sort_windows(tokens, ngram_size, ngram_size - 1)
     follows = jnp.stack(_ending_at(windows.targets, max_matches, 1)[::-1], -1)
     back = jnp.arange(1, max_matches + 1, dtype=jnp.int32)
     rank = _streaks(~windows.is_first, max_matches)
     found = windows.whole[..., None] & (rank[..., None] >= back)
-    # No id is −1: what was not found travels with the ids.
+    # No id is −1, which marks missing ones in the same array.
     ids = windows.in_row_order(jnp.where(found, follows, -1))
     return jnp.maximum(ids, 0), ids >= 0
 
 
 def run_lengths(tokens: Tokens, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Returns the length of the run of equal `ids` that each position belongs to.
+    """Returns the length, up to each position, of the run of equal `ids`.
 
-    Positions that do not count neither extend nor break a run; every other one is
-    compared with the one directly before it.
+    Masked positions neither extend nor break a run; every other one is compared with
+    the one directly before it.
     """
-    counted = jnp.cumsum(tokens.active.astype(jnp.int32), axis=1)
+    count = jnp.cumsum(tokens.active.astype(jnp.int32), axis=1)
     same_segment = tokens.segments == previous(tokens.segments, -1)
     equal = (ids == previous(ids, -1)) & same_segment
     breaks = tokens.active & ~equal
-    return counted - lax.cummax(jnp.where(breaks, counted, 0), axis=1) + 1
+    return count - lax.cummax(jnp.where(breaks, count, 0), axis=1) + 1
 
 
 def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Tokens:
-    """Wraps ids of any range, one segment per row, for counting windows."""
+    """Wraps ids of any range in `Tokens`, one segment per row, to count windows."""
     signed = _signed(ids)
-    # XLA would scan over a mask of ones while compiling, which takes seconds.
+    # XLA would fold the scan over a constant mask, which takes seconds.
     active = lax.optimization_barrier(active)
     return Tokens(
         targets=signed,
@@ -347,7 +355,7 @@ def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Toke
 
 
 def longest_runs(tokens: Tokens) -> Int[Array, "B"]:
-    """Returns each row's longest run of equal targets; 1 where nothing counts."""
+    """Returns each row's longest run of equal targets; 1 if all are masked."""
     runs = jnp.where(tokens.active, run_lengths(tokens, tokens.raw), 1)
     return jnp.max(runs, axis=1)
 
@@ -357,8 +365,8 @@ def repeated_token(
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
     """Returns the token that would extend a run at each position, and the run's length.
 
-    The length is capped at 10, and 0 where no run could be extended: the token before
-    does not count or lies in another segment.
+    The length is capped at 10. It is 0 where there is no run to extend: the previous
+    token is masked or in another segment.
     """
     before = previous(tokens.active, False)
     exists = before & (tokens.segments == previous(tokens.segments, -1))
@@ -370,11 +378,11 @@ def repeated_token(
 
 @flax.struct.dataclass
 class History:
-    """The rows as a token's past, for penalties that look at all earlier tokens.
+    """The whole rows, for penalties on all earlier tokens.
 
     Attributes:
       ids: the targets.
-      first: whether the id is the first of its kind in its segment.
+      first: whether this is the first occurrence of the id in its segment.
       segments: segment ids.
     """
 
@@ -401,7 +409,7 @@ def earlier_ids(
       positions: row positions of the block, from 0.
 
     Returns:
-      The rows' ids, and which of them are distinct and earlier.
+      The rows' ids, and a mask of the distinct earlier ones.
     """
     earlier = _index(history.ids.shape)[:, None] < positions[..., None]
     same = history.segments[:, None] == segments[..., None]

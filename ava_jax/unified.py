@@ -1,7 +1,7 @@
-"""The unified loss: assembles every term from a frozen config.
+"""The unified loss: a list of terms, their state, and what they add up to.
 
-This is the only place that knows all the terms. A call is `accumulate`, then `commit`;
-over micro-batches their losses, gradients and stats add up in between.
+A call is `accumulate`, then `commit`; over micro-batches their losses, gradients and
+stats add up in between.
 """
 
 import dataclasses
@@ -15,40 +15,47 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
-from ava_jax.assemble import (
-    RESERVED_NAMES,
-    Aux,
-    Call,
-    StepStats,
-    adaptive_prefix,
-    assemble,
-)
-from ava_jax.batch_terms import balance_report, init_balance, updated_balance
-from ava_jax.config import UnifiedLossConfig, config_from_mapping
-from ava_jax.inputs import LossInputs, Normalizers, check_inputs, measure, tokens_of
+from ava_jax.assemble import StepStats, assemble, count_normalizers
+from ava_jax.checks import check_inputs
+from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
+from ava_jax.inputs import LossInputs, Normalizers, tokens_of
+from ava_jax.kernel.fused import Plan
+from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
-from ava_jax.reduce import float_dtype
-from ava_jax.state import AdaptiveMTPState, LossState
-from ava_jax.temperature import init_history, updated_temperature
-from ava_jax.token_terms import ExtraTerm, updated_extra
+from ava_jax.state import LossState, states_of, with_states
+from ava_jax.terms.base import Aux, Call, Step, Term
+from ava_jax.terms.listing import distinct, not_reserved, terms_of
+from ava_jax.terms.user import TermLike, as_term
+from ava_jax.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedLoss:
-    """The unified loss of one config; pure, frozen and hashable.
+    """The weighted sum of a list of terms; pure, frozen and hashable.
 
-    `loss = main + mtp + repetition penalties + balancing + auxiliary terms`, each times
-    its weight. Made by `unified_loss` or `create_unified_loss`.
+    Made by `unified_loss`, `create_unified_loss` or `compose`.
 
     Attributes:
-      config: which terms it has.
-      extra_terms: the user's own token terms.
-      layout: how batches and the vocabulary lie on a mesh, if the loss is to know.
+      settings: the vocabulary, and how passes over it go.
+      terms: the terms.
+      layout: how batches and the vocabulary lie on a mesh; None leaves it to XLA.
+      flat_config: the config that the terms were made from, if any.
     """
 
-    config: UnifiedLossConfig
-    extra_terms: tuple[ExtraTerm, ...] = ()
+    settings: Settings
+    terms: tuple[Term, ...]
     layout: Layout | None = None
+    flat_config: UnifiedLossConfig | None = None
+
+    @property
+    def config(self) -> UnifiedLossConfig:
+        """The config that the terms were made from."""
+        if self.flat_config is None:
+            raise AttributeError(
+                "this loss was composed from terms and has no config: look at its "
+                "terms and its settings"
+            )
+        return self.flat_config
 
     def init(self) -> LossState:
         """Returns the state of step 0.
@@ -59,17 +66,8 @@ class UnifiedLoss:
           >>> int(loss_fn.init().step)
           0
         """
-        config = self.config
-        deepseek = config.primary_loss_type == "deepseek"
-        temperature = jnp.full((), config.initial_temperature, float_dtype())
-        return LossState(
-            step=jnp.zeros((), jnp.int32),
-            temperature=temperature if deepseek else None,
-            loss_history=init_history(config) if deepseek else None,
-            adaptive_mtp=_zero_sums() if adaptive_prefix(config) else None,
-            moe_balancing=init_balance(config),
-            extra={term.name: term.init() for term in self.extra_terms},
-        )
+        state = LossState(step=jnp.zeros((), jnp.int32))
+        return with_states(state, self.terms, {t.name: t.init() for t in self.terms})
 
     def __call__(
         self,
@@ -89,12 +87,12 @@ class UnifiedLoss:
 
         Returns:
           The loss, a float32 scalar; `aux`, a flat dict of arrays, weights applied to
-          the entries that are part of the loss; the new state. A batch in which no
-          token counts, or whose loss is not finite, changes nothing.
+          the entries that are part of the loss; the new state. A batch without
+          an unmasked token, or whose loss is not finite, changes nothing.
 
         Raises:
           TypeError: an unknown argument, or a wrong dtype.
-          ValueError: an argument is missing, contradicts another or does not fit.
+          ValueError: an argument is missing, or does not fit, or nothing reads it.
 
         Example:
           >>> import jax.numpy as jnp, ava_jax
@@ -117,7 +115,7 @@ class UnifiedLoss:
         attention_mask: Shaped[Array, "*window S"] | None = None,
         segment_ids: Integer[Array, "*window S"] | None = None,
     ) -> Normalizers:
-        """Measures the denominators of an optimizer step's whole window of rows.
+        """Counts the denominators of an optimizer step's whole window of rows.
 
         Cheap: integers only, no model. Pass the result to `accumulate` for each
         micro-batch of the window.
@@ -146,8 +144,7 @@ class UnifiedLoss:
         def count(window: LossInputs) -> Normalizers:
             width = targets.shape[-1]
             rows = jax.tree.map(lambda x: x.reshape(-1, width), window)
-            tokens = tokens_of(self.config, rows)
-            return measure(self.config, tokens, self.config.num_future_tokens)
+            return count_normalizers(self.terms, tokens_of(self.settings, rows), rows)
 
         return with_auto_axes(count, window)
 
@@ -179,7 +176,7 @@ class UnifiedLoss:
 
         Raises:
           TypeError: an unknown argument, or a wrong dtype.
-          ValueError: an argument is missing, contradicts another or does not fit.
+          ValueError: an argument is missing, or does not fit, or nothing reads it.
 
         Example:
           >>> import jax, jax.numpy as jnp, ava_jax
@@ -195,7 +192,7 @@ class UnifiedLoss:
           >>> round(float(loss), 4), int(loss_fn.commit(state, stats).step)
           (2.0794, 1)
         """
-        check_inputs(self.config, inputs)
+        check_inputs(self.settings, self.terms, inputs)
         share = functools.partial(self._share, train)
         loss, stats = with_auto_axes(share, state, normalizers, inputs)
         return loss, self.summary(state, stats), stats
@@ -208,20 +205,39 @@ class UnifiedLoss:
         inputs: LossInputs,
     ) -> tuple[Float[Array, ""], StepStats]:
         """The loss and stats of checked inputs."""
-        tokens = tokens_of(self.config, inputs)
+        tokens = tokens_of(self.settings, inputs)
         if normalizers is None:
-            normalizers = measure(self.config, tokens, self._num_heads(inputs))
+            normalizers = count_normalizers(self.terms, tokens, inputs)
         call = Call(
-            self.config,
-            self.extra_terms,
-            state,
             inputs,
             tokens,
             normalizers,
+            states_of(state, self.terms),
+            state.step,
             train,
-            self.layout,
+            self.settings,
+            self._plan(inputs, tokens),
         )
-        return assemble(call)
+        return assemble(self.terms, call)
+
+    def _plan(self, inputs: LossInputs, tokens: Tokens) -> Plan:
+        """How the passes over the tokens go."""
+        settings, layout = self.settings, self.layout
+        batch, length = tokens.targets.shape
+        width = settings.vocab_size
+        if layout is not None:
+            batch, length, width = layout.local_shape(batch, length, width)
+        hidden = inputs.get("hidden_states")
+        return Plan(
+            batch,
+            length,
+            width,
+            4 if hidden is None else hidden.dtype.itemsize,
+            settings.chunk_size,
+            settings.block_size,
+            settings.implementation,
+            layout,
+        )
 
     def commit(self, state: LossState, stats: StepStats) -> LossState:
         """Returns the state after an optimizer step.
@@ -231,34 +247,16 @@ class UnifiedLoss:
           stats: added up over the step's micro-batches.
 
         Returns:
-          The new state; the old one if no token counted or the loss is not finite.
+          The new state; the old one if the weights are 0 or the loss is not finite.
         """
         stats = lax.stop_gradient(stats)
+        step = Step(state.step, stats.aux["main_loss"])
+        states = states_of(state, self.terms)
+        for term in self.terms:
+            if (statistics := stats.terms.get(term.name)) is not None:
+                states[term.name] = term.update(states[term.name], statistics, step)
         new = dataclasses.replace(state, step=state.step + 1)
-        if state.temperature is not None and state.loss_history is not None:
-            temperature, history = updated_temperature(
-                self.config,
-                state.temperature,
-                state.loss_history,
-                stats.aux["main_loss"],
-            )
-            new = dataclasses.replace(
-                new, temperature=temperature, loss_history=history
-            )
-        prefix = adaptive_prefix(self.config)
-        if state.adaptive_mtp is not None and prefix is not None:
-            sums = _added_sums(state.adaptive_mtp, prefix, stats.aux)
-            new = dataclasses.replace(new, adaptive_mtp=sums)
-        if state.moe_balancing is not None and stats.load is not None:
-            balance = updated_balance(
-                self.config, state.step, state.moe_balancing, stats.load
-            )
-            new = dataclasses.replace(new, moe_balancing=balance)
-        extra = {
-            name: updated_extra(term, state.extra[name], stats.extra[name])
-            for name, term in ((term.name, term) for term in self.extra_terms)
-        }
-        new = dataclasses.replace(new, extra=extra)
+        new = with_states(new, self.terms, states)
         counts = (stats.weight != 0) & jnp.isfinite(stats.aux["total_loss"])
         return jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, state)
 
@@ -275,41 +273,15 @@ class UnifiedLoss:
         """
         aux = dict(stats.aux)
         aux["perplexity"] = jnp.exp(aux["nll"])
-        if state.temperature is not None:
-            aux["temperature"] = state.temperature
-        if state.moe_balancing is not None and stats.load is not None:
-            aux |= balance_report(self.config, state.moe_balancing, stats.load)
+        states = states_of(state, self.terms)
+        for term in self.terms:
+            aux |= term.report(states[term.name], stats.terms.get(term.name))
         return aux
-
-    def _num_heads(self, inputs: LossInputs) -> int:
-        given = inputs.get("additional_logits")
-        count = 0 if given is None else len(given)
-        return max(self.config.num_future_tokens, count)
-
-
-def _zero_sums() -> AdaptiveMTPState:
-    return AdaptiveMTPState(
-        primary_loss=jnp.zeros((), float_dtype()),
-        additional_loss=jnp.zeros((), float_dtype()),
-        confidence_reg=jnp.zeros((), float_dtype()),
-        confidence=jnp.zeros((), float_dtype()),
-        count=jnp.zeros((), jnp.int32),
-    )
-
-
-def _added_sums(sums: AdaptiveMTPState, prefix: str, aux: Aux) -> AdaptiveMTPState:
-    return AdaptiveMTPState(
-        primary_loss=sums.primary_loss + aux[f"{prefix}_primary_loss"],
-        additional_loss=sums.additional_loss + aux[f"{prefix}_additional_loss"],
-        confidence_reg=sums.confidence_reg + aux[f"{prefix}_confidence_reg"],
-        confidence=sums.confidence + aux[f"{prefix}_avg_confidence"],
-        count=sums.count + 1,
-    )
 
 
 def unified_loss(
     config: UnifiedLossConfig,
-    extra_terms: Sequence[ExtraTerm] = (),
+    extra_terms: Sequence[TermLike] = (),
     *,
     mesh: Mesh | None = None,
     batch_axes: str | Sequence[str] = (),
@@ -319,12 +291,12 @@ def unified_loss(
     """Assembles the unified loss of a config.
 
     With a mesh, the pass over the vocabulary runs on every device's own tokens and its
-    own slice of the vocabulary; per token, a few numbers and the gradient of the hidden
-    state cross the wire. Without one, XLA decides; the numbers are the same.
+    own slice of the vocabulary; devices exchange a few numbers per token and the
+    gradient of the hidden states. Without one, XLA decides; the numbers are the same.
 
     Args:
       config: which terms it has.
-      extra_terms: token terms of your own, see `ExtraTerm`.
+      extra_terms: terms of your own, see `TokenTerm` and `BatchTerm`.
       mesh: the mesh that the arguments of the loss are sharded over.
       batch_axes: its axes that share the rows, B, such as `("data", "fsdp")`.
       sequence_axis: its axis that shares each row's tokens, S.
@@ -335,7 +307,7 @@ def unified_loss(
       A frozen, hashable `UnifiedLoss`.
 
     Raises:
-      TypeError: an extra term lacks a method or is not hashable.
+      TypeError: an extra term is no term or is not hashable.
       ValueError: an extra term's name is taken; an axis is not the mesh's, or is given
         twice or without a mesh.
 
@@ -346,18 +318,80 @@ def unified_loss(
       >>> loss_fn == ava_jax.unified_loss(config)
       True
     """
-    terms = tuple(extra_terms)
-    seen = set(RESERVED_NAMES)
-    for term in terms:
-        for method in ("name", "init", "apply"):
-            if not hasattr(term, method):
-                raise TypeError(f"extra term {term!r} lacks {method!r}, see ExtraTerm")
-        if term.name in seen:
-            raise ValueError(f"extra term name {term.name!r} is taken; choose another")
-        seen.add(term.name)
-        hash(term)
+    extra = not_reserved(tuple(map(as_term, extra_terms)))
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    return UnifiedLoss(config, terms, layout)
+    terms = distinct((*terms_of(config), *extra))
+    return UnifiedLoss(config.settings, terms, layout, config)
+
+
+def compose(
+    terms: Sequence[TermLike],
+    *,
+    vocab_size: int,
+    ignore_index: int = -100,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    logit_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    block_size: int | None = None,
+    implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
+    batch_axes: str | Sequence[str] = (),
+    sequence_axis: str | None = None,
+    vocab_axis: str | None = None,
+) -> UnifiedLoss:
+    """Assembles a loss from a list of terms, without the flat config.
+
+    `loss = Σ_i weight_i · term_i`; `aux["main_loss"]` sums up the terms whose `part` is
+    `"main_loss"`.
+
+    Args:
+      terms: of `ava_jax.terms`, and your own.
+      vocab_size: V; further columns of the logits are padding.
+      ignore_index: a target id that carries no weight.
+      pad_token_id: target id that is padding where no attention mask is given.
+      eos_token_id: the end-of-sequence id, if it is the padding too.
+      logit_soft_cap: every logit z becomes cap·tanh(z/cap).
+      chunk_size: as in `UnifiedLossConfig`, like the two that follow.
+      block_size: tokens of a row whose logits are reduced at a time.
+      implementation: of the kernel.
+      mesh: as for `unified_loss`, like the axes that follow.
+      batch_axes: axes that share the rows.
+      sequence_axis: the axis that shares each row's tokens.
+      vocab_axis: the axis that shares the vocabulary.
+
+    Returns:
+      A frozen, hashable `UnifiedLoss`.
+
+    Raises:
+      TypeError: an object is no term or is not hashable.
+      ValueError: there are no terms, or two of them have the same name or state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ava_jax
+      >>> from ava_jax import terms
+      >>> loss_fn = ava_jax.compose(
+      ...     [terms.CrossEntropy(0.1), terms.ZLoss(1e-4)], vocab_size=8)
+      >>> loss, aux, _ = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+      ...                        targets=jnp.array([[1, 2, 3, 4]]))
+      >>> round(float(loss), 4), round(float(aux["z_loss"]), 6)
+      (2.0799, 0.000432)
+    """
+    if not terms:
+        raise ValueError("a loss needs at least one term, such as terms.CrossEntropy()")
+    config = UnifiedLossConfig(
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+        logit_soft_cap=logit_soft_cap,
+        chunk_size=chunk_size,
+        block_size=block_size,
+        implementation=implementation,
+    )
+    layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
+    return UnifiedLoss(config.settings, distinct(tuple(map(as_term, terms))), layout)
 
 
 def create_unified_loss(

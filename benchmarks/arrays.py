@@ -1,4 +1,4 @@
-"""Random inputs of a loss call, and the functions of them that are timed."""
+"""Random inputs of a loss call, and jitted baselines on them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import Shape
-from benchmarks.timing import Contender
+from benchmarks.timing import Implementation
 
 Floats = dict[str, jax.Array]
 
@@ -16,8 +16,8 @@ class Batch(NamedTuple):
     """Inputs of one call.
 
     Attributes:
-      floats: what is differentiated, by the loss's argument names: logits [B, S, V], or
-        hidden_states [B, S, D] with lm_head [D, V] and, for K depths,
+      floats: the differentiated arrays by the loss's argument names: logits [B, S, V],
+        or hidden_states [B, S, D] with lm_head [D, V] and, for K depths,
         mtp_hidden_states [K, B, S, D].
       targets: ids [B, S].
     """
@@ -27,10 +27,10 @@ class Batch(NamedTuple):
 
 
 def make_batch(shape: Shape) -> Batch:
-    """Draws the inputs of a shape: the logits of either door have variance 1."""
+    """Draws random inputs of a shape; the logits have variance 1."""
     keys = jax.random.split(jax.random.key(0), 4)
     rows = (shape.batch, shape.length)
-    # Ids are drawn by Zipf's law, so that they repeat about as often as text does.
+    # Ids are drawn by Zipf's law, so that they repeat about as often as in text.
     uniform = jax.random.uniform(keys[0], rows)
     targets = jnp.float32(shape.vocab) ** uniform
     targets = jnp.minimum(targets.astype(jnp.int32), shape.vocab - 1)
@@ -49,13 +49,13 @@ def make_batch(shape: Shape) -> Batch:
     return Batch(floats, targets)
 
 
-def rival(
+def baseline(
     function: Callable[..., object], batch: Batch, *, gradient: bool = True
-) -> Contender:
+) -> Implementation:
     """Returns `function(targets, **floats)`, jitted, with or without its gradient."""
 
     def objective(floats: Floats, targets: jax.Array) -> object:
         return function(targets, **floats)
 
     called = jax.value_and_grad(objective) if gradient else objective
-    return Contender(jax.jit(called), tuple(batch))
+    return Implementation(jax.jit(called), tuple(batch))

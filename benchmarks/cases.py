@@ -1,4 +1,4 @@
-"""The table of goals: what is raced against what, and how far ahead it should be."""
+"""The table of benchmarks: implementations, shapes and the goals for their ratios."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,49 +6,49 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from benchmarks import rivals, shapes, subjects
-from benchmarks.arrays import Batch, make_batch, rival
+from benchmarks import baselines, candidates, shapes
+from benchmarks.arrays import Batch, baseline, make_batch
+from benchmarks.candidates import candidate
 from benchmarks.shapes import Shape
-from benchmarks.subjects import subject
-from benchmarks.timing import Contender
+from benchmarks.timing import Implementation
 
 Metric = Literal["time", "temp", "error", "bandwidth"]
 
-# Rivals that are a number, not a contender.
+# Baselines that are a number, not an implementation.
 LOGITS_ARRAY = "one logits array"
 EXACT = "float64 numpy"
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What a subject should reach against a rival.
+    """A goal for the ratio of a candidate to a baseline.
 
     Attributes:
-      subject: a name of `CONTENDERS`.
-      rival: another, `LOGITS_ARRAY` or `EXACT`.
-      metric: `"time"` and `"temp"`, temporary memory, are ratios to the rival's;
-        `"error"` is the distance of the loss from the rival's; `"bandwidth"` is the
-        fraction of the copy's bandwidth.
-      limit: the most it may be; `None` where it is only measured.
+      candidate: a name of `IMPLEMENTATIONS`.
+      baseline: another name, `LOGITS_ARRAY` or `EXACT`.
+      metric: `"time"` and `"temp"` (temporary memory) are ratios to the baseline's;
+        `"error"` is the difference of the losses; `"bandwidth"` is the fraction of the
+        copy's bandwidth.
+      limit: the largest value that meets the goal; `None` without a goal.
     """
 
-    subject: str
-    rival: str
+    candidate: str
+    baseline: str
     metric: Metric
     limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One race, and the goals that are read from it.
+    """One benchmark and its goals.
 
     Attributes:
-      group: what `--group` selects.
+      group: its group, for `--group`.
       what: the first half of the title.
       shape: the sizes.
-      goals: their subjects and rivals are the contenders.
+      goals: their candidates and baselines are the implementations to time.
       gradient: whether losses are timed with their gradients.
-      gpu_only: whether it is skipped elsewhere.
+      gpu_only: whether it is skipped on other devices.
     """
 
     group: str
@@ -60,63 +60,66 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What is done, and at which sizes."""
+        """What is computed, and its sizes."""
         return f"{self.what}, {self.shape}"
 
     @property
     def logits_bytes(self) -> int:
-        """Memory of one array of logits."""
+        """The bytes of one array of logits."""
         itemsize = jnp.dtype(self.shape.dtype).itemsize
         return self.shape.tokens * self.shape.vocab * itemsize
 
-    def build(self) -> dict[str, Contender]:
-        """Draws the inputs and returns the contenders by name."""
+    def build(self) -> dict[str, Implementation]:
+        """Draws the inputs and returns the implementations by name."""
         batch = make_batch(self.shape)
-        names = [name for goal in self.goals for name in (goal.subject, goal.rival)]
+        pairs = [(goal.candidate, goal.baseline) for goal in self.goals]
         return {
-            name: CONTENDERS[name](self, batch) for name in names if name in CONTENDERS
+            name: IMPLEMENTATIONS[name](self, batch)
+            for pair in pairs
+            for name in pair
+            if name in IMPLEMENTATIONS
         }
 
     def exact_loss(self) -> float:
-        """The loss of the same inputs in float64."""
+        """Computes the loss of the same inputs in float64."""
         batch = make_batch(self.shape)
-        return rivals.exact_loss(batch.targets, **batch.floats)
+        return baselines.exact_loss(batch.targets, **batch.floats)
 
 
-def _plain(case: Case, batch: Batch) -> Contender:
-    return subject(subjects.plain(case.shape.vocab), batch, gradient=case.gradient)
+def _plain(case: Case, batch: Batch) -> Implementation:
+    return candidate(candidates.plain(case.shape.vocab), batch, gradient=case.gradient)
 
 
-def _everything(case: Case, batch: Batch) -> Contender:
-    config = subjects.everything(case.shape.vocab)
-    return subject(config, batch, gradient=case.gradient, report=True)
+def _everything(case: Case, batch: Batch) -> Implementation:
+    config = candidates.everything(case.shape.vocab)
+    return candidate(config, batch, gradient=case.gradient, report=True)
 
 
-def _depths(case: Case, batch: Batch) -> Contender:
-    config = subjects.plain(case.shape.vocab)
-    return subject(subjects.with_depths(config, case.shape.depths), batch)
+def _depths(case: Case, batch: Batch) -> Implementation:
+    config = candidates.plain(case.shape.vocab)
+    return candidate(candidates.with_depths(config, case.shape.depths), batch)
 
 
-def _one_head(case: Case, batch: Batch) -> Contender:
+def _one_head(case: Case, batch: Batch) -> Implementation:
     floats = {k: v for k, v in batch.floats.items() if k != "mtp_hidden_states"}
     return _plain(case, batch._replace(floats=floats))
 
 
-CONTENDERS: dict[str, Callable[[Case, Batch], Contender]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "plain": _plain,
     "everything": _everything,
-    "repetition": lambda c, b: subject(subjects.repetition(c.shape.vocab), b),
-    "unlikelihood": lambda c, b: subject(subjects.unlikelihood(c.shape.vocab), b),
+    "repetition": lambda c, b: candidate(candidates.repetition(c.shape.vocab), b),
+    "unlikelihood": lambda c, b: candidate(candidates.unlikelihood(c.shape.vocab), b),
     "depths": _depths,
     "one head": _one_head,
-    "optax": lambda c, b: rival(rivals.optax_loss, b, gradient=c.gradient),
-    "naive": lambda c, b: rival(rivals.naive, b, gradient=c.gradient),
-    "naive depths": lambda _, b: rival(rivals.naive_depths, b),
-    "checkpointed": lambda _, b: rival(rivals.checkpointed, b),
-    "tokamax": lambda _, b: rival(rivals.tokamax_loss, b),
-    "one matmul": lambda _, b: rival(rivals.matmul_forward, b, gradient=False),
-    "three matmuls": lambda _, b: rival(rivals.matmul_three, b, gradient=False),
-    "copy": lambda _, b: rival(rivals.copy, b, gradient=False),
+    "optax": lambda c, b: baseline(baselines.optax_loss, b, gradient=c.gradient),
+    "naive": lambda c, b: baseline(baselines.naive, b, gradient=c.gradient),
+    "naive depths": lambda _, b: baseline(baselines.naive_depths, b),
+    "checkpointed": lambda _, b: baseline(baselines.checkpointed, b),
+    "tokamax": lambda _, b: baseline(baselines.tokamax_loss, b),
+    "one matmul": lambda _, b: baseline(baselines.matmul_forward, b, gradient=False),
+    "three matmuls": lambda _, b: baseline(baselines.matmul_three, b, gradient=False),
+    "copy": lambda _, b: baseline(baselines.copy, b, gradient=False),
 }
 
 
@@ -256,8 +259,8 @@ def table(device_kind: str, quick: bool = False) -> list[Case]:
     """Returns every case, each with a title of its own.
 
     Args:
-      device_kind: `jax.Device.device_kind`, to which the models are scaled.
-      quick: makes all shapes tiny; cases that then look the same are run once.
+      device_kind: `jax.Device.device_kind`, which the models are scaled to.
+      quick: makes all shapes tiny; of cases that are then equal, one is kept.
     """
     cases = [
         *_logits_cases(),

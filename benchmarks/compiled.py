@@ -1,9 +1,9 @@
-"""Programs for accelerators that need not be there: `python -m benchmarks.compiled`.
+"""Programs for accelerators that need not be present: `python -m benchmarks.compiled`.
 
-Compiles the loss and what it is held against for one chip, or for a mesh of hundreds,
-and prints what the compilers say of them: temporaries, and an estimate of the time on
-TPUs or the bytes that the kernels move on GPUs. Facts of the programs and estimates,
-no measured times.
+Compiles the loss and its baselines for one chip, or for a mesh of hundreds, and prints
+their temporary memory, and the compiler's estimate of the time on TPUs or the bytes
+that the kernels move on GPUs. These are properties of the programs and estimates, not
+measured times.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 
 from benchmarks import costs, hlo
-from benchmarks.candidates import NAIVE, ROW_AXES, Entry, entries, place_on
 from benchmarks.machine import versions
 from benchmarks.plots import plot_compiled
+from benchmarks.programs import NAIVE, ROW_AXES, Entry, devices_of, entries
 from benchmarks.records import CompiledRecord, CompiledRow, CostRecord
 from benchmarks.shapes import COMPILED, Shape
 from benchmarks.topologies import CHIPS, compile_for
@@ -30,12 +30,12 @@ GIB, MIB = 2**30, 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles what the command line asks for, prints the table and writes it."""
+    """Compiles the selected programs, prints the table and writes it."""
     options = parse(arguments)
     chip, mesh, shape = options.chip, options.mesh, options.sizes
     rows: list[CompiledRow] = []
     print(head(chip, shape, mesh), flush=True)
-    for entry in entries(shape, place_on(chip, mesh)):
+    for entry in entries(shape, devices_of(chip, mesh)):
         if all(part not in entry.name for part in options.only or [""]):
             continue
         rows.append(measure(chip, entry, options.top))
@@ -60,13 +60,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chip", choices=CHIPS, default="v5p")
     parser.add_argument(
         "--shape",
-        help=f"one of {', '.join(COMPILED)}, a micro-batch for each device that has "
-        "rows of its own; or BxSxDxV, all of it; default: the chip's",
+        help=f"one of {', '.join(COMPILED)}, a micro-batch per shard of the rows; or "
+        "BxSxDxV of the whole batch; default: the chip's",
     )
     parser.add_argument(
         "--mesh", type=_mesh, default={}, help="such as data=4,fsdp=4,tensor=2"
     )
-    parser.add_argument("--only", nargs="+", help="parts of the entries' names")
+    parser.add_argument("--only", nargs="+", help="substrings of the entries' names")
     parser.add_argument("--top", type=int, default=0, help="print costliest operations")
     parser.add_argument("--plot", action="store_true", help="draw time against memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -87,10 +87,10 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def read_shape(text: str, mesh: dict[str, int]) -> Shape:
-    """Returns the shape of a name, times the mesh's parts of the rows, or of sizes.
+    """Returns the shape of a name, times the mesh's shards of the rows, or of sizes.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: the text is neither.
     """
     if text in COMPILED:
         shape, parts = COMPILED[text], 1
@@ -110,7 +110,7 @@ def read_shape(text: str, mesh: dict[str, int]) -> Shape:
 
 
 def measure(chip: str, entry: Entry, top: int = 0) -> CompiledRow:
-    """Compiles an entry and reads its program; one that does not fit has failed."""
+    """Compiles an entry and reads the figures of its program, or why it failed."""
     row = CompiledRow(name=entry.name, kind=entry.kind, reference=entry.reference)
     start = time.perf_counter()
     try:
@@ -123,7 +123,8 @@ def measure(chip: str, entry: Entry, top: int = 0) -> CompiledRow:
     row["compile_seconds"] = round(time.perf_counter() - start, 1)
     program = hlo.parse(str(compiled.as_text()))
     if loops := hlo.unknown_loops(program):
-        print(f"{entry.name}: counted once: {', '.join(loops)}", flush=True)
+        names = ", ".join(loops)
+        print(f"{entry.name}: unknown trip count, counted once: {names}", flush=True)
     clock = CHIPS[chip].clock
     if clock:
         row["estimated_ms"] = costs.estimated_cycles(program) / clock / 1e6
@@ -140,7 +141,7 @@ def measure(chip: str, entry: Entry, top: int = 0) -> CompiledRow:
 
 
 def _reason(error: Exception) -> str:
-    """Why a compiler refused, in a line."""
+    """Returns the reason of a compiler error in one line."""
     text = str(error)
     used = re.search(r"Used (\S+) of (\S+) hbm", text)
     if used:
@@ -161,7 +162,7 @@ def _record(options: argparse.Namespace, rows: list[CompiledRow]) -> CompiledRec
 
 
 def _merged(path: Path, record: CompiledRecord) -> CompiledRecord:
-    """The record with the rows of the file that were not compiled again."""
+    """Returns the record, with the file's rows that were not compiled again."""
     if not path.exists():
         return record
     old: CompiledRecord = json.loads(path.read_text())
@@ -173,7 +174,7 @@ def _merged(path: Path, record: CompiledRecord) -> CompiledRecord:
 
 
 def head(chip: str, shape: Shape, mesh: dict[str, int]) -> str:
-    """The table's title and heads."""
+    """Returns the title and the head of the table."""
     where = "".join(f", {name}={size}" for name, size in mesh.items())
     sizes = f"{shape.batch}x{shape.length} tokens, D {shape.width}, V {shape.vocab}"
     amount = "estimated ms" if CHIPS[chip].clock else "GiB moved"
@@ -183,7 +184,7 @@ def head(chip: str, shape: Shape, mesh: dict[str, int]) -> str:
 
 
 def line(row: CompiledRow, rows: list[CompiledRow]) -> str:
-    """The row as Markdown, with its ratios to the baseline that it is held against."""
+    """Returns the row as Markdown, with its ratios to its baseline."""
     if "failed" in row:
         return f"| {row['name']} | {row['failed']} | | | | |"
     base = next((r for r in rows if r["name"] == row["reference"]), None)
@@ -201,7 +202,7 @@ def line(row: CompiledRow, rows: list[CompiledRow]) -> str:
 
 
 def amount_of(row: CompiledRow) -> float | None:
-    """The estimated milliseconds, or the GiB moved."""
+    """Returns the estimated milliseconds or the GiB moved."""
     moved = row.get("moved_bytes")
     return row.get("estimated_ms") if moved is None else moved / GIB
 
@@ -211,7 +212,7 @@ def _ratio(own: float | None, other: float | None) -> str:
 
 
 def costliest(row: CompiledRow, chip: str) -> str:
-    """The operations that cost most, a line each."""
+    """Returns the most expensive operations, one per line."""
     clock = CHIPS[chip].clock
     unit, scale = ("ms", clock * 1e6) if clock else ("GiB", GIB)
     return "\n".join(

@@ -1,7 +1,8 @@
-"""What a compiled program costs: estimated cycles, bytes moved, multiply-adds.
+"""The costs of a compiled program: estimated cycles, bytes moved, multiply-adds.
 
-Facts of the program and its compiler's own estimates, no measured times. A slice counts
-as the slice, not as the array that it is cut from; an update in place as the update.
+These are properties of the program and its compiler's estimates, not measured times. A
+slice costs the bytes of the slice, not of its operand; an in-place update those of the
+update.
 """
 
 import collections
@@ -21,7 +22,7 @@ from benchmarks.hlo import (
     steps,
 )
 
-# What moves nothing: names for what is there already, and the ends of what was started.
+# Operations that move no bytes: aliases, and the ends of asynchronous operations.
 _FREE = {
     "add-dependency",
     "after-all",
@@ -38,7 +39,7 @@ _FREE = {
     "replica-id",
     "tuple",
 }
-# Inside a fusion these read of their operand only the elements that are asked for.
+# Inside a fusion these read only the needed elements of their operand.
 _ELEMENTWISE = {
     "bitcast",
     "bitcast-convert",
@@ -50,15 +51,15 @@ _ELEMENTWISE = {
     "transpose",
 }
 _SLICES = ("dynamic-slice", "gather", "slice")
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # where the updates stand
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the index of the updates
 
 
 class Cost(NamedTuple):
-    """What alike operations cost together.
+    """The total cost of equal operations.
 
     Attributes:
       kind: such as `fusion`.
-      result: the type of the first array that they make.
+      result: the type of their first result.
       source: the operation of the user's program.
       amount: cycles or bytes.
     """
@@ -75,7 +76,7 @@ class Cost(NamedTuple):
 def estimated_cycles(program: Program) -> int:
     """Returns the cycles that the TPU's compiler estimates; 0 from other compilers.
 
-    What runs beside other work, such as copies and collectives, has no estimate.
+    Asynchronous operations, such as copies and collectives, have no estimate.
     """
     return sum(_cycles(step) for step in steps(program))
 
@@ -86,24 +87,24 @@ def _cycles(step: Step) -> int:
 
 
 def costliest(program: Program, count: int, *, by: str = "cycles") -> list[Cost]:
-    """Returns the operations that cost most, those alike added up.
+    """Returns the most expensive operations, with equal ones added up.
 
     Args:
       program: from `benchmarks.hlo.parse`.
-      count: how many to return.
+      count: the number of entries to return.
       by: `"cycles"` or `"bytes"`.
     """
 
     def moved(step: Step) -> int:
         return step.times * bytes_of(program, step.frame.body, step.operation)
 
-    measure = moved if by == "bytes" else _cycles
+    cost = moved if by == "bytes" else _cycles
     total: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for step in steps(program):
         made = step.operation.results
         result = str(made[0]) if made else ""
         key = step.operation.kind, result, step.operation.source
-        total[key] += measure(step)
+        total[key] += cost(step)
     return [Cost(*key, amount) for key, amount in total.most_common(count) if amount]
 
 
@@ -111,7 +112,7 @@ def costliest(program: Program, count: int, *, by: str = "cycles") -> list[Cost]
 
 
 def moved_bytes(program: Program) -> int:
-    """Returns the bytes that the kernels read and write, if no cache helps them."""
+    """Returns the bytes that the kernels read and write, without caches."""
     return sum(
         times * bytes_of(program, frame.body, operation)
         for operation, times, frame in steps(program)
@@ -123,8 +124,8 @@ def bytes_of(program: Program, body: Computation, operation: Operation) -> int:
 
     Args:
       program: the program.
-      body: the computation in which the operation stands.
-      operation: not one inside a fusion, which moves nothing itself.
+      body: the computation of the operation.
+      operation: not one inside a fusion, which moves no bytes itself.
     """
     kind, operands = operation.kind, body.operands(operation)
     if (
@@ -136,8 +137,8 @@ def bytes_of(program: Program, body: Computation, operation: Operation) -> int:
     if kind == "fusion":
         fused = program.computations[operation.called[0]]
         taken = (
-            min(_read(program, fused, place), operand.bytes)
-            for place, operand in enumerate(operands)
+            min(_read(program, fused, index), operand.bytes)
+            for index, operand in enumerate(operands)
         )
         return sum(taken) + _written(program, fused, fused.root)
     if kind in _SLICES:
@@ -153,11 +154,11 @@ def bytes_of(program: Program, body: Computation, operation: Operation) -> int:
     return sum(a.bytes for a in made) + sum(each.bytes for each in operands)
 
 
-def _read(program: Program, fused: Computation, place: int) -> int:
-    """The bytes that a fusion reads of its operand number `place`."""
-    if place >= len(fused.parameters):
+def _read(program: Program, fused: Computation, index: int) -> int:
+    """Returns the bytes that a fusion reads of its operand `index`."""
+    if index >= len(fused.parameters):
         return 0
-    parameter = fused.operations[fused.parameters[place]]
+    parameter = fused.operations[fused.parameters[index]]
     (array,) = parameter.results[:1] or (Array("token", ()),)
     scale = array.bytes / array.size if array.size else 0
     names, total = {parameter.name}, 0.0
@@ -178,7 +179,7 @@ def _read(program: Program, fused: Computation, place: int) -> int:
 
 
 def _written(program: Program, fused: Computation, name: str) -> int:
-    """The bytes that a fusion writes for one of its results, or for all."""
+    """Returns the bytes that a fusion writes for one of its results, or for all."""
     operation = fused.operations[name]
     if operation.kind == "tuple":
         return sum(_written(program, fused, each) for each in operation.operands)
@@ -199,7 +200,7 @@ def _written(program: Program, fused: Computation, name: str) -> int:
 
 
 def dot_flops(text: str) -> int:
-    """Returns the multiply-adds, times two, of all matrix products of a program."""
+    """Returns the flops of all matrix products of a program."""
     total = 0
     for operation, times, frame in steps(parse(text), inside_fusions=True):
         operands = [each.results[0] for each in frame.body.operands(operation)[:2]]
@@ -219,7 +220,7 @@ def _product_flops(operation: Operation, left: Array) -> int:
 
 
 def _convolution_flops(operation: Operation, left: Array, kernel: Array) -> int:
-    """A TPU's matrix products are convolutions."""
+    """Returns the flops of a convolution, which TPUs use for matrix products."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.attributes)
     if labels is None:
         return 0
@@ -230,28 +231,28 @@ def _convolution_flops(operation: Operation, left: Array, kernel: Array) -> int:
         )
     ]
     total = 2 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]
-    for place, name in enumerate(sorted(set(labels[1]) - {"b", "f"})):
-        window = _window(operation, place)
+    for axis, name in enumerate(sorted(set(labels[1]) - {"b", "f"})):
+        window = _window(operation, axis)
         total *= _overlaps(window, sizes[0][name], sizes[1][name], sizes[2][name])
     return total
 
 
-def _window(operation: Operation, place: int) -> dict[str, list[int]]:
-    """The entries of a convolution's window along one axis."""
+def _window(operation: Operation, axis: int) -> dict[str, list[int]]:
+    """Returns the entries of a convolution's window along one axis."""
     window = re.search(r"window=\{([^}]*)\}", operation.attributes)
     entries = re.findall(r"(\w+)=([\w\-]+)", window[1]) if window else []
     return {
-        name: [int(n) for n in re.findall(r"-?\d+", value.split("x")[place])]
+        name: [int(n) for n in re.findall(r"-?\d+", value.split("x")[axis])]
         for name, value in entries
         if re.search(r"\d", value)
     }
 
 
 def _overlaps(window: dict[str, list[int]], size: int, kernel: int, out: int) -> int:
-    """How many pairs of an output's and the kernel's places meet an element."""
+    """Returns how many pairs of an output and a kernel index meet an element."""
     (stride,), (apart,) = window.get("stride", [1]), window.get("lhs_dilate", [1])
     (dilate,) = window.get("rhs_dilate", [1])
     before = window.get("pad", [0])[0]
-    places = np.arange(out)[:, None] * stride + np.arange(kernel) * dilate - before
-    inside = (places >= 0) & (places <= (size - 1) * apart) & (places % apart == 0)
+    index = np.arange(out)[:, None] * stride + np.arange(kernel) * dilate - before
+    inside = (index >= 0) & (index <= (size - 1) * apart) & (index % apart == 0)
     return int(inside.sum())

@@ -1,9 +1,9 @@
-"""Other packages' fused losses, compiled for a TPU that need not be there.
+"""Other packages' fused losses, compiled for a TPU that need not be present.
 
 `python -m benchmarks.external` compiles each baseline's loss and gradients for one
-chip and prints the compiler's estimate of the time and the temporary memory: facts of
-the compiled programs, nothing is run. `make bench-external` installs the packages, 2.6
-GB, and needs Python 3.12, which tokamax asks for.
+chip and prints the compiler's estimate of the time and the temporary memory; nothing is
+run. `make bench-external` installs the packages, 2.6 GB, and needs Python 3.12, which
+tokamax requires.
 """
 
 import argparse
@@ -17,30 +17,30 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled
 
-from benchmarks import costs, hlo, rivals
+from benchmarks import baselines, costs, hlo
 from benchmarks.shapes import BATCH, Shape
 from benchmarks.topologies import CHIPS, compile_for, devices, given
 
 # Hidden states [B, S, D], projection [D, V] and targets [B, S] to the mean loss.
 Baseline = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# The second also counts the zeros with which it pads V to a multiple of 2048.
+# The second includes the zeros that pad V to a multiple of 2048 in its sums.
 TOKAMAX = ("xla", "chunked_xla")
 LEVANTER_XLA = ("xla", "xla_fast_bwd")
 LEVANTER_MODULE = "levanter.kernels.pallas.fused_cross_entropy_loss"
 TOKEN_BLOCKS = (2048, 4096)
-# Tokens and vocabulary at a time, as Levanter picks them where a v5p is the backend:
-# from the host of a CPU it would take all tokens at once.
+# Tokens and vocabulary per block, as Levanter chooses them on a v5p; on a CPU host it
+# would use all tokens at once.
 V5P_BLOCKS = (1024, 8192)
 MIB = 2**20
 
 
 class Found(NamedTuple):
-    """What there is to compare with.
+    """The installed baselines.
 
     Attributes:
       baselines: by package and implementation.
-      skipped: by package, why it has no baseline.
+      skipped: by package, why there is none.
     """
 
     baselines: dict[str, Baseline]
@@ -48,23 +48,23 @@ class Found(NamedTuple):
 
 
 def naive_baselines() -> dict[str, Baseline]:
-    """What one would write: all logits at once, then Optax in float32."""
+    """Returns the baselines with all logits at once, then Optax in float32."""
     return {"naive": _naive, "naive, float32 logits": _naive_float32}
 
 
 def external_baselines() -> dict[str, Baseline]:
-    """The losses of the packages that are installed, by package and implementation."""
+    """Returns the losses of the installed packages, by package and implementation."""
     return find().baselines
 
 
 def find() -> Found:
-    """Looks for the packages, and says of each that is not there why."""
+    """Imports the packages; returns their baselines and why others are missing."""
     baselines: dict[str, Baseline] = {}
     skipped: dict[str, str] = {}
     for package, load in {"tokamax": _tokamax, "marin-levanter": _levanter}.items():
         try:
             baselines |= load()
-        # An older Python stumbles over the syntax of a package for a newer one.
+        # A package for a newer Python may use syntax that this one does not know.
         except (ImportError, SyntaxError) as error:
             skipped[package] = f"{error}"
     return Found(baselines, skipped)
@@ -72,23 +72,23 @@ def find() -> Found:
 
 def compile_gradient(baseline: Baseline, chip: str, shape: Shape) -> Compiled:
     """Compiles loss and gradients for hidden states and projection, for one device."""
-    place = SingleDeviceSharding(devices(chip)[0])
+    sharding = SingleDeviceSharding(devices(chip)[0])
     rows = shape.batch, shape.length
     arrays = (
-        given((*rows, shape.width), shape.dtype, place),
-        given((shape.width, shape.vocab), shape.dtype, place),
-        given(rows, "int32", place),
+        given((*rows, shape.width), shape.dtype, sharding),
+        given((shape.width, shape.vocab), shape.dtype, sharding),
+        given(rows, "int32", sharding),
     )
     return compile_for(chip, jax.value_and_grad(baseline, argnums=(0, 1)), *arrays)
 
 
 def line(name: str, program: Compiled, clock: float) -> str:
-    """A baseline's figures as a line of Markdown.
+    """Returns a baseline's figures as a line of Markdown.
 
     Args:
-      name: of the baseline.
+      name: the baseline's.
       program: its loss and gradients.
-      clock: cycles in a nanosecond.
+      clock: cycles per nanosecond.
     """
     cycles = costs.estimated_cycles(hlo.parse(str(program.as_text())))
     memory = program.memory_analysis()
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chip", choices=clocks, default="v5p")
     sizes = BATCH, 4096, 4096, 128256
     parser.add_argument("--sizes", type=int, nargs=4, default=sizes, help="B, S, D, V")
-    parser.add_argument("--only", default="", help="a part of the baselines' names")
+    parser.add_argument("--only", default="", help="a substring of baselines' names")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     batch, length, width, vocab = options.sizes
@@ -120,14 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _naive(hidden: jax.Array, lm_head: jax.Array, targets: jax.Array) -> jax.Array:
-    return rivals.naive(targets, hidden, lm_head)
+    return baselines.naive(targets, hidden, lm_head)
 
 
 def _naive_float32(
     hidden: jax.Array, lm_head: jax.Array, targets: jax.Array
 ) -> jax.Array:
     logits = jnp.matmul(hidden, lm_head, preferred_element_type=jnp.float32)
-    return rivals.optax_loss(targets, logits)
+    return baselines.optax_loss(targets, logits)
 
 
 def _flat(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

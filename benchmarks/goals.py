@@ -1,4 +1,4 @@
-"""Reads from a race whether its goals are met."""
+"""Computes from a benchmark's figures whether its goals are met."""
 
 from typing import Literal, NamedTuple
 
@@ -10,20 +10,20 @@ Status = Literal["met", "missed", "measured", "skipped"]
 
 
 class Outcome(NamedTuple):
-    """A goal and what became of it.
+    """A goal and its result.
 
     Attributes:
-      subject: as in the goal.
-      rival: as in the goal.
+      candidate: as in the goal.
+      baseline: as in the goal.
       metric: as in the goal.
-      ratio: what was measured; with quartiles where it varies from round to round.
-      goal: the limit; `None` where there is none.
-      status: `"measured"` is what has no limit.
-      reason: why it was skipped; else empty.
+      ratio: the measured ratio, with quartiles if it varies between rounds.
+      goal: the limit, or `None`.
+      status: `"measured"` if there is no limit.
+      reason: why it was skipped; empty otherwise.
     """
 
-    subject: str
-    rival: str
+    candidate: str
+    baseline: str
     metric: Metric
     ratio: Ratio | None
     goal: float | None
@@ -31,14 +31,14 @@ class Outcome(NamedTuple):
     reason: str = ""
 
     def summary(self) -> OutcomeRecord:
-        """Returns the fields as a results file holds them."""
+        """Returns the record for a results file."""
         ratio: RatioRecord | None = None
         if self.ratio is not None:
             median, low, high = self.ratio
             ratio = {"median": median, "low": low, "high": high}
         return {
-            "subject": self.subject,
-            "rival": self.rival,
+            "candidate": self.candidate,
+            "baseline": self.baseline,
             "metric": self.metric,
             "ratio": ratio,
             "goal": self.goal,
@@ -47,8 +47,8 @@ class Outcome(NamedTuple):
         }
 
     def line(self) -> str:
-        """Returns the outcome as text for a person."""
-        pair = f"{self.subject} / {self.rival} {self.metric}"
+        """Returns the outcome as a line of text."""
+        pair = f"{self.candidate} / {self.baseline} {self.metric}"
         if self.ratio is None:
             return f"{pair}: skipped: {self.reason}"
         text = f"{pair}: {self.ratio.median:.3g}"
@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
 
 def judge(case: Case, results: dict[str, Result]) -> list[Outcome]:
-    """Returns the outcome of each goal of a case that was raced."""
+    """Returns the outcome of each goal of a case."""
     return [_judge(case, goal, results) for goal in case.goals]
 
 
@@ -69,23 +69,23 @@ def skip(case: Case, reason: str) -> list[Outcome]:
 
 
 def _judge(case: Case, goal: Goal, results: dict[str, Result]) -> Outcome:
-    for name in (goal.subject, goal.rival):
+    for name in (goal.candidate, goal.baseline):
         result = results.get(name)
         if isinstance(result, Skipped):
             return _outcome(goal, None, f"{name}: {result.reason}")
     figures = {k: v for k, v in results.items() if isinstance(v, Figures)}
-    subject, rival = figures[goal.subject], figures.get(goal.rival)
-    if goal.rival == EXACT:
-        return _outcome(goal, _error(subject, case.exact_loss()))
-    if goal.rival == LOGITS_ARRAY:
-        return _memory(goal, subject.temp_bytes, case.logits_bytes)
-    if rival is None:
-        raise ValueError(f"{goal.rival!r} is no contender of {case.title!r}")
+    candidate, baseline = figures[goal.candidate], figures.get(goal.baseline)
+    if goal.baseline == EXACT:
+        return _outcome(goal, _error(candidate, case.exact_loss()))
+    if goal.baseline == LOGITS_ARRAY:
+        return _memory(goal, candidate.temp_bytes, case.logits_bytes)
+    if baseline is None:
+        raise ValueError(f"{goal.baseline!r} is not implemented in {case.title!r}")
     if goal.metric == "temp":
-        return _memory(goal, subject.temp_bytes, rival.temp_bytes)
+        return _memory(goal, candidate.temp_bytes, baseline.temp_bytes)
     if goal.metric == "bandwidth":
-        return _outcome(goal, _bandwidth(case, subject, rival))
-    return _outcome(goal, time_ratio(subject, rival))
+        return _outcome(goal, _bandwidth(case, candidate, baseline))
+    return _outcome(goal, time_ratio(candidate, baseline))
 
 
 def _outcome(goal: Goal, ratio: Ratio | None, reason: str = "") -> Outcome:
@@ -94,12 +94,12 @@ def _outcome(goal: Goal, ratio: Ratio | None, reason: str = "") -> Outcome:
         status = "measured"
         if goal.limit is not None:
             status = "met" if ratio.median <= goal.limit else "missed"
-    names = goal.subject, goal.rival, goal.metric
+    names = goal.candidate, goal.baseline, goal.metric
     return Outcome(*names, ratio, goal.limit, status, reason)
 
 
-def _error(subject: Figures, exact: float) -> Ratio:
-    distance = float("nan") if subject.value is None else abs(subject.value - exact)
+def _error(candidate: Figures, exact: float) -> Ratio:
+    distance = float("nan") if candidate.value is None else abs(candidate.value - exact)
     return Ratio(distance, distance, distance)
 
 
@@ -107,13 +107,13 @@ def _memory(goal: Goal, own: int | None, other: int | None) -> Outcome:
     if own is None or other is None:
         return _outcome(goal, None, "this device does not report temporary memory")
     if other == 0:
-        return _outcome(goal, None, f"{goal.rival} needs no temporary memory")
+        return _outcome(goal, None, f"{goal.baseline} needs no temporary memory")
     return _outcome(goal, Ratio(own / other, own / other, own / other))
 
 
-def _bandwidth(case: Case, subject: Figures, copy: Figures) -> Ratio:
-    # The copy passes over the logits twice, to read and to write. The loss reads them
-    # once; its gradient reads them again and writes an array of their size.
+def _bandwidth(case: Case, candidate: Figures, copy: Figures) -> Ratio:
+    # The copy reads and writes the logits. The loss reads them once; its gradient reads
+    # them again and writes an array of their size.
     scale = (3 if case.gradient else 1) / 2
-    median, low, high = (scale * part for part in time_ratio(copy, subject))
+    median, low, high = (scale * part for part in time_ratio(copy, candidate))
     return Ratio(median, low, high)

@@ -1,7 +1,7 @@
-"""Compiled programs: their operations, how often each runs, and what is in them.
+"""Parsing compiled programs: their operations, and how often each runs.
 
-Reads the text that `jax.stages.Compiled.as_text` gives, of any platform. What the
-operations cost is in `benchmarks.costs`.
+Reads the text of `jax.stages.Compiled.as_text` on any platform. The costs of the
+operations are in `benchmarks.costs`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# What hands on its first operand's numbers, so that a constant can be read through it.
+# Operations that keep the values of their first operand, to follow constants through.
 _SAME = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -33,8 +33,8 @@ class Array(NamedTuple):
     """The type of an array.
 
     Attributes:
-      dtype: as the program spells it.
-      shape: its sizes.
+      dtype: the dtype as in the program.
+      shape: the sizes.
     """
 
     dtype: str
@@ -47,10 +47,10 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The memory that the elements fill, without the layout's padding."""
+        """The bytes of the elements, without the layout's padding."""
         if self.dtype == "pred":
             return self.size
-        bits = re.match(r"[a-z]+(\d+)", self.dtype)  # none: a token, which is no array
+        bits = re.match(r"[a-z]+(\d+)", self.dtype)  # None for a token
         return self.size * int(bits[1]) // 8 if bits else 0
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class Operation(NamedTuple):
     Attributes:
       name: unique in its computation.
       kind: such as `fusion` or `all-reduce`.
-      results: the arrays that it makes; of a tuple, all of them.
-      operands: their names; of a constant or a parameter, what stands there.
+      results: the types of its results; of a tuple, of all elements.
+      operands: their names; of a constant or a parameter, the text in their place.
       attributes: the rest of the line.
     """
 
@@ -76,24 +76,24 @@ class Operation(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The memory of the results."""
+        """The bytes of the results."""
         return sum(array.bytes for array in self.results)
 
     @property
     def source(self) -> str:
-        """The operation of the user's program that it came from, if it says so."""
+        """The operation of the user's program it comes from; empty if unknown."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs, a loop's apart."""
+        """The computations that it calls, except those of a loop."""
         found = _CALLED.findall(self.attributes)
         names = [name for one, many in found for name in (one, *many.split(","))]
         return tuple(name.strip(" %") for name in names if name)
 
     def attribute(self, name: str) -> str:
-        """The word or number that follows `name=`; empty if none does."""
+        """Returns the word or number after `name=`; empty if there is none."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
@@ -104,7 +104,7 @@ class Computation:
 
     Attributes:
       operations: by name, in order.
-      root: the name of the one whose results are the computation's.
+      root: the name of the operation whose results are returned.
     """
 
     operations: dict[str, Operation]
@@ -117,7 +117,7 @@ class Computation:
         return tuple(e.name for e in sorted(found, key=lambda e: int(e.operands[0])))
 
     def operands(self, operation: Operation) -> list[Operation]:
-        """The operations whose results an operation takes."""
+        """Returns the operations that an operation has as operands."""
         return [self.operations[n] for n in operation.operands if n in self.operations]
 
 
@@ -127,14 +127,14 @@ class Program:
 
     Attributes:
       computations: by name.
-      entry: the name of the one that runs first.
+      entry: the name of the entry computation.
     """
 
     computations: dict[str, Computation]
     entry: str
 
     def arrays(self) -> set[Array]:
-        """The types of all arrays, those inside fusions too, which never are whole."""
+        """Returns the types of all arrays, including those inside fusions."""
         return {
             array
             for body in self.computations.values()
@@ -144,12 +144,12 @@ class Program:
 
 
 class Frame(NamedTuple):
-    """A computation that was called, and by what.
+    """A call of a computation.
 
     Attributes:
       body: the computation.
-      caller: where the call stands; `None` for the entry.
-      arguments: for each parameter, the caller's name of it.
+      caller: the frame of the call; `None` for the entry.
+      arguments: for each parameter, its name in the caller.
     """
 
     body: Computation
@@ -158,12 +158,12 @@ class Frame(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An operation as it runs.
+    """An operation, and how often it runs.
 
     Attributes:
-      operation: the line.
+      operation: the operation.
       times: how often it runs.
-      frame: where it stands.
+      frame: the frame that it belongs to.
     """
 
     operation: Operation
@@ -172,11 +172,11 @@ class Step(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operand that a device hands over to others.
+    """One operand of a collective.
 
     Attributes:
-      kind: the operation.
-      shape: the operand's.
+      kind: the collective.
+      shape: the operand's shape.
       size: the operand's bytes.
       times: how often it runs.
     """
@@ -191,7 +191,7 @@ class Collective(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """Returns the program that a text describes.
+    """Parses the text of a compiled program.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -212,7 +212,7 @@ def parse(text: str) -> Program:
             if line.lstrip().startswith("ROOT"):
                 root = operation.name
     if not entry:
-        raise ValueError("this is no compiled program: it has no ENTRY computation")
+        raise ValueError("this is not a compiled program: it has no ENTRY computation")
     return Program(computations, entry)
 
 
@@ -221,7 +221,7 @@ def _operation(line: str) -> Operation | None:
     if not head:
         return None
     start = head.end()
-    # A tuple's type is in brackets; any other has no blanks.
+    # A tuple's type is in parentheses; any other contains no spaces.
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     kind = re.match(r" ?([\w\-]+)\(", line[end:])
     if not kind:
@@ -240,12 +240,12 @@ def _operation(line: str) -> Operation | None:
 
 
 def _closing(line: str, opening: int) -> int:
-    """The place after the bracket that closes the one at `opening`."""
+    """Returns the index after the parenthesis that closes the one at `opening`."""
     depth = 0
-    for place in range(opening, len(line)):
-        depth += {"(": 1, ")": -1}.get(line[place], 0)
+    for index in range(opening, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[index], 0)
         if depth == 0:
-            return place + 1
+            return index + 1
     return len(line)
 
 
@@ -258,29 +258,29 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def steps(program: Program, *, inside_fusions: bool = False) -> Iterator[Step]:
-    """Yields the operations in order, loops counted as often as they run.
+    """Yields the operations in order, with the number of times that they run.
 
     Loops and calls are entered and not yielded themselves. All branches of a
-    conditional count; a loop counts once if its number of turns is not known before it
-    runs, see `unknown_loops`.
+    conditional are included; the body of a loop is counted once if its trip count is
+    not known statically, see `unknown_loops`.
 
     Args:
       program: from `parse`.
-      inside_fusions: whether the operations that a fusion merges follow the fusion.
+      inside_fusions: whether to yield the operations of a fusion after the fusion.
     """
-    yield from _walk(
+    yield from _iterate(
         program, Frame(program.computations[program.entry]), 1, inside_fusions
     )
 
 
-def _walk(
+def _iterate(
     program: Program, frame: Frame, times: int, inside_fusions: bool
 ) -> Iterator[Step]:
     for operation in frame.body.operations.values():
         if operation.kind == "while":
             inner = _enter(program, frame, operation, operation.attribute("body"))
-            turns = times * (loop_turns(program, frame, operation) or 1)
-            yield from _walk(program, inner, turns, inside_fusions)
+            runs = times * (trip_count(program, frame, operation) or 1)
+            yield from _iterate(program, inner, runs, inside_fusions)
             continue
         if operation.kind not in ("call", "conditional"):
             yield Step(operation, times, frame)
@@ -290,24 +290,24 @@ def _walk(
             continue
         for name in operation.called:
             inner = _enter(program, frame, operation, name)
-            yield from _walk(program, inner, times, inside_fusions)
+            yield from _iterate(program, inner, times, inside_fusions)
 
 
 def _enter(program: Program, frame: Frame, operation: Operation, name: str) -> Frame:
     arguments = operation.operands
     if operation.kind == "conditional":  # the index, then an operand for each branch
-        place = operation.called.index(name) + 1
-        arguments = arguments[place : place + 1]
+        index = operation.called.index(name) + 1
+        arguments = arguments[index : index + 1]
     return Frame(program.computations[name], frame, arguments)
 
 
 def unknown_loops(program: Program) -> list[str]:
-    """Returns the names of the loops that `steps` counts once for want of a number."""
+    """Returns the names of the loops without a static trip count."""
     entry = Frame(program.computations[program.entry])
     return [
         loop.name
         for loop, frame in _loops(program, entry)
-        if loop_turns(program, frame, loop) is None
+        if trip_count(program, frame, loop) is None
     ]
 
 
@@ -321,8 +321,8 @@ def _loops(program: Program, frame: Frame) -> Iterator[tuple[Operation, Frame]]:
             yield from _loops(program, _enter(program, frame, operation, name))
 
 
-def loop_turns(program: Program, frame: Frame, loop: Operation) -> int | None:
-    """Returns how often a loop's body runs; `None` if only running would show it."""
+def trip_count(program: Program, frame: Frame, loop: Operation) -> int | None:
+    """Returns the trip count of a loop; `None` if it is not known statically."""
     known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
@@ -360,13 +360,13 @@ def _comparison(
 def _constant(
     program: Program, frame: Frame, name: str, path: tuple[int, ...] = ()
 ) -> int | None:
-    """The integer that a name stands for when its computation is first entered.
+    """Returns the integer value of an operation when its computation is first entered.
 
     Args:
       program: the program.
-      frame: where the name stands.
-      name: of an operation.
-      path: which element of its result is meant, if it is a tuple.
+      frame: the frame of the operation.
+      name: the operation's name.
+      path: the index of the element, if the result is a tuple.
     """
     operation = frame.body.operations.get(name)
     if operation is None:
@@ -395,9 +395,9 @@ def _constant(
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns what one device hands over, an entry for each operand.
+    """Returns the collectives of one device, an entry per operand.
 
-    One collective may stand in two fusions, its start's and its end's: it counts once.
+    A collective in two fusions, that of its start and that of its end, is counted once.
     """
     found, seen = [], set()
     for operation, times, frame in steps(parse(text), inside_fusions=True):

@@ -1,4 +1,4 @@
-"""What the benchmarks run on, and with which versions."""
+"""The machine and the package versions of a benchmark."""
 
 import importlib.metadata
 import os
@@ -40,7 +40,7 @@ def machine() -> MachineRecord:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions that matter; `None` for what is not installed."""
+    """Returns the versions of the relevant packages; `None` if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -58,7 +58,7 @@ def default_name() -> str:
 
 
 def free_memory() -> int | None:
-    """Returns the bytes that a process on the CPU may still take, if known."""
+    """Returns the bytes of host memory that are still available, if known."""
     return _memory("MemAvailable")
 
 

@@ -1,11 +1,11 @@
 """MaxText's training step with our loss in it: `python -m benchmarks.maxtext own`.
 
 MaxText's ahead-of-time compiler compiles Llama-3.1-8B's step for a v5p-64, 32 chips
-that need not be there, with one of four losses: MaxText's own, its vocabulary tiling,
-or ours behind the hook of that tiling, plain or with everything. What is printed, and
-kept in `benchmarks/results`, are the compiler's estimate of the time and the temporary
-memory of a chip: facts of the compiled program, nothing is run. `make bench-maxtext`
-compiles all four, a minute or two each; it needs Python 3.12 and 4 GB of packages.
+that need not be present, with one of four losses: MaxText's own, its vocabulary tiling,
+or ours in place of that tiling, plain or with everything. The compiler's estimate of
+the time and the temporary memory per chip are printed and saved in
+`benchmarks/results`; nothing is run. `make bench-maxtext` compiles all four in one to
+two minutes each; it needs Python 3.12 and 4 GB of packages.
 """
 
 import argparse
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from jax.stages import Compiled
 
 import ava_jax
-from benchmarks import costs, hlo, machine, subjects
+from benchmarks import candidates, costs, hlo, machine
 from benchmarks.topologies import CHIPS, ENVIRONMENT
 
 LOSSES = ("own", "tiling", "plain", "everything")
-CONFIGS = {"plain": subjects.plain, "everything": subjects.everything}
+CONFIGS = {"plain": candidates.plain, "everything": candidates.everything}
 TILES = 8
 CHIP = "v5p"
 SETTINGS: Mapping[str, str | int] = {
@@ -48,15 +48,15 @@ GIB = 2**30
 
 
 class Step(TypedDict):
-    """A compiled training step; memory is that of one chip.
+    """A compiled training step, with the memory of one chip.
 
     Attributes:
-      estimated_ms: of the TPU's compiler.
+      estimated_ms: estimate of the TPU's compiler.
       temp_bytes: temporary memory.
-      argument_bytes: the state and the batch.
-      compile_seconds: tracing and compiling.
-      settings: MaxText's, where they are not its defaults.
-      versions: of the packages.
+      argument_bytes: memory of the state and the batch.
+      compile_seconds: time to trace and compile.
+      settings: MaxText's settings that differ from its defaults.
+      versions: versions of the packages.
     """
 
     estimated_ms: float
@@ -68,13 +68,13 @@ class Step(TypedDict):
 
 
 class Settings(Protocol):
-    """What is read of MaxText's config."""
+    """The used part of MaxText's config."""
 
     vocab_size: int
 
 
-# A model, its last hidden states [B, S, D], the batch, the config and whether it
-# trains, to the sums of the loss and of the z-loss over the tokens.
+# From a model, its last hidden states [B, S, D], the batch, the config and whether it
+# trains to the sums of the loss and of the z-loss over the tokens.
 Hook = Callable[
     [Any, jax.Array, Mapping[str, jax.Array], Settings, bool],
     tuple[jax.Array, jax.Array],
@@ -82,10 +82,10 @@ Hook = Callable[
 
 
 def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
-    """Returns our loss in the shape of MaxText's vocabulary tiling.
+    """Returns our loss with the signature of MaxText's vocabulary tiling.
 
     Args:
-      config: makes the loss's config from the size of the vocabulary.
+      config: returns the loss's config for a vocabulary size.
     """
 
     nnx = importlib.import_module("flax.nnx")
@@ -98,8 +98,9 @@ def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
         is_train: bool,
     ) -> tuple[jax.Array, jax.Array]:
         del is_train
-        # Both gradients of the norm before the layers', or XLA keeps until the end what
-        # it makes the scale's of. Tiling has the norm in its own gradient.
+        # Both gradients of the norm are computed before those of the layers. Otherwise
+        # XLA keeps the operands of the scale's gradient until the end. Tiling has the
+        # norm in its own gradient.
         norm, scale = nnx.split(model.decoder.decoder_norm)
         hidden_states, scale = jax.lax.optimization_barrier((hidden_states, scale))
         hidden = nnx.merge(norm, scale)(hidden_states)
@@ -107,15 +108,15 @@ def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
         loss_fn = ava_jax.unified_loss(
             config(settings.vocab_size), mesh=model.mesh, batch_axes=("data", "fsdp")
         )
-        counted = data["targets_segmentation"] != 0
+        unmasked = data["targets_segmentation"] != 0
         mean, _, _ = loss_fn(
             loss_fn.init(),
             targets=data["targets"],
-            attention_mask=counted,
+            attention_mask=unmasked,
             hidden_states=hidden,
             lm_head=head,
         )
-        return mean * counted.sum(), jnp.zeros(())
+        return mean * unmasked.sum(), jnp.zeros(())
 
     return loss
 
@@ -125,7 +126,7 @@ def compile_step(loss: str, settings: Mapping[str, str | int]) -> Compiled:
 
     Args:
       loss: one of `LOSSES`.
-      settings: MaxText's; the rest are its defaults.
+      settings: MaxText's settings; the others keep their defaults.
     """
     maxtext = importlib.import_module("maxtext")
     trainers = "maxtext.trainers.pre_train"
@@ -152,11 +153,11 @@ def compile_step(loss: str, settings: Mapping[str, str | int]) -> Compiled:
 
 
 def measure(loss: str, extra: Mapping[str, str | int]) -> Step:
-    """Compiles a step and reads its program.
+    """Compiles a step and reads the figures of its program.
 
     Args:
       loss: one of `LOSSES`.
-      extra: settings of MaxText that replace `SETTINGS`.
+      extra: MaxText's settings that override `SETTINGS`.
     """
     tiles = 1 if loss == "own" else TILES
     settings = {**SETTINGS, "num_vocab_tiling": tiles, **extra}
@@ -182,14 +183,14 @@ def measure(loss: str, extra: Mapping[str, str | int]) -> Step:
 
 
 def keep(path: Path, loss: str, step: Step) -> None:
-    """Writes a step to a results file, whose other losses stay."""
+    """Writes a step to a results file and keeps the file's other losses."""
     old = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**old, loss: step}, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles the steps of the losses that are named, prints and keeps them."""
+    """Compiles the steps of the named losses, prints and saves their figures."""
     parser = argparse.ArgumentParser(description="Our loss in MaxText's step.")
     parser.add_argument("losses", nargs="+", choices=LOSSES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
-    # MaxText looks for Google's cloud as it is imported, unless it is told not to.
+    # MaxText connects to Google Cloud when it is imported, unless this is set.
     for name, value in {**ENVIRONMENT, "DECOUPLE_GCLOUD": "TRUE"}.items():
         os.environ.setdefault(name, value)
     extra = dict(setting.split("=", 1) for setting in options.set)

@@ -1,4 +1,4 @@
-"""Pictures of a results file: the ratios with their goals, and the growth."""
+"""Plots of a results file: the ratios with their goals, and the growth."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from benchmarks.records import (
     Results,
 )
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLORS = {"time": "#0072B2", "temp": "#E69F00", "bandwidth": "#009E73"}
 NAMES = {
-    "time": "time, ratio to the rival's",
-    "temp": "temporary memory, ratio to the rival's",
+    "time": "time, ratio to the baseline's",
+    "temp": "temporary memory, ratio to the baseline's",
     "bandwidth": "bandwidth, fraction of a copy's (more is better)",
 }
 WIDEST = 2.0
@@ -36,7 +36,7 @@ MEBIBYTE = 2**20
 
 
 class Bar(NamedTuple):
-    """One measured ratio and the text beside it."""
+    """One measured ratio and its label."""
 
     label: str
     outcome: OutcomeRecord
@@ -45,7 +45,7 @@ class Bar(NamedTuple):
 def plot_ratios(results: Results, path: Path) -> bool:
     """Draws a bar per ratio, its quartiles and its goal; `False` if there is none."""
     bars = [
-        Bar(f"{case['title']}\n{goal['subject']} / {goal['rival']}", goal)
+        Bar(f"{case['title']}\n{goal['candidate']} / {goal['baseline']}", goal)
         for group in results["groups"].values()
         for case in group["cases"]
         for goal in case["goals"]
@@ -56,34 +56,34 @@ def plot_ratios(results: Results, path: Path) -> bool:
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(11, 1.6 + 0.36 * len(bars)), layout="constrained")
         axis = figure.subplots()
-        for place, bar in enumerate(bars):
-            _draw_bar(axis, place, bar.outcome)
+        for row, bar in enumerate(bars):
+            _draw_bar(axis, row, bar.outcome)
         axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
         axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.set_xlim(0, WIDEST * 1.18)
         axis.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
         axis.set_xlabel("ratio (no unit; below 1 is faster, or smaller)")
-        axis.set_title(f"{_where(results)}: ratios to the rivals, and the goals")
+        axis.set_title(f"{_where(results)}: ratios to the baselines, and the goals")
         figure.legend(handles=_legend(bars), loc="outside upper left", ncols=2)
         figure.savefig(path, dpi=120)
     return True
 
 
-def _draw_bar(axis: Axes, place: int, outcome: OutcomeRecord) -> None:
+def _draw_bar(axis: Axes, row: int, outcome: OutcomeRecord) -> None:
     ratio, goal = outcome["ratio"], outcome["goal"]
     if ratio is None:
         return
     end = min(ratio["median"], WIDEST)
-    axis.barh(place, end, color=COLORS[outcome["metric"]], height=0.62)
+    axis.barh(row, end, color=COLORS[outcome["metric"]], height=0.62)
     low, high = (min(ratio[key], WIDEST) for key in ("low", "high"))
-    axis.plot([low, high], [place, place], color="black", linewidth=1.2)
+    axis.plot([low, high], [row, row], color="black", linewidth=1.2)
     if goal is not None:
-        axis.plot([goal, goal], [place - 0.45, place + 0.45], "k-", linewidth=2)
+        axis.plot([goal, goal], [row - 0.45, row + 0.45], "k-", linewidth=2)
     more = ">" if ratio["median"] > WIDEST else ""
     text = f"{more and '→ '}{ratio['median']:.3g}  {outcome['status']}"
     right = max(end, high, goal or 0)
     weight = "bold" if outcome["status"] == "missed" else "normal"
-    axis.text(right + 0.02, place, text, va="center", fontweight=weight)
+    axis.text(right + 0.02, row, text, va="center", fontweight=weight)
 
 
 def _legend(bars: list[Bar]) -> list[Patch]:
@@ -129,11 +129,11 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
         names = []
         for number, row in enumerate(rows, start=1):
             amount = row.get("moved_bytes", 0) / 2**30 or row.get("estimated_ms", 0)
-            place = amount, row.get("temp_bytes", 0) / MEBIBYTE
-            axis.plot(*place, "o", color=colors[row["kind"]])
-            # Neighbours' numbers stand above and below in turns.
+            point = amount, row.get("temp_bytes", 0) / MEBIBYTE
+            axis.plot(*point, "o", color=colors[row["kind"]])
+            # Alternately above and below, so that neighbours' numbers do not overlap.
             offset = (0, 5 if number % 2 else -12)
-            axis.annotate(f"{number}", place, offset, textcoords="offset points")
+            axis.annotate(f"{number}", point, offset, textcoords="offset points")
             label = f"{number}  {row['name']}"
             names.append(Patch(color=colors[row["kind"]], label=label))
         axis.set_xlim(0, None)
@@ -174,7 +174,7 @@ def _draw_axis(axis: Axes, record: AxisRecord) -> None:
 
 
 def _scale(axis: Axes, values: list[float]) -> None:
-    """Plain numbers, and a range in which noise does not look like growth."""
+    """Sets plain numbers, and a range in which noise does not look like growth."""
     if min(values) > 0:
         axis.set_ylim(min(values) / 2, max(values) * 2)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""What a results file holds, and how a new run is merged into it."""
+"""The contents of results files, and merging a new run into one."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import NotRequired, TypedDict
 
 
 class SkippedRecord(TypedDict):
-    """A contender that did not run."""
+    """An implementation that did not run."""
 
     skipped: str
 
 
 class FiguresRecord(TypedDict):
-    """A contender's figures, in seconds and bytes."""
+    """The figures of an implementation, in seconds and bytes."""
 
     median: float
     min: float
@@ -25,7 +25,7 @@ class FiguresRecord(TypedDict):
     value: float | None
 
 
-ContenderRecord = FiguresRecord | SkippedRecord
+ImplementationRecord = FiguresRecord | SkippedRecord
 
 
 class RatioRecord(TypedDict):
@@ -37,10 +37,10 @@ class RatioRecord(TypedDict):
 
 
 class OutcomeRecord(TypedDict):
-    """A goal and what became of it."""
+    """A goal and its result."""
 
-    subject: str
-    rival: str
+    candidate: str
+    baseline: str
     metric: str
     ratio: RatioRecord | None
     goal: float | None
@@ -49,15 +49,15 @@ class OutcomeRecord(TypedDict):
 
 
 class CaseRecord(TypedDict):
-    """A race and its goals."""
+    """A benchmark and its goals."""
 
     title: str
-    contenders: dict[str, ContenderRecord]
+    implementations: dict[str, ImplementationRecord]
     goals: list[OutcomeRecord]
 
 
 class GroupRecord(TypedDict):
-    """The cases of a group, which were run together."""
+    """The cases of a group, from one run."""
 
     date: str
     rounds: int
@@ -72,13 +72,13 @@ class AxisRecord(TypedDict):
     rounds: int
     quick: bool
     shapes: dict[str, str]
-    points: dict[str, ContenderRecord]
+    points: dict[str, ImplementationRecord]
     time_slope: float | None
     temp_slope: float | None
 
 
 class MachineRecord(TypedDict):
-    """What the figures were measured on; memory in bytes."""
+    """The machine of the figures; memory in bytes."""
 
     processor: str
     cores: int
@@ -98,7 +98,7 @@ class Results(TypedDict):
 
 
 class CostRecord(TypedDict):
-    """Operations that are alike; the amount is in cycles on a TPU, else in bytes."""
+    """The cost of equal operations, in cycles on a TPU, else in bytes."""
 
     kind: str
     result: str
@@ -107,18 +107,18 @@ class CostRecord(TypedDict):
 
 
 class CompiledRow(TypedDict):
-    """What is known of one compiled program.
+    """The figures of one compiled program.
 
     Attributes:
-      name: what was compiled.
+      name: the name of what was compiled.
       kind: `"baseline"` or `"candidate"`.
-      reference: the baseline that it is held against.
-      estimated_ms: by the TPU's compiler.
-      moved_bytes: by the GPU's kernels.
-      temp_bytes: temporaries of a device.
-      compile_seconds: tracing and compiling.
-      costliest: the operations that cost most.
-      failed: why there is no program; then nothing else is known.
+      reference: the baseline that it is compared with.
+      estimated_ms: estimate of the TPU's compiler.
+      moved_bytes: bytes that the GPU's kernels move.
+      temp_bytes: temporary memory per device.
+      compile_seconds: time to trace and compile.
+      costliest: the most expensive operations.
+      failed: why there is no program; no figures then.
     """
 
     name: str
@@ -149,7 +149,7 @@ def load(path: Path) -> Results | None:
 
 
 def merge(old: Results | None, new: Results) -> Results:
-    """Returns the new results with the old groups and axes that were not run again."""
+    """Returns the new results, with the old groups and axes that were not rerun."""
     if old is None:
         return new
     return {
@@ -160,7 +160,7 @@ def merge(old: Results | None, new: Results) -> Results:
 
 
 def save(path: Path, results: Results) -> None:
-    """Writes a results file; one that exists is replaced only by a whole one."""
+    """Writes a results file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(results, indent=1) + "\n")

@@ -21,10 +21,10 @@ from benchmarks.machine import (
 )
 from benchmarks.plots import plot_ratios, plot_scaling
 from benchmarks.records import AxisRecord, CaseRecord, GroupRecord, Results
-from benchmarks.timing import Result, race
+from benchmarks.timing import Result, time_interleaved
 
 QUICK_ROUNDS = 2
-# The logits, their gradient and one more: what the least careful contender holds.
+# The logits, their gradient and one more: the most that an implementation needs.
 LOGITS_ARRAYS = 3
 
 
@@ -41,7 +41,7 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; a missed goal is a result, not an error."""
+    """Runs the selected benchmarks; a missed goal is a result, not an error."""
     settings = parse(arguments)
     path = settings.out / f"{settings.name}.json"
     results = _results(settings)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for group in settings.groups:
         members = [_run(case, settings) for case in cases if case.group == group]
         results["groups"][group] = _group(members, settings)
-        # After each group, so that a run that is cut off keeps what it has.
+        # After each group, so that an interrupted run keeps its results.
         records.save(path, records.merge(records.load(path), results))
     for axis in scaling.AXES if settings.scaling else ():
         results["scaling"][axis] = _grow(axis, settings)
@@ -100,25 +100,25 @@ def _run(case: Case, settings: Settings) -> CaseRecord:
     reason = _obstacle(case)
     results: dict[str, Result] = {}
     if not reason:
-        results = race(case.build(), settings.rounds)
+        results = time_interleaved(case.build(), settings.rounds)
     outcomes = skip(case, reason) if reason else judge(case, results)
     for outcome in outcomes:
         print(f"  {outcome.line()}", flush=True)
     return {
         "title": case.title,
-        "contenders": {name: result.summary() for name, result in results.items()},
+        "implementations": {name: result.summary() for name, result in results.items()},
         "goals": [outcome.summary() for outcome in outcomes],
     }
 
 
 def _obstacle(case: Case) -> str:
-    """Why a case cannot run here; empty if it can."""
+    """Returns why a case cannot run here; empty if it can."""
     backend = jax.default_backend()
     if case.gpu_only and backend != "gpu":
         return "needs a GPU"
     free = free_memory()
     needed = LOGITS_ARRAYS * case.logits_bytes
-    # Only a GPU refuses an array that is too large; on a CPU the system ends the run.
+    # A GPU raises if an array is too large; on a CPU the system kills the process.
     if backend == "cpu" and free is not None and needed > free:
         return f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
     return ""

@@ -1,14 +1,14 @@
-"""How the time and the memory of the fused call grow with N, D, V and K."""
+"""The growth of the fused call's time and memory with N, D, V and K."""
 
 import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import shapes, subjects
+from benchmarks import candidates, shapes
 from benchmarks.arrays import make_batch
 from benchmarks.shapes import Shape
-from benchmarks.timing import Contender, Figures, Result, race
+from benchmarks.timing import Figures, Implementation, Result, time_interleaved
 
 CPU_BASE = Shape(1024, 16384, 256, depths=1)
 DEVICE_BASE = Shape(16384, 65536, 2048, dtype="bfloat16", depths=1)
@@ -19,13 +19,13 @@ AXES = (*FIELDS, "K")
 
 
 class Growth(NamedTuple):
-    """What was measured along an axis, by the size that grows.
+    """The figures along an axis, by the size that grows.
 
     Attributes:
-      shapes: the sizes of each point.
-      results: its figures.
-      time_slope: the exponent of the median time; `None` if it is unknown.
-      temp_slope: that of the temporary memory.
+      shapes: the shape of each point.
+      results: the figures of each point.
+      time_slope: the exponent of the median time; `None` if unknown.
+      temp_slope: the exponent of the temporary memory.
     """
 
     shapes: dict[int, Shape]
@@ -39,12 +39,12 @@ def points(axis: str, device_kind: str, quick: bool = False) -> dict[int, Shape]
 
     Args:
       axis: one of `AXES`.
-      device_kind: `jax.Device.device_kind`, which chooses the fixed sizes.
+      device_kind: `jax.Device.device_kind`, which selects the fixed sizes.
       quick: two tiny points.
 
     Returns:
-      Shapes by size. Along K the size is K + 1, the hidden states that share the head,
-      since the main one costs as much as a depth.
+      Shapes by size. Along K the size is K + 1, the number of hidden states that share
+      the head: the main one costs as much as a depth.
     """
     base = CPU_BASE if device_kind == "cpu" else DEVICE_BASE
     if quick:
@@ -59,9 +59,9 @@ def points(axis: str, device_kind: str, quick: bool = False) -> dict[int, Shape]
 
 
 def slope(sizes: list[int], values: list[float]) -> float | None:
-    """Returns the exponent of growth: the slope of log value on log size.
+    """Fits the exponent of growth, the slope of log value on log size.
 
-    `None` where there are fewer than two points or a value is 0.
+    `None` for fewer than two points, or if a value is 0.
     """
     if len(sizes) < 2 or min(values) <= 0:
         return None
@@ -69,10 +69,11 @@ def slope(sizes: list[int], values: list[float]) -> float | None:
 
 
 def measure(axis: str, device_kind: str, rounds: int, quick: bool = False) -> Growth:
-    """Races the everything call, with its gradient, at all points of an axis."""
+    """Times the everything call, with its gradient, at all points of an axis."""
     chosen = points(axis, device_kind, quick)
-    raced = race({f"{size}": _call(shape) for size, shape in chosen.items()}, rounds)
-    results = {size: raced[f"{size}"] for size in chosen}
+    calls = {f"{size}": _call(shape) for size, shape in chosen.items()}
+    timed = time_interleaved(calls, rounds)
+    results = {size: timed[f"{size}"] for size in chosen}
     figures = {k: v for k, v in results.items() if isinstance(v, Figures)}
     times = [float(np.median(each.times)) for each in figures.values()]
     temps = [float(each.temp_bytes or 0) for each in figures.values()]
@@ -80,6 +81,6 @@ def measure(axis: str, device_kind: str, rounds: int, quick: bool = False) -> Gr
     return Growth(chosen, results, slope(sizes, times), slope(sizes, temps))
 
 
-def _call(shape: Shape) -> Contender:
-    config = subjects.with_depths(subjects.everything(shape.vocab), shape.depths)
-    return subjects.subject(config, make_batch(shape), report=True)
+def _call(shape: Shape) -> Implementation:
+    config = candidates.with_depths(candidates.everything(shape.vocab), shape.depths)
+    return candidates.candidate(config, make_batch(shape), report=True)

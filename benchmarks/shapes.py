@@ -1,4 +1,4 @@
-"""The sizes that are measured: the goals' own, and real models' scaled to a device."""
+"""The measured sizes: those of the goals, and real models' scaled to a device."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Shape:
       width: D; 0 where there are logits only.
       dtype: of the logits, or of the hidden states and the head.
       batch: B.
-      depths: K, sequential depths beside the main head.
+      depths: K, sequential depths besides the main head.
     """
 
     tokens: int
@@ -71,7 +71,7 @@ DEVICE = (
     Shape(16384, 128256, 4096, dtype="bfloat16"),
 )
 
-# What `benchmarks.compiled` knows by name: a micro-batch of a device, in bfloat16.
+# The named shapes of `benchmarks.compiled`: a micro-batch of a device, in bfloat16.
 COMPILED = {
     "gpt2-medium": Shape(DEVICE_TOKENS, 50304, 1024, dtype="bfloat16"),
     "qwen3-4b": Shape(8192, 151936, 2560, dtype="bfloat16", batch=2),
@@ -83,7 +83,7 @@ COMPILED["llama3-8b"] = COMPILED.pop("llama-3-8b")
 
 
 def scaled(model: Model, device_kind: str) -> Shape:
-    """Returns a model's sizes as the device can hold them; the vocabulary is kept.
+    """Returns a model's sizes, scaled to the device; the vocabulary is kept.
 
     Args:
       model: one of `MODELS`.
@@ -100,6 +100,6 @@ def scaled(model: Model, device_kind: str) -> Shape:
 
 
 def tiny(shape: Shape) -> Shape:
-    """Returns the same kind of call at a size that only shows that it works."""
+    """Returns the shape with tiny sizes, for testing."""
     width = 16 if shape.width else 0
     return dataclasses.replace(shape, tokens=64, vocab=256, width=width)

@@ -1,4 +1,4 @@
-"""Races between compiled functions whose rounds are interleaved."""
+"""Timing compiled functions against each other, with interleaved rounds."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.records import FiguresRecord, SkippedRecord
 
 
-class Contender(NamedTuple):
+class Implementation(NamedTuple):
     """A jitted function and its arguments."""
 
     function: jax.stages.Wrapped
@@ -18,13 +18,13 @@ class Contender(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What was measured of a contender.
+    """The figures of an implementation.
 
     Attributes:
-      compile_seconds: tracing and compiling.
-      temp_bytes: temporary memory of the compiled program; `None` if it is unknown.
-      output_bytes: memory of its outputs, likewise.
-      value: its first output where that is one number: the loss, of those that have it.
+      compile_seconds: time to trace and compile.
+      temp_bytes: temporary memory of the compiled program; `None` if unknown.
+      output_bytes: memory of its outputs; `None` if unknown.
+      value: its first output if that is a scalar, usually the loss.
       times: seconds of each round.
     """
 
@@ -51,12 +51,12 @@ class Figures(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A contender that could not be built or run, and why."""
+    """An implementation that could not be built or run, and why."""
 
     reason: str
 
     def summary(self) -> SkippedRecord:
-        """Returns the reason under the key `skipped`."""
+        """Returns the record with the reason."""
         return {"skipped": self.reason}
 
 
@@ -69,39 +69,39 @@ class Ratio(NamedTuple):
 
 
 class Unavailable(Exception):
-    """A contender cannot run here; the message says what it needs."""
+    """Raised if an implementation cannot run here; the message says what it needs."""
 
 
 Result = Figures | Skipped
 
 
-def race(
-    contenders: Mapping[str, Contender],
+def time_interleaved(
+    implementations: Mapping[str, Implementation],
     rounds: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Result]:
-    """Times contenders against each other.
+    """Times implementations against each other in interleaved rounds.
 
-    All are compiled first. Each round then times every one once, beginning with another
-    in each, so that whatever else the machine does falls on all of them alike.
+    All are compiled first. Every round then times each of them once, starting with a
+    different one, so that other load of the machine affects all of them equally.
 
     Args:
-      contenders: by name.
-      rounds: how often each is timed.
+      implementations: by name.
+      rounds: the number of times each is timed.
       warmup: calls of each before the first round, at least 1.
       clock: returns seconds.
 
     Returns:
-      By name, the figures; or the reason why a contender was skipped.
+      By name, the figures or the reason why an implementation was skipped.
     """
     results: dict[str, Result] = {}
     runs: dict[str, Callable[[], object]] = {}
-    for name, contender in contenders.items():
+    for name, implementation in implementations.items():
         try:
-            runs[name], results[name] = _build(contender, warmup, clock)
+            runs[name], results[name] = _build(implementation, warmup, clock)
         except (ImportError, MemoryError, Unavailable, jax.errors.JaxRuntimeError) as e:
-            # XLA's report of exhausted memory goes on for pages.
+            # XLA's report of exhausted memory takes pages.
             first = f"{e}".strip().partition("\n")[0]
             results[name] = Skipped(first or type(e).__name__)
     times = _rounds(runs, rounds, clock)
@@ -114,15 +114,15 @@ def race(
 
 
 def _build(
-    contender: Contender, warmup: int, clock: Callable[[], float]
+    implementation: Implementation, warmup: int, clock: Callable[[], float]
 ) -> tuple[Callable[[], object], Figures]:
     start = clock()
-    compiled = contender.function.lower(*contender.args).compile()
+    compiled = implementation.function.lower(*implementation.args).compile()
     seconds = clock() - start
     memory = compiled.memory_analysis()
 
     def run() -> object:
-        return jax.block_until_ready(compiled(*contender.args))
+        return jax.block_until_ready(compiled(*implementation.args))
 
     value = _first_number(run())
     for _ in range(warmup - 1):
@@ -155,8 +155,8 @@ def _rounds(
     return times
 
 
-def time_ratio(subject: Figures, rival: Figures) -> Ratio:
-    """Returns the median and quartiles of `subject / rival`, taken round by round."""
-    each = np.array(subject.times) / np.array(rival.times)
+def time_ratio(candidate: Figures, baseline: Figures) -> Ratio:
+    """Returns the median and quartiles of `candidate / baseline` over the rounds."""
+    each = np.array(candidate.times) / np.array(baseline.times)
     low, median, high = np.quantile(each, (0.25, 0.5, 0.75)).tolist()
     return Ratio(median, low, high)

@@ -1,4 +1,4 @@
-"""Accelerators that need not be there: their compilers, their meshes, their sizes.
+"""Accelerators that need not be present: their compilers, meshes and sizes.
 
 The compilers of TPUs and GPUs are ordinary packages, `libtpu` and JAX's CUDA plugin,
 and compile on any x86-64 Linux machine for one chip or for hundreds.
@@ -19,7 +19,7 @@ from jax.stages import Compiled
 
 GPU_DESCRIPTION = Path(__file__).with_name("h100.pbtxt")
 GPUS_A_HOST = 8
-# The TPU's compiler neither looks for a TPU nor minds that another process compiles.
+# The TPU's compiler needs no TPU, and other processes may use it at the same time.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -30,14 +30,14 @@ NEEDS = "needs the compiled extra, on x86-64 Linux; `make test-compiled` install
 
 
 class Chip(NamedTuple):
-    """A kind of accelerator, as JAX counts devices.
+    """A kind of accelerator; devices as JAX counts them.
 
     Attributes:
-      platform: as `lowering_platforms` spells it.
-      memory: bytes of HBM of a device.
-      clock: cycles of a TPU's core in a nanosecond; `None` where none are estimated.
-      axes: of its network, 2 or 3.
-      cores: devices on a chip.
+      platform: the name for `lowering_platforms`.
+      memory: bytes of HBM per device.
+      clock: cycles of a TPU's core per nanosecond; `None` without an estimate.
+      axes: dimensions of its network, 2 or 3.
+      cores: devices per chip.
     """
 
     platform: str
@@ -47,8 +47,8 @@ class Chip(NamedTuple):
     cores: int = 1
 
 
-# The clocks are those at which the matrix units reach the makers' peak rates: 197, 459,
-# 918 and, for the two cores of a tpu7x, 2307 Tflop/s.
+# At these clocks the matrix units reach the specified peak rates: 197, 459, 918 and,
+# for the two cores of a tpu7x, 2307 Tflop/s.
 CHIPS = {
     "v5e": Chip("tpu", 16 * 10**9, 1.5, axes=2),
     "v5p": Chip("tpu", 95 * 10**9, 1.75),
@@ -59,7 +59,7 @@ CHIPS = {
 
 
 def missing(chip: str) -> str:
-    """Returns why nothing can be compiled for a chip here; empty if it can."""
+    """Returns why a chip cannot be compiled for here; empty if it can."""
     packages = ("libtpu",)
     if CHIPS[chip].platform == "cuda":
         packages = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -68,11 +68,11 @@ def missing(chip: str) -> str:
 
 
 def topology_name(chip: str, count: int) -> str:
-    """Returns the name of the smallest topology with so many devices.
+    """Returns the name of the smallest topology with at least `count` devices.
 
     Args:
       chip: a name of `CHIPS`.
-      count: of devices; it is rounded up to a power of 2 and to a whole host.
+      count: the number of devices, rounded up to a power of 2 and to whole hosts.
     """
     kind = CHIPS[chip]
     if kind.platform == "cuda":
@@ -88,11 +88,11 @@ def topology_name(chip: str, count: int) -> str:
 
 
 def devices(chip: str, count: int = 1) -> list[Any]:
-    """Returns devices that can be compiled for and hold no data.
+    """Returns devices to compile for, which hold no data.
 
     Args:
       chip: a name of `CHIPS`.
-      count: how many.
+      count: the number of devices.
 
     Raises:
       ModuleNotFoundError: the compiler is not installed.
@@ -119,14 +119,14 @@ def _devices(chip: str, name: str) -> tuple[Any, ...]:
 
 
 def make_mesh(chip: str, sizes: Mapping[str, int]) -> Mesh:
-    """Returns a mesh of a chip's devices that leaves placing to XLA.
+    """Returns a mesh of a chip's devices whose shardings XLA propagates.
 
     Args:
       chip: a name of `CHIPS`.
-      sizes: of the axes, by name.
+      sizes: the sizes of the axes, by name.
     """
     shape = tuple(sizes.values())
-    # An axis may be a part of one of the network's, as of 8 chips where it has 4.
+    # An axis may be a part of one of the network's axes.
     placed = mesh_utils.create_device_mesh(
         shape, devices(chip, math.prod(shape)), allow_split_physical_axes=True
     )
@@ -139,13 +139,13 @@ def compile_for(
     *arguments: Any,
     out_shardings: Any = None,
 ) -> Compiled:
-    """Returns the compiled program of a function for a chip.
+    """Compiles a function for a chip.
 
     Args:
       chip: a name of `CHIPS`.
-      function: to be jitted.
+      function: the function, which gets jitted.
       *arguments: `jax.ShapeDtypeStruct`s whose shardings name the chip's devices.
-      out_shardings: of its results, where XLA shall not choose.
+      out_shardings: shardings of its results; `None` leaves them to XLA.
     """
     jitted = jax.jit(function, out_shardings=out_shardings)
     lowered = jitted.trace(*arguments).lower(lowering_platforms=(CHIPS[chip].platform,))
@@ -155,5 +155,5 @@ def compile_for(
 def given(
     shape: tuple[int, ...], dtype: Any, sharding: Sharding
 ) -> jax.ShapeDtypeStruct:
-    """Returns what stands for an array."""
+    """Returns the shape, dtype and sharding of an array."""
     return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=sharding)

@@ -1,4 +1,4 @@
-"""A variant of an experiment: loss fields, and other changes of the objective."""
+"""A variant of an experiment: fields of the loss, and other changes of the run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from trainer.model.language_model import LanguageModel
 from trainer.model.layers import Batch
 
 Fields = Mapping[str, object]
-OwnParams = dict[str, Array]
+Own = dict[str, Array]
 Report = dict[str, Array]
 
 
-class StepContext(NamedTuple):
+class Scene(NamedTuple):
     """One step, as an addition sees it.
 
     Attributes:
@@ -50,12 +50,12 @@ class Addition(Protocol):
         """The key of its trained parameters."""
         ...
 
-    def init(self) -> OwnParams:
+    def init(self) -> Own:
         """Returns parameters of its own to train, if it has any."""
         ...
 
     def apply(
-        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
+        self, own: Own, loss: Float[Array, ""], scene: Scene
     ) -> tuple[Float[Array, ""], Report]:
         """Returns the new objective, and what to report."""
         ...

@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jaxtyping
 import pytest
-import typechecking
+from support import typechecking
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling costs far more than running at these sizes.

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scenes import ADAPTIVE, EVERYTHING, B, S, adaptive_floats, floats, integers, jitted
-from test_passes import assert_trees_close
+from support.scenes import (
+    ADAPTIVE,
+    EVERYTHING,
+    B,
+    S,
+    adaptive_floats,
+    floats,
+    integers,
+    jitted,
+)
+from support.trees import assert_trees_close
 
 import ava_jax
 
@@ -147,7 +156,9 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
 
 def test_adaptive_heads_add_up():
     config = {**ADAPTIVE, "use_confidence_weighting": False}
-    want, got = whole_and_parts(config, adaptive_floats(), integers(), "given", 4)
+    want, got = whole_and_parts(
+        config, adaptive_floats(), integers(experts=False), "given", 4
+    )
     assert_trees_close(got, want, 2e-5)
 
 
@@ -201,7 +212,7 @@ def test_normalizers_take_any_leading_axes():
 
 def test_too_few_normalizers_are_an_error():
     loss_fn = ava_jax.create_unified_loss(ADAPTIVE, num_future_tokens=1)
-    ints = integers()
+    ints = integers(experts=False)
     normalizers = loss_fn.normalizers(targets=ints["targets"])
     with pytest.raises(ValueError, match="num_future_tokens"):
         loss_fn(loss_fn.init(), normalizers=normalizers, **adaptive_floats(), **ints)

@@ -1,8 +1,4 @@
-"""The pages: their snippets run, their tables agree with the code, their links lead on.
-
-Snippets above a page's first `##` heading are its start; each section runs in a fresh
-namespace after the start, so a reader may copy the two together.
-"""
+"""The pages: snippets run, tables agree with the code, links lead on."""
 
 import ast
 import dataclasses
@@ -16,90 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from golden_cases import compiler_options
+from support.golden_cases import compiler_options
+from support.pages import (
+    DOCS,
+    PAGES,
+    ROOT,
+    codes,
+    models_of,
+    rows_of,
+    run_section,
+    sections,
+    split,
+)
 
 import ava_jax
 from ava_jax import heads, losses, metrics
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
-HEADING = re.compile(r"(#+) +(.+)")
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
-CODE = re.compile(r"`([^`]+)`")
 ALL_FIELDS = {f.name: f.default for f in dataclasses.fields(ava_jax.UnifiedLossConfig)}
 
-# Reading pages -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Snippet:
-    """One fenced block; `line` is the page's line of its first statement."""
-
-    section: str
-    line: int
-    source: str
-
-
-@functools.cache
-def split(page: Path) -> tuple[str, tuple[str, ...], tuple[Snippet, ...]]:
-    """A page's text without fenced blocks, its headings, and its Python blocks."""
-    text, headings, snippets, block = [], [], [], []
-    fence, start, section = None, 0, ""
-    for number, line in enumerate(page.read_text().splitlines(), start=1):
-        if line.startswith("```"):
-            if fence == "python":
-                snippets.append(Snippet(section, start, "\n".join(block)))
-            fence = None if fence is not None else line[3:].strip()
-            start, block = number + 1, []
-        elif fence is not None:
-            block.append(line)
-        else:
-            text.append(line)
-            if match := HEADING.fullmatch(line):
-                headings.append(match[2])
-                section = match[2] if match[1] == "##" else section
-    assert fence is None, f"{page.name}: a fence is not closed"
-    return "\n".join(text), tuple(headings), tuple(snippets)
-
-
-def sections(page: Path) -> dict[str, list[Snippet]]:
-    """The snippets of each section, the page's start first."""
-    snippets = split(page)[2]
-    start = [s for s in snippets if not s.section]
-    names = dict.fromkeys(s.section for s in snippets if s.section)
-    return {n: start + [s for s in snippets if s.section == n] for n in names}
-
-
-def rows_of(page: Path, *columns: str) -> list[list[str]]:
-    """The cells of every table of the page that has exactly these columns."""
-    rows, inside = [], False
-    for line in split(page)[0].splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if not line.startswith("|"):
-            inside = False
-        elif cells == list(columns):
-            inside = True
-        elif inside and not set(line) <= set("|-: "):
-            assert len(cells) == len(columns), f"{page.name}: {line}"
-            rows.append(cells)
-    assert rows, f"{page.name} has no table with the columns {columns}"
-    return rows
-
-
-def codes(cell: str) -> list[str]:
-    return CODE.findall(cell)
-
-
 # Snippets ------------------------------------------------------------------------
-
-MODELS = re.compile(r"^from (penzai|transformers|tunix)\b", re.MULTILINE)
-
-
-def models_of(page: Path, name: str) -> list[str]:
-    """The packages of the models extra that a section imports."""
-    return [m for s in sections(page)[name] for m in MODELS.findall(s.source)]
-
 
 SECTIONS = [
     pytest.param(page, name, id=f"{page.stem}: {name}")
@@ -122,10 +54,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("at_home")
 @pytest.mark.parametrize(("page", "name"), SECTIONS)
 def test_snippets_run(page: Path, name: str) -> None:
-    namespace: dict[str, Any] = {"__name__": "snippet"}
-    for snippet in sections(page)[name]:
-        source = "\n" * (snippet.line - 1) + snippet.source
-        exec(compile(source, str(page), "exec"), namespace)
+    run_section(page, name)
 
 
 def test_every_guide_section_has_a_snippet_or_a_table() -> None:
@@ -292,6 +221,6 @@ def test_a_snippet_that_fails_is_reported_with_its_page_and_line(
         "# T\n\n```python\nx = 1\n```\n\n## A\n\n```python\n\nassert x == 2\n```\n"
     )
     with pytest.raises(AssertionError) as caught:
-        test_snippets_run(page, "A")
+        run_section(page, "A")
     last = caught.traceback[-1]
     assert (str(last.path), last.lineno + 1) == (str(page), 11)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import checkify
-from scenes import EVERYTHING, B, D, E, K, S, V, floats, integers, through
+from support.scenes import EVERYTHING, B, D, E, K, S, V, floats, integers, through
 
 import ava_jax
 

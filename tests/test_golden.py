@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from golden_cases import HEAD_KINDS, GoldenCase, compare, golden_cases, run_case
+from support.golden_cases import HEAD_KINDS, GoldenCase, compare, golden_cases, run_case
 
 HERE = Path(__file__).parent
 CASES = [case for case in golden_cases() if case.kind not in HEAD_KINDS]
@@ -36,7 +36,9 @@ def test_float64(case: GoldenCase) -> None:
 def test_every_case_is_compared_somewhere() -> None:
     heads = [case for case in golden_cases() if case.kind in HEAD_KINDS]
     assert (len(CASES), len(heads)) == (140, 11)
-    tests = "".join(path.read_text() for path in HERE.glob("test_heads*.py"))
+    tests = "".join(
+        path.read_text() for path in (HERE / "heads").glob("test_heads*.py")
+    )
     assert all(f'"{kind}"' in tests for kind in HEAD_KINDS)
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scenes import EVERYTHING, E, K
-from test_passes import assert_trees_close
+from support.scenes import EVERYTHING, E, K
+from support.trees import assert_trees_close
 
 import ava_jax
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle_batch as batch
-import oracle_terms as term
 import pytest
-from golden_cases import (
+from support import oracle_batch as batch
+from support import oracle_terms as term
+from support.golden_cases import (
     HEAD_KINDS,
     GoldenCase,
     call_inputs,
@@ -15,8 +15,8 @@ from golden_cases import (
     compare,
     golden_cases,
 )
-from oracle_terms import Floats, Ints
-from oracles import statistics, unified_oracle
+from support.oracle_terms import Floats, Ints
+from support.oracles import statistics, unified_oracle
 
 EXACT = 1e-9
 # The reference takes the entropy from log(p + 1e-10).

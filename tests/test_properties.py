@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_cases import compiler_options, flattened
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy.random import Generator, default_rng
-from oracle_inputs import Aux
-from oracle_scenarios import (
+from support.golden_cases import compiler_options, flattened
+from support.oracle_inputs import Aux
+from support.oracle_scenarios import (
     SEEDS,
     Scenario,
     adaptive_mtp_scenario,
@@ -28,8 +28,8 @@ from oracle_scenarios import (
     scenarios,
     token_scenario,
 )
-from oracle_terms import repetition_decay, sequence_unlikelihood, weighted_mean
-from oracles import OracleState, statistics, unified_oracle
+from support.oracle_terms import repetition_decay, sequence_unlikelihood, weighted_mean
+from support.oracles import OracleState, statistics, unified_oracle
 
 import ava_jax
 

@@ -1,11 +1,10 @@
-"""Weights, shifts, windows, matches and runs, by hand-made rows."""
+"""Weights, shifts, windows, matches and runs of handmade rows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ava_jax.losses.repetition import repeated_ngram_pairs
 from ava_jax.tokens import (
     ahead,
     earlier_continuations,
@@ -14,6 +13,7 @@ from ava_jax.tokens import (
     plain_tokens,
     read_history,
     read_tokens,
+    repeated_ngram_pairs,
     repeated_token,
 )
 
@@ -22,7 +22,7 @@ def rows(*targets, **options):
     return read_tokens(jnp.array(targets), vocab_size=10, **options)
 
 
-def test_ids_outside_the_vocabulary_weigh_nothing_and_are_counted():
+def test_ids_outside_the_vocabulary_are_masked_and_reported():
     tokens = rows([1, -1, 10, 10**6, -100, 2])
     np.testing.assert_array_equal(tokens.weights, [[1, 0, 0, 0, 0, 1]])
     np.testing.assert_array_equal(tokens.invalid, [[0, 1, 1, 1, 0, 0]])

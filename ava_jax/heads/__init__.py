@@ -1,13 +1,13 @@
 """Flax modules that predict more than one token ahead.
 
-`MTPHeads` are parallel heads on one hidden state, `ConfidenceGate` says how far to
-trust them, `AdaptiveMTPHeads` runs the heads only when the gate does, and
+`MTPHeads` are parallel heads on one hidden state, `ConfidenceGate` predicts a
+confidence in them, `AdaptiveMTPHeads` runs the heads only if that is high enough, and
 `SequentialMTP` chains one transformer block per depth, as DeepSeek-V3 does. All are
 Linen modules; `flax.nnx.bridge.ToNNX` turns any of them into an NNX module.
 
 Common attributes: `dtype` is the dtype of the computation (`None`: that of
 `hidden_states`), `param_dtype` that of the parameters. Norms, pooling and confidences
-are computed in float32 (float64 under x64) whatever they are. Dropout acts only with
+are always computed in float32 (float64 under x64). Dropout is active only with
 `deterministic=False`, and then needs a `"dropout"` key in `rngs`.
 """
 

@@ -1,4 +1,4 @@
-"""What the head modules share: checks of their options, masks, norms, dtypes."""
+"""Helpers of the head modules: checks of options, masks, norms, dtypes."""
 
 from collections.abc import Sequence
 
@@ -15,24 +15,24 @@ Mask = Num[Array, "B S"] | Bool[Array, "B S"]
 
 
 def require(is_good: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ValueError naming the option, what is allowed and what it got."""
+    """Raises a ValueError with the option, the allowed values and the given one."""
     if not is_good:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError unless the value is one of the choices."""
+    """Raises a ValueError unless the value is one of the choices."""
     require(value in choices, name, value, "one of " + ", ".join(map(repr, choices)))
 
 
 def require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the array has exactly that shape."""
+    """Raises a ValueError unless the array has exactly that shape."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
 def require_hidden_states(array: Array) -> None:
-    """Raises ValueError unless the array has three axes."""
+    """Raises a ValueError unless the array has three axes."""
     if array.ndim != 3:
         raise ValueError(f"hidden_states must have shape [B, S, D], got {array.shape}")
 
@@ -40,12 +40,12 @@ def require_hidden_states(array: Array) -> None:
 def compute_dtype(
     dtype: DTypeLike | None, hidden_states: Float[Array, "B S D"]
 ) -> jnp.dtype:
-    """Returns the dtype of a module's layers: the given one or that of the input."""
+    """Returns the dtype of a module's layers: the given one, or that of the input."""
     return jnp.dtype(hidden_states.dtype if dtype is None else dtype)
 
 
 def exact_gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns x·Φ(x), Φ the normal distribution function; not the tanh form."""
+    """Computes x·Φ(x), with Φ the normal distribution function; not the tanh form."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -87,8 +87,8 @@ def token_weights(
     return as_float(attention_mask)
 
 
-def zero_uncounted(
-    x: Float[Array, "B S D"], counted: Bool[Array, "B S"]
+def zero_masked(
+    x: Float[Array, "B S D"], unmasked: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Reads uncounted positions as zeros, so that nothing they hold gets out."""
-    return jnp.where(counted[..., None], x, jnp.zeros_like(x))
+    """Zeroes masked positions, so that their NaN cannot reach a value or a gradient."""
+    return jnp.where(unmasked[..., None], x, jnp.zeros_like(x))

@@ -1,4 +1,4 @@
-"""Heads that run only when a gate trusts them."""
+"""A confidence gate, and heads that run only if the gate is confident."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from ava_jax.heads.common import (
     require_choice,
     require_hidden_states,
     token_weights,
-    zero_uncounted,
+    zero_masked,
 )
 from ava_jax.heads.parallel import MTPHeads
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
@@ -32,29 +32,29 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ConfidenceGate(nn.Module):
-    """Says with a number in (0, 1) how far to trust the extra heads on a sequence.
+    """Predicts the confidence in the extra heads, a number in (0, 1) per sequence.
 
     `c = sigmoid(Linear(LN(x_n)))`, with `x_{i+1} = dropout(act(Linear_i(LN_i(x_i))))`
     and x_0 the hidden states of one token, or their average over the row: weighted by
     the mask, `Σ w·h / Σ w`, or by attention, `softmax_t(a·h_t + log w_t)`.
 
-    Parameters: `norm_0`, `dense_0`, … one pair per hidden layer, then one more pair
-    for the output, and `attention_pool` with attention pooling.
+    Parameters: `norm_0`, `dense_0`, …, one pair per hidden layer and one for the
+    output, and `attention_pool` with attention pooling.
 
     Attributes:
       gate_hidden_dims: widths of the hidden layers.
       activation: `"gelu"` (exact), `"relu"` or `"silu"`.
-      use_attention_pooling: pool by learned attention, not by the mean.
-      per_token: one confidence per token and no pooling.
-      dropout_rate: after every activation.
-      initial_confidence: what a fresh gate answers, about. The confidence regulariser
-        of the adaptive loss pushes confidences away from 1/2, so a gate that starts
-        below it tends to shut the heads off for good.
-      dtype: of the layers; `None` means that of the input.
-      param_dtype: of the parameters.
+      use_attention_pooling: whether to pool by learned attention instead of the mean.
+      per_token: whether to predict one confidence per token, without pooling.
+      dropout_rate: rate of the dropout after every activation.
+      initial_confidence: the approximate output at initialization. The confidence
+        regularizer of the adaptive loss moves confidences away from 1/2, so a gate that
+        starts below 1/2 tends to switch the heads off for good.
+      dtype: dtype of the layers; `None` means that of the input.
+      param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if an attribute has a value that is not allowed.
+      ValueError: an attribute has a value that is not allowed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,23 +98,22 @@ class ConfidenceGate(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B *S 1"]:
-        """Returns the confidences.
+        """Computes the confidences.
 
         Args:
           hidden_states: [B, S, D].
           attention_mask: [B, S]; bool, int, or float weights. Positions of weight 0
-            change nothing, whatever they hold. `None` counts every position.
+            change nothing and may hold NaN. `None` masks no position.
           deterministic: `False` turns dropout on.
 
         Returns:
-          [B, 1], or [B, S, 1] with `per_token`, in float32. A row (or token) that
-          counts nothing gets the gate's answer to a zero vector, which is finite:
-          leave it out of means.
+          [B, 1], or [B, S, 1] with `per_token`, in float32. A row (or token) that is
+          masked gets the gate's finite output for a zero vector: leave it out of means.
         """
         require_hidden_states(hidden_states)
         dtype = compute_dtype(self.dtype, hidden_states)
         weights = token_weights(hidden_states, attention_mask)
-        x = as_float(zero_uncounted(hidden_states, weights != 0))
+        x = as_float(zero_masked(hidden_states, weights != 0))
         if not self.per_token:
             x = self._pool(x, weights, dtype)
         activation = _ACTIVATIONS[self.activation]
@@ -130,13 +129,13 @@ class ConfidenceGate(nn.Module):
         if not self.use_attention_pooling:
             total = jnp.sum(weights, axis=1, keepdims=True)
             return safe_divide(jnp.sum(weights[..., None] * x, axis=1), total)
-        counted = weights != 0
+        unmasked = weights != 0
         score = nn.Dense(
             1, dtype=dtype, param_dtype=self.param_dtype, name="attention_pool"
         )(x.astype(dtype))
-        log_weights = jnp.log(jnp.where(counted, weights, jnp.ones_like(weights)))
+        log_weights = jnp.log(jnp.where(unmasked, weights, jnp.ones_like(weights)))
         score = as_float(score[..., 0]) + log_weights
-        attention = jax.nn.softmax(score, where=counted)
+        attention = jax.nn.softmax(score, where=unmasked)
         return jnp.sum(attention[..., None] * x, axis=1)
 
     def _norm_dense(
@@ -160,10 +159,10 @@ class ConfidenceGate(nn.Module):
 
 @flax.struct.dataclass
 class AdaptiveMTPOutput:
-    """What `AdaptiveMTPHeads` returns: `**vars(output)` are arguments of the loss.
+    """The output of `AdaptiveMTPHeads`; `**vars(output)` are arguments of the loss.
 
     Attributes:
-      additional_logits: zeros when the heads were skipped.
+      additional_logits: zeros if the heads were skipped.
       confidence_scores: per row, or per token with `per_token`.
       mtp_active: whether the heads ran.
     """
@@ -174,29 +173,29 @@ class AdaptiveMTPOutput:
 
 
 class AdaptiveMTPHeads(nn.Module):
-    """Runs `MTPHeads` only when a `ConfidenceGate` is confident enough.
+    """Runs `MTPHeads` only if a `ConfidenceGate` is confident enough.
 
-    The heads run when `step ≥ warmup_steps` and `mean(confidence) ≥
-    confidence_threshold`; the mean is over rows with a counted token (over counted
-    tokens, by weight, with `per_token`), and 0 if there is none. Otherwise the device
-    skips their work (`lax.cond`) and zeros are returned. Under `vmap` both branches
-    run. Parameters: `gate` of a `ConfidenceGate`, `heads` of `MTPHeads`.
+    The heads run if `step ≥ warmup_steps` and `mean(confidence) ≥
+    confidence_threshold`. The mean is over rows with an unmasked token (over unmasked
+    tokens, by weight, with `per_token`), and 0 if there is none. Otherwise `lax.cond`
+    skips the heads and the logits are zeros. Under `vmap` both branches run.
+    Parameters: `gate` of a `ConfidenceGate`, `heads` of `MTPHeads`.
 
     Attributes:
       num_heads: K.
       vocab_size: V.
-      confidence_threshold: in [0, 1]; 0 never skips on account of the gate.
-      warmup_steps: for that many first steps the heads are skipped; a number above 0
-        makes `step` a required argument.
+      confidence_threshold: in [0, 1]; with 0 the gate never skips the heads.
+      warmup_steps: the number of first steps in which the heads are skipped; above 0,
+        `step` is a required argument.
       head_type, share_projections, intermediate_size, use_layer_norm: see `MTPHeads`.
       gate_hidden_dims, activation, use_attention_pooling, per_token,
         initial_confidence: see `ConfidenceGate`.
-      dropout_rate: in the gate, and in the heads if they are MLPs.
-      dtype: of the computation and of the logits; `None` means that of the input.
-      param_dtype: of the parameters.
+      dropout_rate: dropout rate of the gate, and of the heads if they are MLPs.
+      dtype: dtype of the computation and the logits; `None` means that of the input.
+      param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if an attribute has a value that is not allowed.
+      ValueError: an attribute has a value that is not allowed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -232,7 +231,7 @@ class AdaptiveMTPHeads(nn.Module):
         require(0 <= threshold <= 1, "confidence_threshold", threshold, "in [0, 1]")
         require(warmup >= 0, "warmup_steps", warmup, "at least 0")
         self.gate_hidden_dims = tuple(self.gate_hidden_dims)
-        # Built for their checks alone, so that bad options fail at once.
+        # Built only for their checks, so that bad options fail at construction.
         self._make_gate()
         self._make_heads()
         super().__post_init__()
@@ -276,20 +275,20 @@ class AdaptiveMTPHeads(nn.Module):
         step: Int[Array, ""] | int | None = None,
         deterministic: bool = True,
     ) -> AdaptiveMTPOutput:
-        """Returns the heads' logits if they ran, the confidences, and whether they ran.
+        """Computes the confidences and, unless they are skipped, the heads' logits.
 
         Args:
           hidden_states: [B, S, D].
           attention_mask: [B, S]; bool, int, or float weights. Positions of weight 0
-            change nothing, whatever they hold. `None` counts every position.
-          step: optimizer steps taken, for the warm-up.
+            change nothing and may hold NaN. `None` masks no position.
+          step: the number of optimizer steps so far, for the warm-up.
           deterministic: `False` turns dropout on.
 
         Returns:
           An `AdaptiveMTPOutput`.
 
         Raises:
-          ValueError: if `warmup_steps` is above 0 and `step` is missing.
+          ValueError: `warmup_steps` is above 0 and `step` is missing.
         """
         confidence = self.gate(
             hidden_states, attention_mask, deterministic=deterministic

@@ -1,4 +1,4 @@
-"""Parallel multi-token heads: K predictions from one hidden state."""
+"""Parallel multi-token-prediction heads: K predictions from one hidden state."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from ava_jax.heads.common import (
     require_choice,
     require_hidden_states,
     token_weights,
-    zero_uncounted,
+    zero_masked,
 )
 
 
 class _StackedDense(nn.Module):
-    """K dense layers side by side, on one input or on one input each."""
+    """K dense layers in one product, on a common input or on one input each."""
 
     num_heads: int
     features: int
@@ -46,13 +46,13 @@ class _StackedDense(nn.Module):
 
 
 class MTPHeads(nn.Module):
-    """Predicts K tokens at once: K parallel heads over one normalised hidden state.
+    """Computes the logits of K parallel heads on one normalized hidden state.
 
     `logits_j = W_j·LN(h) + b_j`, or `W_j·dropout(gelu(U_j·LN(h) + c_j)) + b_j` with
-    `head_type="mlp"`. LN has a bias and epsilon 1e-5; gelu is the exact one.
+    `head_type="mlp"`. LN has a bias and epsilon 1e-5; gelu is exact.
 
-    The parameters of the default are the `mtp_params` of the unified loss. They are,
-    by options, with I the intermediate size:
+    With the default options, the parameters are the `mtp_params` of the unified loss.
+    By options, with I the intermediate size, they are:
 
     - linear: `norm {scale, bias}`, `heads {kernel [K,D,V], bias [K,V]}`
     - linear, shared: `norm`, `shared_heads {kernel [D,K·V], bias [K·V]}`
@@ -62,18 +62,20 @@ class MTPHeads(nn.Module):
       `shared_output {kernel [I,K·V], bias [K·V]}`
 
     Attributes:
-      num_heads: K, how many tokens beyond the next one to predict.
+      num_heads: K, the number of tokens to predict beyond the next one.
       vocab_size: V.
       head_type: `"linear"` or `"mlp"`.
-      share_projections: one network with K·V outputs, of which head j owns the j-th V.
+      share_projections: whether to use one network with K·V outputs, split among the
+        heads.
       intermediate_size: I of the MLP heads; `None` means 4·D. Linear heads have none.
-      use_layer_norm: whether LN comes first.
-      dropout_rate: of the MLP heads. Linear heads have no dropout and refuse a rate.
-      dtype: of the computation and of the logits; `None` means that of the input.
-      param_dtype: of the parameters.
+      use_layer_norm: whether to apply LN first.
+      dropout_rate: dropout rate of the MLP heads. Linear heads have no dropout: their
+        rate has to be 0.
+      dtype: dtype of the computation and the logits; `None` means that of the input.
+      param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: if an attribute has a value that is not allowed.
+      ValueError: an attribute has a value that is not allowed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,13 +122,12 @@ class MTPHeads(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "K B S V"]:
-        """Returns the logits of every head.
+        """Computes the logits of all heads.
 
         Args:
           hidden_states: [B, S, D].
-          attention_mask: [B, S]; positions of weight 0 are read as zeros, so that
-            nothing they hold, NaN included, reaches a value or a gradient. `None`
-            reads every position.
+          attention_mask: [B, S]; positions of weight 0 are read as zeros, so that NaN
+            in them reaches neither a value nor a gradient. `None` masks no position.
           deterministic: `False` turns dropout on.
 
         Returns:
@@ -136,7 +137,7 @@ class MTPHeads(nn.Module):
         dtype = compute_dtype(self.dtype, hidden_states)
         x = hidden_states
         if attention_mask is not None:
-            x = zero_uncounted(x, token_weights(x, attention_mask) != 0)
+            x = zero_masked(x, token_weights(x, attention_mask) != 0)
         if self.use_layer_norm:
             x = LayerNorm(self.param_dtype, name="norm")(x)
         x = x.astype(dtype)
@@ -150,7 +151,7 @@ class MTPHeads(nn.Module):
     def _project(
         self, x: Float[Array, "*K B S D"], layer: str, features: int, dtype: DTypeLike
     ) -> Float[Array, "..."]:
-        """Applies one layer: per head, or shared; only the last one splits by head."""
+        """Applies one layer, per head or shared; the last one has outputs per head."""
         if not self.share_projections:
             return _StackedDense(
                 self.num_heads, features, dtype, self.param_dtype, name=layer

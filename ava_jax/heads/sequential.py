@@ -13,17 +13,17 @@ from ava_jax.heads.common import (
     require,
     require_hidden_states,
     require_shape,
-    zero_uncounted,
+    zero_masked,
 )
 
 
 class SequentialMTP(nn.Module):
-    """Predicts K tokens one after the other, each depth building on the one before.
+    """Computes hidden states for K further tokens, each depth from the one before.
 
     For depth j = 1…K, from `h⁰ = hidden_states` and the input tokens' embeddings e:
-    `hʲ_t = Block_j(M_j [RMSNorm(hʲ⁻¹_t); RMSNorm(e_{t+j})])`, M_j being D×2D, no bias.
-    The embedding is zero where t+j lies past the row or in another segment. With a
-    causal block, hʲ_t sees the input tokens up to t+j and none after.
+    `hʲ_t = Block_j(M_j [RMSNorm(hʲ⁻¹_t); RMSNorm(e_{t+j})])`, with M_j of size D×2D and
+    no bias. The embedding is zero where t+j is past the row or in another segment. With
+    a causal block, hʲ_t depends on the input tokens up to t+j and on none after.
 
     Parameters, per depth j (from 1): `norm_hidden_j {scale}`, `norm_embedding_j
     {scale}`, `project_j {kernel [2D,D]}`, `block_j`, and `norm_final_j {scale}` with
@@ -31,16 +31,16 @@ class SequentialMTP(nn.Module):
 
     Attributes:
       num_depths: K.
-      block: makes one transformer block when called as `block(name=...)`: a Linen class
-        or a `functools.partial` of one. The block maps [B, S, D] to [B, S, D].
-      use_final_norm: RMSNorm on what is returned (not on what the next depth reads), as
-        the released DeepSeek-V3 has before its shared head.
-      norm_epsilon: of every RMSNorm.
-      dtype: of the projections; `None` means that of the input.
-      param_dtype: of the norms' and projections' parameters.
+      block: constructs a transformer block when called as `block(name=...)`: a Linen
+        class or a `functools.partial` of one. The block maps [B, S, D] to [B, S, D].
+      use_final_norm: whether to apply an RMSNorm to the output (not to the input of the
+        next depth), as the released DeepSeek-V3 does before its shared head.
+      norm_epsilon: ε of every RMSNorm.
+      dtype: dtype of the projections; `None` means that of the input.
+      param_dtype: dtype of the norms' and projections' parameters.
 
     Raises:
-      ValueError: if an attribute has a value that is not allowed.
+      ValueError: an attribute has a value that is not allowed.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp
@@ -84,15 +84,15 @@ class SequentialMTP(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         **block_kwargs: object,
     ) -> Float[Array, "K B S D"]:
-        """Returns every depth's hidden states, for the shared head.
+        """Computes the hidden states of all depths, for the shared head.
 
         Args:
           hidden_states: [B, S, D], the main model's, before or after its final norm.
-          token_embeddings: [B, S, D], of the tokens that the main model read.
+          token_embeddings: [B, S, D], of the main model's input tokens.
           *block_args: passed to every block after its input, as are `**block_kwargs`:
             attention masks, positions, `deterministic`.
           segment_ids: [B, S] of packed rows, 0 for padding, which is read as zeros.
-            It is not passed on: give the block its attention mask by `block_args`.
+            It is not passed to the blocks: pass their attention mask in `block_args`.
           **block_kwargs: see `block_args`.
 
         Returns:
@@ -100,14 +100,14 @@ class SequentialMTP(nn.Module):
           predicts `targets[t+j]`, the input token at t+j+1.
 
         Raises:
-          ValueError: if shapes do not match or a block does not keep the shape.
+          ValueError: shapes do not match, or a block changes the shape.
         """
         require_hidden_states(hidden_states)
         require_shape("token_embeddings", token_embeddings, hidden_states.shape)
         x = hidden_states
         if segment_ids is not None:
             require_shape("segment_ids", segment_ids, x.shape[:2])
-            x = zero_uncounted(x, segment_ids != 0)
+            x = zero_masked(x, segment_ids != 0)
         outputs = []
         for depth in range(1, self.num_depths + 1):
             ahead = _shift_left(token_embeddings, depth, segment_ids)
@@ -124,24 +124,24 @@ class SequentialMTP(nn.Module):
         *block_args: object,
         **block_kwargs: object,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"]]:
-        """Runs one depth alone, for drafting while tokens are still being made.
+        """Computes a single depth, for drafting during decoding.
 
         `hʲ_t = Block_j(M_j [RMSNorm(hʲ⁻¹_t); RMSNorm(e_{t+j})])`.
 
         Args:
           depth: j, from 1 to K.
-          hidden_states: [B, S, D], hʲ⁻¹ of any stretch of the row, as long as the block
-            knows where it lies; depth 1 reads the main model's.
-          ahead_embeddings: [B, S, D], at position t that of the token at t+j.
+          hidden_states: [B, S, D], hʲ⁻¹ of any part of the row, as long as the block
+            gets its positions; for depth 1 those of the main model.
+          ahead_embeddings: [B, S, D]; position t holds that of the token at t+j.
           *block_args: passed to the block after its input.
           **block_kwargs: passed to the block.
 
         Returns:
-          hʲ for the next depth, and what this depth hands out: the same, or its
-          RMSNorm with `use_final_norm`.
+          hʲ for the next depth, and this depth's output: the same, or its RMSNorm with
+          `use_final_norm`.
 
         Raises:
-          ValueError: if shapes do not match or a block does not keep the shape.
+          ValueError: shapes do not match, or a block changes the shape.
 
         Example:
           >>> import functools, jax, jax.numpy as jnp
@@ -184,7 +184,7 @@ class SequentialMTP(nn.Module):
 def _shift_left(
     x: Shaped[Array, "B S D"], offset: int, segment_ids: Int[Array, "B S"] | None
 ) -> Shaped[Array, "B S D"]:
-    """Returns x[t + offset] at t, and zeros where that is past the row or segment."""
+    """Returns x[t + offset] at t; zeros where that is past the row or segment."""
     length = x.shape[1]
     offset = min(offset, length)
     shifted = jnp.pad(x[:, offset:], ((0, 0), (0, offset), (0, 0)))
@@ -192,4 +192,4 @@ def _shift_left(
         return shifted
     later = jnp.pad(segment_ids[:, offset:], ((0, 0), (0, offset)))
     inside = (segment_ids != 0) & (later == segment_ids)
-    return zero_uncounted(shifted, inside)
+    return zero_masked(shifted, inside)

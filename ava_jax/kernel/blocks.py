@@ -1,8 +1,8 @@
 """Iterating over the tokens of rows, a block of each row at a time.
 
-The rows are never padded or copied: where the last block would reach beyond the
-row, the blocks after the first begin earlier. The first then shares tokens with the
-second, whose inputs are zeros in the first.
+The rows are never padded or copied: if the blocks do not divide the row, all blocks
+after the first start earlier. The first then overlaps with the second, and the inputs
+of the tokens they share are zeros in the first.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,14 @@ def fold(
 
     Args:
       body: called with a block [B, C, X] and its inputs [B, C, ...].
-      carry: what `body` returns.
-      source: what is iterated over.
-      inputs: a pytree of [G, B, S, ...] arrays; zeros at tokens a block repeats.
-      size: C; the whole row if it is larger than that.
-      on_cpu: reads short floats as integers, because XLA's CPU would convert the
-        whole source to cut a block out of it, and cuts a block out once, because it
-        would do so for every reader of it.
+      carry: the initial carry.
+      source: the array to iterate over.
+      inputs: a pytree of [G, B, S, ...] arrays; a block sees zeros at the tokens that
+        the next block repeats.
+      size: C; the whole row if that is shorter.
+      on_cpu: slices 16-bit floats as integers, because XLA:CPU would convert the whole
+        source for every slice of it, and slices a block only once, because XLA:CPU
+        would repeat that for every use of it.
 
     Returns:
       The last carry.
@@ -54,7 +55,7 @@ def fold(
 
 
 def is_one_block(source: Float[Array, "G B S X"], size: int) -> bool:
-    """Says whether one block is all there is."""
+    """Returns whether a single block covers the whole source."""
     return _blocks_of(source, size).is_whole
 
 
@@ -65,22 +66,22 @@ def transform(
     inputs: Any,
     size: int,
     *,
-    makes_successors: bool = True,
+    writes_blocks: bool = True,
     on_cpu: bool = False,
 ) -> tuple[Carry, Float[Array, "G B S X"] | None, Any]:
-    """Folds as `fold` does and makes a successor of each block.
+    """Folds as `fold` does, and maps every block to a new one.
 
     Args:
-      body: returns the carry, a block like its own, and outputs [B, C, ...].
+      body: returns the carry, a new block of the same shape, and outputs [B, C, ...].
       carry: as for `fold`.
       source: as for `fold`.
       inputs: as for `fold`.
       size: as for `fold`.
-      makes_successors: `False` if the body returns None in place of a block.
+      writes_blocks: `False` if the body returns None instead of a new block.
       on_cpu: as for `fold`.
 
     Returns:
-      The last carry, the successors [G, B, S, X], and the outputs [G, B, S, ...].
+      The last carry, the new blocks [G, B, S, X], and the outputs [G, B, S, ...].
     """
     blocks = _blocks_of(source, size)
     if blocks.is_whole:
@@ -98,14 +99,14 @@ def transform(
         return (carry, written), outputs
 
     items = (blocks.offsets(), _split(blocks, inputs))
-    start = (carry, lax.empty(bits.shape, bits.dtype) if makes_successors else None)
+    start = (carry, lax.empty(bits.shape, bits.dtype) if writes_blocks else None)
     (carry, written), outputs = lax.scan(step, start, items)
-    successors = None if written is None else _from_bits(written, source.dtype)
-    return carry, successors, jax.tree.map(blocks.join, outputs)
+    new = None if written is None else _from_bits(written, source.dtype)
+    return carry, new, jax.tree.map(blocks.join, outputs)
 
 
 def split_rows(tree: Any, shape: tuple[int, ...], size: int) -> Any:
-    """Splits arrays [B, S, ...] into blocks [n, B, C, ...] of C = size tokens a row.
+    """Splits arrays [B, S, ...] into blocks [n, B, C, ...] with C = size.
 
     Args:
       tree: a pytree of arrays.
@@ -113,20 +114,20 @@ def split_rows(tree: Any, shape: tuple[int, ...], size: int) -> Any:
       size: as for `fold`.
 
     Returns:
-      The blocks. Tokens that a block repeats are zeros in the first.
+      The blocks; tokens of two blocks are zeros in the first.
     """
     blocks = _Blocks(1, shape[0], shape[1], min(size, shape[1]))
     return jax.tree.map(lambda x: blocks.split(x[None]), tree)
 
 
 def join_rows(tree: Any, shape: tuple[int, ...], size: int) -> Any:
-    """Undoes `split_rows`."""
+    """Joins the blocks of `split_rows` to arrays [B, S, ...]."""
     blocks = _Blocks(1, shape[0], shape[1], min(size, shape[1]))
     return jax.tree.map(lambda x: blocks.join(x)[0], tree)
 
 
 class _Offset(NamedTuple):
-    """Where a block lies."""
+    """The position of a block."""
 
     group: Int[Array, "..."]
     start: Int[Array, "..."]
@@ -153,7 +154,7 @@ class _Blocks(NamedTuple):
         return self.num_blocks * self.size - self.length
 
     def offsets(self) -> _Offset:
-        """The offsets in the order of the iteration, stacked."""
+        """Returns the offsets in the order of iteration, stacked."""
         index = jnp.arange(self.groups * self.num_blocks, dtype=jnp.int32)
         group, block = index // self.num_blocks, index % self.num_blocks
         start = jnp.maximum(block * self.size - self.overlap, 0)
@@ -166,7 +167,7 @@ class _Blocks(NamedTuple):
         return lax.optimization_barrier(block) if once else block
 
     def write(self, bits, offset: _Offset, new) -> Array:
-        """Writes a block; the next one overwrites the tokens they share."""
+        """Writes a block; the next block overwrites the tokens they share."""
         new = new if bits.dtype == new.dtype else _as_bits(new)
         return lax.dynamic_update_slice(bits, new[None], self._start(offset))
 

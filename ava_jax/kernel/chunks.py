@@ -1,10 +1,10 @@
 """The pass over one device's tokens: its loops, and the gradient of a chunk.
 
-Where a block's logits are whole, its share of the loss is known and its gradient is
-taken right there, in the forward pass: from hidden states that is 6·N·D·V flops where
-recomputing costs 8, and the logits exist a few tokens at a time. `jax.vjp`
-differentiates the block, so that a bias, a soft-cap or the temperature cannot be
-forgotten.
+A block has the logits of its tokens over the whole vocabulary, so its gradient is
+computed together with its loss, in the forward pass. From hidden states that takes
+6·N·D·V flops, where recomputing the logits would take 8, and logits exist for a few
+tokens at a time. `jax.vjp` differentiates the block, so that no path (bias, soft-cap,
+temperature) can be left out.
 """
 
 import functools
@@ -27,53 +27,53 @@ from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
 from ava_jax.reduce import as_float, float_dtype
 
 
-def local_sums(objectives: tuple[Objective, ...], begun: Pass) -> Sums:
+def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
     """Computes one device's sums, without a gradient."""
-    fold_rows = functools.partial(fold, on_cpu=begun.on_cpu)
-    operands, sizes = begun.operands, begun.sizes
+    fold_rows = functools.partial(fold, on_cpu=pass_.on_cpu)
+    operands, sizes = pass_.operands, pass_.sizes
     kernel, bias = operands.kernel, operands.bias
     totals: Sums = {}
     for objective, source, inputs, active in _groups(objectives, operands):
 
         def of_block(sums, z, inputs, objective=objective):
-            own = begun.evaluate(objective, z, inputs, bias, operands.shared)
+            own = pass_.evaluate(objective, z, inputs, bias, operands.shared)
             return _merge(sums, own)
 
         def of_chunk(sums, h, given, of_block=of_block):
             inputs, active = given
             h = _masked(h, active)
-            if not begun.on_cpu:
-                return of_block(sums, begun.logits(h), inputs)
-            z = begun.project(h)
+            if not pass_.on_cpu:
+                return of_block(sums, pass_.logits(h), inputs)
+            z = pass_.project(h)
             z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
             return fold_rows(of_block, sums, z, inputs, sizes.block)
 
-        sums = _no_sums(begun, objective, source, inputs)
+        sums = _no_sums(pass_, objective, source, inputs)
         if kernel is None:
             sums = fold_rows(of_block, sums, source, inputs, sizes.block)
         else:
-            # Without a gradient, nothing but a block has to exist.
-            size = sizes.chunk if begun.on_cpu else sizes.block
+            # Without a gradient, no array larger than a block is needed.
+            size = sizes.chunk if pass_.on_cpu else sizes.block
             sums = fold_rows(of_chunk, sums, source, (inputs, active), size)
         totals = _merge(totals, sums)
     return totals
 
 
 def local_gradients(
-    objectives: tuple[Objective, ...], begun: Pass, needed: Any, wanted: Sums
+    objectives: tuple[Objective, ...], pass_: Pass, needed: Any, wanted: Sums
 ) -> tuple[Sums, Operands]:
     """Computes one device's sums and the gradient of `Σ wanted · sums`.
 
     Args:
       objectives: one per source.
-      begun: the arrays, and how the pass goes.
-      needed: for each of the operands whether its gradient is; a tree like theirs.
+      pass_: the arrays and the static options.
+      needed: for each operand, whether its gradient is needed; a tree like theirs.
       wanted: the cotangents of the sums.
 
     Returns:
-      The sums, and the gradient with None where it is not needed.
+      The sums, and the gradient, with None where it is not needed.
     """
-    operands = begun.operands
+    operands = pass_.operands
     whole = (
         _only(needed.bias, operands.bias),
         _only(needed.shared, operands.shared),
@@ -86,7 +86,7 @@ def local_gradients(
         groups, needed.sources, needed.inputs, strict=True
     ):
         needs = _Needs(*needs, kernel=bool(needed.kernel))
-        own = begun.differentiating(objective, inputs)
+        own = pass_.differentiating(objective, inputs)
         of_block = functools.partial(
             _block_gradient, own, objective, needs, whole, wanted
         )
@@ -109,39 +109,40 @@ def local_gradients(
     )
 
 
-def _group_gradient(begun: Pass, needs, of_block, carry, group):
-    """Iterates over the tokens of one objective.
+def _group_gradient(pass_: Pass, needs, of_block, carry, group):
+    """Computes the gradient of one objective, iterating over its tokens.
 
     Returns:
-      The carry and the projection's gradient, then those of the source and the inputs.
+      The carry and the projection's gradient, then the gradients of the source and of
+      the inputs.
     """
-    sizes = begun.sizes
+    sizes = pass_.sizes
     (carry, d_kernel), (source, inputs, active) = carry, group
-    iterate = functools.partial(transform, on_cpu=begun.on_cpu)
-    if begun.operands.kernel is None:
+    iterate = functools.partial(transform, on_cpu=pass_.on_cpu)
+    if pass_.operands.kernel is None:
         carry, d_source, d_inputs = iterate(
             of_block,
             carry,
             source,
             inputs,
             sizes.block,
-            makes_successors=needs.logits,
+            writes_blocks=needs.logits,
         )
         return (carry, d_kernel), d_source, d_inputs
-    of_chunk = functools.partial(_chunk_gradient, begun, needs, of_block)
+    of_chunk = functools.partial(_chunk_gradient, pass_, needs, of_block)
     (carry, d_kernel, _), d_source, d_inputs = iterate(
         of_chunk,
-        (carry, d_kernel, _buffer(begun, needs, source)),
+        (carry, d_kernel, _buffer(pass_, needs, source)),
         source,
         (inputs, active),
         sizes.chunk,
-        makes_successors=needs.source,
+        writes_blocks=needs.source,
     )
     return (carry, d_kernel), d_source, d_inputs
 
 
 class _Needs(NamedTuple):
-    """What of a group of rows has a gradient.
+    """Which gradients of one objective are needed.
 
     Attributes:
       source: hidden states, or logits.
@@ -155,7 +156,7 @@ class _Needs(NamedTuple):
 
     @property
     def logits(self) -> bool:
-        """Whether the logits have one."""
+        """Whether the gradient of the logits is needed."""
         return self.source or self.kernel
 
 
@@ -166,13 +167,13 @@ def _groups(objectives, operands: Operands):
 
 
 def _masked(h, active):
-    """Hidden states with zeros for tokens that do not count, whatever they hold."""
+    """Zeroes the hidden states of masked tokens, which may hold NaN."""
     return jnp.where(active[..., None], h, jnp.zeros_like(h))
 
 
-def _no_sums(begun: Pass, objective, source, inputs) -> Sums:
-    """What the sums begin with: zeros, or nothing where one block is all there is."""
-    operands, sizes = begun.operands, begun.sizes
+def _no_sums(pass_: Pass, objective, source, inputs) -> Sums:
+    """Returns the initial sums: zeros, or nothing if there is a single block."""
+    operands, sizes = pass_.operands, pass_.sizes
     visited = [sizes.block] if operands.kernel is None else [sizes.chunk, sizes.block]
     if all(is_one_block(source, size) for size in visited):
         return {}
@@ -180,22 +181,22 @@ def _no_sums(begun: Pass, objective, source, inputs) -> Sums:
     def one_token(source, inputs):
         block, inputs = jax.tree.map(lambda x: x[0, :, :1], (source, inputs))
         if operands.kernel is not None:
-            block = begun.logits(block)
-        return begun.evaluate(objective, block, inputs, operands.bias, operands.shared)
+            block = pass_.logits(block)
+        return pass_.evaluate(objective, block, inputs, operands.bias, operands.shared)
 
     return _zeros(jax.eval_shape(one_token, source, inputs))
 
 
-def _block_gradient(begun: Pass, objective, needs: _Needs, whole, wanted, *block):
-    """The gradient of one block of logits: the carry, dz and what the inputs get."""
+def _block_gradient(pass_: Pass, objective, needs: _Needs, whole, wanted, *block):
+    """Computes the gradient of one block: the carry, dz, and that of the inputs."""
     carry, z, inputs = block
     sums, d_whole = carry
 
     def evaluate(given, whole, floats):
-        bias, shared = _refill(whole, (begun.operands.bias, begun.operands.shared))
+        bias, shared = _refill(whole, (pass_.operands.bias, pass_.operands.shared))
         inputs_again = _refill(floats, inputs)
         logits = replaced(z, given)
-        block_sums = begun.evaluate(objective, logits, inputs_again, bias, shared)
+        block_sums = pass_.evaluate(objective, logits, inputs_again, bias, shared)
         return {k: v for k, v in block_sums.items() if k in wanted}, block_sums
 
     of_interest, pull, block_sums = jax.vjp(
@@ -210,10 +211,10 @@ def _block_gradient(begun: Pass, objective, needs: _Needs, whole, wanted, *block
     return (_merge(sums, block_sums), d_whole), dz, d_inputs
 
 
-def _buffer(begun: Pass, needs: _Needs, source) -> Array | None:
-    """The buffer for a chunk's gradient of the logits; None where a block is one."""
-    kernel, sizes = begun.operands.kernel, begun.sizes
-    if kernel is None or begun.on_cpu or not needs.logits:
+def _buffer(pass_: Pass, needs: _Needs, source) -> Array | None:
+    """Allocates a chunk's gradient of the logits; None if a chunk is one block."""
+    kernel, sizes = pass_.operands.kernel, pass_.sizes
+    if kernel is None or pass_.on_cpu or not needs.logits:
         return None
     batch, length = source.shape[1:3]
     chunk = min(sizes.chunk, length)
@@ -224,17 +225,17 @@ def _buffer(begun: Pass, needs: _Needs, source) -> Array | None:
     return lax.empty(shape, source.dtype)
 
 
-def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
-    """The gradient of one chunk of hidden states."""
-    kernel, sizes = begun.operands.kernel, begun.sizes
+def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, given):
+    """Computes the gradient of one chunk of hidden states."""
+    kernel, sizes = pass_.operands.kernel, pass_.sizes
     (carry, d_kernel, buffer), (inputs, active) = carry, given
     h = _masked(h, active)
-    if begun.on_cpu:
-        carry, dz, d_inputs = _at_once(begun, needs, of_block, carry, h, inputs)
+    if pass_.on_cpu:
+        carry, dz, d_inputs = _at_once(pass_, needs, of_block, carry, h, inputs)
         rows = h
     else:
         carry, rows, dz, d_inputs = _by_blocks(
-            begun, of_block, (carry, buffer), h, inputs
+            pass_, of_block, (carry, buffer), h, inputs
         )
         buffer = None if buffer is None else dz
     dh = None
@@ -242,10 +243,10 @@ def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
         dh = jnp.einsum(
             "...v,dv->...d", dz, kernel, preferred_element_type=float_dtype()
         )
-        if begun.kernel.axis is not None:
-            dh = lax.psum(dh, begun.kernel.axis)
+        if pass_.kernel.axis is not None:
+            dh = lax.psum(dh, pass_.kernel.axis)
         dh = dh.astype(h.dtype)
-        if not begun.on_cpu:
+        if not pass_.on_cpu:
             dh = dh.reshape(*dh.shape[:1], h.shape[0], -1, h.shape[-1])
             dh = join_rows(dh, h.shape, dh.shape[2])
     if needs.kernel:
@@ -253,46 +254,46 @@ def _chunk_gradient(begun: Pass, needs: _Needs, of_block, carry, h, given):
     return (carry, d_kernel, buffer), dh, d_inputs
 
 
-def _at_once(begun: Pass, needs: _Needs, of_block, carry, h, inputs):
-    """Makes the logits of a chunk, then their gradient a block at a time.
+def _at_once(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
+    """Computes the logits of a chunk, then their gradient a block at a time.
 
     Returns:
       The carry, the logits' gradient [B, C, V], and the inputs'.
     """
-    z = begun.project(h)
+    z = pass_.project(h)
     z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
     carry, dz, d_inputs = transform(
         of_block,
         carry,
         z,
         inputs,
-        begun.sizes.block,
-        makes_successors=needs.logits,
+        pass_.sizes.block,
+        writes_blocks=needs.logits,
         on_cpu=True,
     )
     dz = None if dz is None else dz[0].astype(h.dtype)
     return carry, dz, jax.tree.map(lambda x: x[0], d_inputs)
 
 
-def _by_blocks(begun: Pass, of_block, carry, h, inputs):
-    """Makes a block of logits and their gradient at a time.
+def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
+    """Computes the logits and their gradient a block at a time.
 
-    Only the gradient exists for a whole chunk, once, in the operands' dtype.
+    Only the gradient exists for a whole chunk, in the operands' dtype.
 
     Returns:
-      The carry, the hidden states and their logits' gradient by blocks of one token
-      after the other, [n, B·c, ·], and the inputs' gradient.
+      The carry, the hidden states and the logits' gradient in flattened blocks
+      [n, B·c, ·], and the inputs' gradient.
     """
-    size = min(begun.sizes.block, h.shape[1])
+    size = min(pass_.sizes.block, h.shape[1])
     parts = split_rows((h, inputs), h.shape, size)
 
     def step(state, item):
         carry, written = state
         index, h, inputs = item
-        carry, dz, d_inputs = of_block(carry, begun.logits(h), inputs)
+        carry, dz, d_inputs = of_block(carry, pass_.logits(h), inputs)
         if dz is not None:
             dz = dz.reshape(-1, dz.shape[-1]).astype(h.dtype)
-            dz = (lay_by_columns(dz) if begun.by_columns else dz)[None]
+            dz = (lay_by_columns(dz) if pass_.by_columns else dz)[None]
             if written is not None:
                 dz = lax.dynamic_update_slice_in_dim(written, dz, index, 0)
         return (carry, dz), d_inputs
@@ -304,19 +305,19 @@ def _by_blocks(begun: Pass, of_block, carry, h, inputs):
     else:
         index = jnp.arange(parts[0].shape[0], dtype=jnp.int32)
         (carry, dz), d_inputs = lax.scan(step, carry, (index, *parts))
-    if parts[0].shape[0] > 1 or not begun.may_round:
-        # Otherwise both products would make it again out of the logits.
+    if parts[0].shape[0] > 1 or not pass_.may_round:
+        # Otherwise each of the two products would recompute it from the logits.
         dz = lax.optimization_barrier(dz)
     rows = parts[0].reshape(len(parts[0]), -1, h.shape[-1])
     return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
 
 def _add_product(d_kernel, h, dz, parts: int):
-    """Adds hᵀ·dz, by parts of D so that little exists besides the sum."""
+    """Adds hᵀ·dz to the sum, in parts of D so that the product needs little memory."""
     width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
 
     def product(part):
-        # Not reshaped to one axis: XLA could not share that among devices.
+        # Not flattened to one axis, which XLA could not shard.
         tokens = tuple(range(dz.ndim - 1))
         over_tokens = ((tokens, tokens), ((), ()))
         return lax.dot_general(
@@ -344,12 +345,12 @@ def _merge(a: Sums, b: Sums) -> Sums:
 
 
 def _only(needed, tree):
-    """The tree with None in place of every array whose gradient is not needed."""
+    """Replaces every array whose gradient is not needed by None."""
     return jax.tree.map(lambda is_needed, x: x if is_needed else None, needed, tree)
 
 
 def _refill(floats, tree):
-    """Puts the arrays of `tree` where `floats` has None."""
+    """Fills the places where `floats` has None with the arrays of `tree`."""
     return jax.tree.map(
         lambda f, x: x if f is None else f, floats, tree, is_leaf=lambda x: x is None
     )

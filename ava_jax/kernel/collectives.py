@@ -1,9 +1,9 @@
-"""What the shards of a vocabulary tell each other: a few numbers per token.
+"""Collectives over the shards of a vocabulary: a few numbers per token.
 
 Inside `jax.shard_map` each device holds a slice of the vocabulary's columns. One
-`all_gather` of the largest logits and one `psum` of the stacked sums make the numbers
-of whole rows out of those of the slices. With `axis=None` the slice is all there is,
-and every function returns what it was given.
+`all_gather` of the row maxima and one `psum` of the stacked sums turn the numbers of
+the slices into those of whole rows. With `axis=None` the slice is the whole row, and
+every function returns its argument.
 """
 
 from typing import NamedTuple, TypeVar
@@ -18,23 +18,23 @@ from ava_jax.reduce import as_float
 Tree = TypeVar("Tree")
 
 
-class Largest(NamedTuple):
-    """The largest logit of each whole row.
+class RowMax(NamedTuple):
+    """The global maximum of each row's logits.
 
     Attributes:
-      largest: the logit.
-      second: the largest one of the others; None if it was not asked for.
-      is_here: whether it is among this shard's columns, the first ones if several are
-        equal; None where there are no other shards.
+      largest: the largest logit.
+      second: the second largest logit; None if it was not requested.
+      is_local: whether `largest` is among this shard's columns; if several shards hold
+        that value, it belongs to the first. None without other shards.
     """
 
     largest: Float[Array, "*n"]
     second: Float[Array, "*n"] | None
-    is_here: Bool[Array, "*n"] | None
+    is_local: Bool[Array, "*n"] | None
 
 
 def num_shards(axis: str | None) -> int:
-    """Returns in how many slices the vocabulary falls."""
+    """Returns the number of the vocabulary's shards."""
     return 1 if axis is None else lax.axis_size(axis)
 
 
@@ -43,36 +43,37 @@ def first_id(axis: str | None, width: int) -> int | Int[Array, ""]:
     return 0 if axis is None else lax.axis_index(axis).astype(jnp.int32) * width
 
 
-def find_largest(
+def global_row_max(
     axis: str | None, largest: Float[Array, "*n"], second: Float[Array, "*n"] | None
-) -> Largest:
-    """Finds the whole rows' largest logits from those of the slices."""
+) -> RowMax:
+    """Computes the global row maxima from the local ones."""
     if axis is None:
-        return Largest(largest, second, None)
-    told = [x for x in (largest, second) if x is not None]
-    gathered = lax.all_gather(jnp.stack(told), axis, axis=1)
+        return RowMax(largest, second, None)
+    local = [x for x in (largest, second) if x is not None]
+    gathered = lax.all_gather(jnp.stack(local), axis, axis=1)
     owner = jnp.argmax(gathered[0], 0)
     top = jnp.max(gathered[0], 0)
-    is_here = owner == lax.axis_index(axis).astype(owner.dtype)
+    is_local = owner == lax.axis_index(axis).astype(owner.dtype)
     if second is None:
-        return Largest(top, None, is_here)
+        return RowMax(top, None, is_local)
     shard = lax.broadcasted_iota(owner.dtype, gathered[0].shape, 0)
     others = jnp.where(shard == owner, gathered[1], gathered[0])
-    return Largest(top, jnp.max(others, 0), is_here)
+    return RowMax(top, jnp.max(others, 0), is_local)
 
 
-def largest_anywhere(axis: str | None, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns the largest of the slices' numbers."""
+def max_over_shards(axis: str | None, x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns the elementwise maximum over the shards."""
     return x if axis is None else lax.pmax(x, axis)
 
 
 def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
-    """Adds up the slices' numbers, stacked into one collective.
+    """Sums arrays over the shards, stacked into one collective.
 
     Args:
-      axis: the vocabulary's axis.
-      sums: arrays with the same `lead` leading axes; integers below 2²⁴.
-      lead: how many axes tokens have.
+      axis: the vocabulary's mesh axis.
+      sums: a pytree of arrays with the same `lead` leading axes; integers among them
+        must be below 2²⁴.
+      lead: the number of token axes.
     """
     if axis is None:
         return sums
@@ -86,23 +87,23 @@ def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
 
 
 def add_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
-    """Adds up one number over the slices."""
+    """Sums one number over the shards."""
     return x if axis is None else lax.psum(x, axis)
 
 
-def merge_rest(
-    axis: str | None, pivot: Float[Array, "*n"], rest: Float[Array, "*n"]
+def merge_shifted_sums(
+    axis: str | None, shift: Float[Array, "*n"], exp_sum: Float[Array, "*n"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Adds up the slices' sums `exp(pivot)·rest`, which may be too small for a float.
+    """Adds up the shards' sums `exp(shift)·exp_sum`, which may underflow.
 
     Returns:
-      What the sum is relative to, the largest of the slices' pivots, and the sum.
+      The largest of the shards' shifts, and the sum relative to it.
     """
     if axis is None:
-        return pivot, rest
-    pivots, rests = lax.all_gather(jnp.stack([pivot, rest]), axis, axis=1)
-    known = rests > 0
-    pivot = jnp.max(jnp.where(known, pivots, -jnp.inf), 0)
-    pivot = jnp.where(pivot == -jnp.inf, jnp.zeros_like(pivot), pivot)
-    scaled = jnp.where(known, rests * jnp.exp(pivots - pivot), jnp.zeros_like(rests))
-    return pivot, jnp.sum(scaled, 0)
+        return shift, exp_sum
+    shifts, sums = lax.all_gather(jnp.stack([shift, exp_sum]), axis, axis=1)
+    known = sums > 0
+    shift = jnp.max(jnp.where(known, shifts, -jnp.inf), 0)
+    shift = jnp.where(shift == -jnp.inf, jnp.zeros_like(shift), shift)
+    scaled = jnp.where(known, sums * jnp.exp(shifts - shift), jnp.zeros_like(sums))
+    return shift, jnp.sum(scaled, 0)

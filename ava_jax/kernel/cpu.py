@@ -1,8 +1,9 @@
-"""The kernel for processors: a block of logits fits the caches.
+"""The kernel for CPUs: a block of logits fits the caches.
 
-A row is read as up to 128 equal parts. Their maxima give the largest logit; the first
-index of it, the second largest and the sum of all other exponentials then look at the
-one part it lies in. The logits are read from memory once and exponentiated once.
+A row is read as up to 128 segments of equal length, whose maxima give the row max. Its
+first index, the second largest logit and the sum of all other exponentials then need
+only the one segment that holds it. The logits are read from memory once and
+exponentiated once.
 """
 
 from typing import Any, NamedTuple
@@ -11,33 +12,33 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ava_jax.kernel.collectives import Largest, add_up, find_largest, first_id
+from ava_jax.kernel.collectives import RowMax, add_up, first_id, global_row_max
 from ava_jax.kernel.gradient import bounded, exponentials, gradient_of_logits
 from ava_jax.kernel.logits import column_ids, pick_all, possible_logits
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import RowSums, summarize
 from ava_jax.reduce import as_float
 
-# Below this the other classes' exponentials would leave float32's range.
+# Below this, the exponentials of the other classes would leave float32's range.
 _FAR = -60.0
 
 
-class _Peak(NamedTuple):
-    """The largest logit of each row and its part of the row.
+class _LocalMax(NamedTuple):
+    """The maximum of each row's local columns, and its segment of the row.
 
     Attributes:
-      largest: the logit.
+      largest: the largest logit.
       top: its column.
-      segment: the part it lies in.
-      second: the largest one of the others.
-      beside: the others of its part.
+      segment: the index of its segment.
+      second: the second largest logit.
+      others: its segment, with −inf in its place.
     """
 
     largest: Float[Array, "*n"]
     top: Int[Array, "*n"]
     segment: Int[Array, "*n"]
     second: Float[Array, "*n"]
-    beside: Float[Array, "*n L"]
+    others: Float[Array, "*n L"]
 
 
 def reduce(
@@ -46,44 +47,43 @@ def reduce(
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
 ) -> TokenStats:
-    """Computes the statistics of a block, see `token_statistics`."""
+    """Computes the statistics of a block; see `token_statistics`."""
     axis = vocabulary.axis
     z = possible_logits(vocabulary, logits)
-    peak = _find_peak(z)
-    asked = peak.second if query.complements else None
-    largest = find_largest(axis, peak.largest, asked)
-    exists = largest.largest != -jnp.inf
+    local = _local_max(z)
+    second = local.second if query.log_one_minus_p else None
+    row_max = global_row_max(axis, local.largest, second)
+    exists = row_max.largest != -jnp.inf
     if not vocabulary.finite:
         exists &= query.active
-    shift = jnp.where(exists, largest.largest, jnp.zeros_like(largest.largest))
-    pivot = jnp.zeros_like(shift)
-    if largest.second is not None:
-        second = largest.second - shift
-        far = (second < _FAR) & (second != -jnp.inf)
-        pivot = jnp.where(far, second, pivot)
+    shift = jnp.where(exists, row_max.largest, jnp.zeros_like(row_max.largest))
+    second_shift = _second_shift(row_max, shift)
     relative = z - shift[..., None]
-    e = exponentials(relative, pivot, query.complements)
+    e = exponentials(relative, second_shift, query.log_one_minus_p)
     possible = z != -jnp.inf
     sums: dict[str, Any] = {
         "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
         "count": jnp.sum(as_float(possible), -1),
-        "expected": jnp.exp(pivot) * jnp.sum(e * bounded(relative), -1),
-        "top": _top_id(axis, peak, largest, z.shape[-1]),
-        "every": None,
-        "rest": None,
+        "expected": jnp.exp(second_shift) * jnp.sum(e * bounded(relative), -1),
+        "top": _top_id(axis, local, row_max, z.shape[-1]),
+        "exp_sum": None,
+        "second_exp_sum": None,
         "tempered": None,
     }
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
-    if query.complements:
-        sums["rest"] = _rest(peak, largest, shift, pivot, e)
+    if query.log_one_minus_p:
+        sums["second_exp_sum"] = _sum_without_top(
+            local, row_max, shift, second_shift, e
+        )
     else:
-        sums["every"] = jnp.sum(_split(e), (-2, -1))
+        sums["exp_sum"] = jnp.sum(_split(e), (-2, -1))
     if temperature is not None:
         cooled = jnp.exp(relative * (1 / temperature))
         sums["tempered"] = jnp.sum(_split(cooled), (-2, -1))
     added = add_up(axis, sums, shift.ndim)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
-    return summarize(RowSums(shift=shift, pivot=pivot, **added), query, given)
+    row_sums = RowSums(shift=shift, second_shift=second_shift, **added)
+    return summarize(row_sums, query, given)
 
 
 def logits_gradient(
@@ -96,7 +96,7 @@ def logits_gradient(
     tempered: bool,
     of_temperature: bool,
 ) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
-    """Computes the cotangents of logits and temperature; single ids are scattered."""
+    """Computes the cotangents of logits and temperature; ids are scattered to."""
     return gradient_of_logits(
         vocabulary,
         logits,
@@ -111,7 +111,7 @@ def logits_gradient(
 
 
 def scatter_add(grad: Array, columns: Array, values: Array) -> Array:
-    """Adds values [..., Q] to grad [..., W] at those columns that it has."""
+    """Adds values [..., Q] to grad [..., W] at the columns within range."""
     return grad.at[_indices(columns)].add(values, mode="drop")
 
 
@@ -128,7 +128,7 @@ def _indices(columns):
 
 
 def _num_segments(width: int) -> int:
-    """How many equal parts a row falls into; what is found per part is small."""
+    """Returns the number of equal segments of a row."""
     count = 1
     while width % (2 * count) == 0 and count < 128 and width // (2 * count) >= 64:
         count *= 2
@@ -139,45 +139,58 @@ def _split(z):
     return z.reshape(*z.shape[:-1], _num_segments(z.shape[-1]), -1)
 
 
-def _find_peak(z) -> _Peak:
-    """Reads the logits once: all but the maxima per part looks at one part only."""
-    parts = _split(z)
-    maxima = jnp.max(parts, -1)
+def _local_max(z) -> _LocalMax:
+    """Finds the row max and the second largest logit in one read of the logits."""
+    segments = _split(z)
+    maxima = jnp.max(segments, -1)
     segment = jnp.argmax(maxima, -1).astype(jnp.int32)
-    own = jnp.take_along_axis(parts, segment[..., None, None], -2)[..., 0, :]
+    own = jnp.take_along_axis(segments, segment[..., None, None], -2)[..., 0, :]
     largest = jnp.max(maxima, -1)
-    here = own == largest[..., None]
-    offset = jnp.min(jnp.where(here, column_ids(own), own.shape[-1]), -1)
-    beside = jnp.where(column_ids(own) == offset[..., None], -jnp.inf, own)
+    is_largest = own == largest[..., None]
+    offset = jnp.min(jnp.where(is_largest, column_ids(own), own.shape[-1]), -1)
+    others = jnp.where(column_ids(own) == offset[..., None], -jnp.inf, own)
     elsewhere = jnp.where(column_ids(maxima) == segment[..., None], -jnp.inf, maxima)
-    return _Peak(
+    return _LocalMax(
         largest=largest,
         top=segment * own.shape[-1] + offset,
         segment=segment,
-        second=jnp.maximum(jnp.max(beside, -1), jnp.max(elsewhere, -1)),
-        beside=beside,
+        second=jnp.maximum(jnp.max(others, -1), jnp.max(elsewhere, -1)),
+        others=others,
     )
 
 
-def _rest(peak: _Peak, whole: Largest, shift, pivot, exponentials):
-    """Sums all exponentials but the largest logit's, without cancellation."""
+def _second_shift(row_max: RowMax, shift):
+    """Returns the second largest logit where the others would underflow, else 0."""
+    zero = jnp.zeros_like(shift)
+    if row_max.second is None:
+        return zero
+    second = row_max.second - shift
+    underflows = (second < _FAR) & (second != -jnp.inf)
+    return jnp.where(underflows, second, zero)
 
-    def relative(logits):
-        return jnp.exp(jnp.minimum(logits - shift[..., None] - pivot[..., None], 0))
+
+def _sum_without_top(
+    local: _LocalMax, row_max: RowMax, shift, second_shift, exponentials
+):
+    """Sums all exponentials except that of the row max, without cancellation."""
+
+    def exp(logits):
+        shifted = logits - shift[..., None] - second_shift[..., None]
+        return jnp.exp(jnp.minimum(shifted, 0))
 
     sums = jnp.sum(_split(exponentials), -1)
-    is_own = column_ids(sums) == peak.segment[..., None]
-    others = jnp.where(is_own, jnp.zeros_like(sums), sums)
-    rest = jnp.sum(others, -1) + jnp.sum(relative(peak.beside), -1)
-    if whole.is_here is None:
-        return rest
-    own = relative(peak.largest[..., None])[..., 0]
-    return jnp.where(whole.is_here, rest, rest + own)
+    is_own = column_ids(sums) == local.segment[..., None]
+    elsewhere = jnp.where(is_own, jnp.zeros_like(sums), sums)
+    total = jnp.sum(elsewhere, -1) + jnp.sum(exp(local.others), -1)
+    if row_max.is_local is None:
+        return total
+    of_largest = exp(local.largest[..., None])[..., 0]
+    return jnp.where(row_max.is_local, total, total + of_largest)
 
 
-def _top_id(axis, peak: _Peak, whole: Largest, width: int):
-    """The id of the row's largest logit, 0 on the shards that do not hold it."""
-    if whole.is_here is None:
-        return peak.top
-    top = peak.top + first_id(axis, width)
-    return jnp.where(whole.is_here, top, jnp.zeros_like(top))
+def _top_id(axis, local: _LocalMax, row_max: RowMax, width: int):
+    """Returns the id of the row max, and 0 on the shards that do not hold it."""
+    if row_max.is_local is None:
+        return local.top
+    top = local.top + first_id(axis, width)
+    return jnp.where(row_max.is_local, top, jnp.zeros_like(top))

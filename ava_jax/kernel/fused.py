@@ -1,8 +1,8 @@
-"""The one pass over all tokens, from logits or from hidden states.
+"""The pass over all tokens, from logits or from hidden states.
 
-Its gradient is taken in the forward pass, see `chunks`; only the derivative of the loop
-is written by hand here. On a mesh every device iterates over its own tokens and its own
-slice of the vocabulary.
+Its gradient is computed in the forward pass, see `chunks`; only the derivative of the
+loop is written by hand, in this module. On a mesh, every device iterates over its own
+tokens and its own slice of the vocabulary.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ from ava_jax.kernel.sizes import choose_sizes, fuses_gradient
 from ava_jax.kernel.stats import Kernel
 from ava_jax.reduce import as_float, float_dtype
 
-# As precise as the exponentials that may then be kept in place of logits.
+# As precise as the exponentials that may be saved instead of the logits.
 ROUNDED_OPERANDS = "bfloat16"
 
 
 class Plan(NamedTuple):
-    """How a pass goes: the static facts besides what it computes.
+    """The static options of a pass.
 
     Attributes:
-      batch: rows of one device, B.
-      length: tokens per row of one device, S.
-      width: logits per token of one device.
-      itemsize: bytes of a hidden state.
+      batch: rows per device, B.
+      length: tokens per row and device, S.
+      width: logits per token and device.
+      itemsize: bytes of a hidden state's element.
       chunk: the user's choice of `Sizes.chunk`.
       block: the user's choice of `Sizes.block`.
-      implementation: of the kernel; None leaves it to the platform.
-      layout: how tokens and vocabulary lie on a mesh; None leaves that to XLA.
+      implementation: the kernel's; None selects it by platform.
+      layout: how tokens and vocabulary are sharded; None leaves that to XLA.
     """
 
     batch: int
@@ -54,14 +54,14 @@ class Plan(NamedTuple):
     layout: Layout | None = None
 
     def run(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """Calls `function(target, *operands)` for the platform."""
+        """Calls `function(target, *operands)` with the target of the platform."""
         platform = None if self.layout is None else platform_of(self.layout.mesh)
         return by_platform(self.implementation, platform, function, *operands)
 
 
-def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
+def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     axis = None if plan.layout is None else plan.layout.vocab_axis
-    # Masked hidden states are zeros; logits that are given, or a bias, may hold −inf.
+    # Masked hidden states are zeros; but given logits, or a bias, may hold −inf.
     is_finite = operands.kernel is not None and operands.bias is None
     choose = functools.partial(
         choose_sizes,
@@ -74,17 +74,17 @@ def _begin(plan: Plan, target: Target, operands: Operands) -> Pass:
         chunk=plan.chunk,
         block=plan.block,
     )
-    begun = Pass(operands, Kernel(axis, is_finite, target.implementation), choose())
+    pass_ = Pass(operands, Kernel(axis, is_finite, target.implementation), choose())
     if not is_finite or target.implementation != "xla":
-        return begun
+        return pass_
     assert operands.kernel is not None
     by_columns = target.platform == "tpu"
     sample = sample_columns(operands.kernel, by_columns=by_columns)
-    begun = begun._replace(sample=sample, by_columns=by_columns)
+    pass_ = pass_._replace(sample=sample, by_columns=by_columns)
     if not by_columns or operands.kernel.dtype != ROUNDED_OPERANDS:
-        return begun
+        return pass_
     is_one_block = fuses_gradient(operands.kernel.shape[0])
-    return begun._replace(rounded_sizes=choose(is_one_block=is_one_block))
+    return pass_._replace(rounded_sizes=choose(is_one_block=is_one_block))
 
 
 def token_sums(
@@ -93,17 +93,17 @@ def token_sums(
     coefficients: Mapping[str, Float[Array, "..."]],
     plan: Plan,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Sums functions of the logits, which from hidden states never exist whole.
+    """Sums functions of the logits; from hidden states, the logits never exist whole.
 
-    `total = Σ_name coefficients[name] · sums[name]`. Its gradient is taken in the
-    forward pass: 6·N·D·V flops from hidden states, 2·N·D·V if nothing is
-    differentiated. A gradient through `sums` is exact too, but runs the pass again.
+    `total = Σ_name coefficients[name] · sums[name]`. Its gradient is computed in the
+    forward pass: 6·N·D·V flops from hidden states, 2·N·D·V without differentiation. A
+    gradient through `sums` is exact as well, but runs the pass again.
 
     Args:
-      objectives: one per source; sums of the same name add up.
+      objectives: one per source; sums of the same name are added.
       operands: the arrays; ids and masks among them have no gradient.
       coefficients: the weight of each sum in `total`.
-      plan: how the pass goes.
+      plan: the static options.
 
     Returns:
       The total and the sums.
@@ -171,7 +171,7 @@ def _weigh(coefficients: Mapping[str, Array], sums: Sums) -> Float[Array, ""]:
 
 
 def _with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
-    """Pads the vocabulary so that every device gets as many columns."""
+    """Pads the vocabulary so that every device holds equally many columns."""
     kernel, bias = operands.kernel, operands.bias
     width = (operands.sources[0] if kernel is None else kernel).shape[-1]
     missing = 0 if layout is None else -width % layout.vocab_shards
@@ -190,7 +190,7 @@ def _with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
 def _specs(
     layout: Layout, operands: Operands, *, of_gradients: bool = False
 ) -> Operands:
-    """Where the operands, or their gradients, lie."""
+    """Returns the partition specs of the operands or of their gradients."""
     columns, kernel = layout.vocab_axis, operands.kernel
     rows = ()
     if of_gradients and kernel is not None:
@@ -208,11 +208,11 @@ def _specs(
 
 
 def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
-    """The forward pass alone."""
+    """Computes the sums in a forward pass without a gradient."""
     layout = plan.layout
 
     def run(target, operands):
-        return local_sums(objectives, _begin(plan, target, operands))
+        return local_sums(objectives, _make_pass(plan, target, operands))
 
     if layout is None:
         return plan.run(run, operands)
@@ -224,12 +224,12 @@ def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
 
 
 def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums):
-    """The forward pass and, in the same loop, the gradient of Σ wanted · sums.
+    """Computes the sums and, in the same loop, the gradient of Σ wanted · sums.
 
     Args:
       objectives: as for `token_sums`.
-      plan: likewise.
-      needed: for each of the operands whether its gradient is.
+      plan: as for `token_sums`.
+      needed: for each operand, whether its gradient is needed.
       operands: as for `token_sums`.
       wanted: the cotangents of the sums.
     """
@@ -237,15 +237,15 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
 
     def run(target, operands, wanted):
         return local_gradients(
-            objectives, _begin(plan, target, operands), needed, wanted
+            objectives, _make_pass(plan, target, operands), needed, wanted
         )
 
     def on_this_device(operands, wanted):
         if operands.kernel is None:
             sums, own = plan.run(run, operands, wanted)
             return _over_tokens(layout, operands, sums, own)
-        # The logits' gradient is cast to the operands' dtype: at the scale of the
-        # weights, often 1e-6 and less, float16 would lose it.
+        # The logits' gradient is cast to the operands' dtype. At the scale of the
+        # weights, often 1e-6 and less, it would underflow in float16.
         scale = _largest(wanted)
         scaled = jax.tree.map(lambda c: c / scale, wanted)
         sums, own = plan.run(run, operands, scaled)
@@ -255,7 +255,7 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
         return on_this_device(operands, wanted)
     specs = _specs(layout, operands), _specs(layout, operands, of_gradients=True)
     if operands.kernel is not None:
-        # Or XLA gathers the projection before the model makes the hidden states.
+        # Otherwise XLA gathers the projection before the model's forward pass.
         sources, kernel = optimization_barrier((operands.sources, operands.kernel))
         operands = dataclasses.replace(operands, sources=sources, kernel=kernel)
     run_on_all = layout.run(on_this_device, (specs[0], P()), (P(), specs[1]))
@@ -263,11 +263,11 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
 
 
 def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=None):
-    """Adds up what the devices that share the tokens have; finishes the gradients.
+    """Sums over the devices that the tokens are sharded over; finishes the gradients.
 
-    They get their scale and the operands' dtypes here, before anybody keeps them;
-    those of float16 stay float32 until the cotangent of the total, which may scale the
-    loss, has joined them.
+    The gradients get their scale and the operands' dtypes here, before they are saved.
+    Those of float16 stay float32 until they are multiplied by the cotangent of the
+    total, which may be a loss scale.
     """
 
     def scaled(g, dtype):
@@ -288,13 +288,13 @@ def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=Non
         return sums, own
     dtype = operands.kernel.dtype
     kernel = layout.over_tokens_by_rows(kernel, lambda part: scaled(part, dtype))
-    # Or XLA keeps what is to be added up, whole, until the model has its gradients.
+    # Otherwise XLA keeps the unreduced gradient until the model's backward pass ends.
     sources, kernel = optimization_barrier((own.sources, kernel))
     return sums, dataclasses.replace(own, sources=sources, kernel=kernel)
 
 
 def _largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:
-    """The largest magnitude among the coefficients; 1 if all of them are 0."""
+    """Returns the largest magnitude among the coefficients; 1 if all are 0."""
     magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()]
     largest = jnp.max(jnp.stack(magnitudes))
     return jnp.where(largest > 0, largest, jnp.ones_like(largest))

@@ -1,4 +1,4 @@
-"""The gradient of the logits: one expression over a block, for all implementations."""
+"""The gradient of the logits: one expression per block, for all implementations."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from ava_jax.kernel.logits import (
 )
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 
-# Adds values [..., Q] to, or sets values [...] in, an array [..., W] at columns.
+# Adds values [..., Q] to an array [..., W] at columns, or sets values [...] there.
 Put = Callable[[Array, Array, Array], Array]
 
 
 def is_zero_cotangent(cotangent: object) -> bool:
-    """Says whether a cotangent is known, while tracing, to be zero."""
+    """Returns whether a cotangent is known to be zero at trace time."""
     return cotangent is None or isinstance(cotangent, SymbolicZero)
 
 
@@ -40,19 +40,19 @@ def gradient_of_logits(
     add: Put,
     put: Put,
 ) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
-    """Computes the cotangents of the logits, and of the temperature if it is wanted.
+    """Computes the cotangents of the logits and, on request, of the temperature.
 
-    `e·(a + b·(z − shift)) + c·e_T + d` with one a, b, c and d per token, its value at
-    the largest logit, and what reaches single ids.
+    `e·(a + b·(z − shift)) + c·e_T + d` with one a, b, c and d per token; the value at
+    the largest logit is set separately, and the cotangents of single ids are added.
 
     Args:
       vocabulary: the static facts.
       logits: the block.
-      query: what `stats` answers.
+      query: the query of `stats`.
       stats: from `reduce`.
       cotangents: of the stats; None where they are known to be zero.
       tempered: whether the temperature can differ from 1.
-      of_temperature: whether its cotangent is wanted.
+      of_temperature: whether to compute the temperature's cotangent.
       add: adds values at the columns of ids.
       put: replaces the value at one column.
 
@@ -62,7 +62,7 @@ def gradient_of_logits(
     cotangents = of_active(cotangents, query.active, tempered=tempered)
     z = possible_logits(vocabulary, logits)
     relative = z - stats.shift[..., None]
-    e = exponentials(relative, stats.pivot, query.complements)
+    e = exponentials(relative, stats.second_shift, query.log_one_minus_p)
     is_finite = vocabulary.finite and not has_padding(vocabulary, z.shape[-1])
     grad, at_top = through_sums(e, relative, stats, cotangents, is_finite=is_finite)
     temperature = None
@@ -71,13 +71,13 @@ def gradient_of_logits(
             vocabulary, query, relative, stats, cotangents
         )
     grad = _where_possible(vocabulary, z, query, grad)
-    if query.complements:
+    if query.log_one_minus_p:
         top = columns_of(vocabulary.axis, stats.top, z.shape[-1])
         exists = stats.count > 0
         grad = put(grad, top, jnp.where(exists, at_top, jnp.zeros_like(at_top)))
-    picks = cotangents_of_picks(query, stats, cotangents)
-    if picks is not None:
-        ids, values = picks
+    at_ids = cotangents_at_ids(query, stats, cotangents)
+    if at_ids is not None:
+        ids, values = at_ids
         grad = add(grad, columns_of(vocabulary.axis, ids, grad.shape[-1]), values)
     grad = _through_soft_cap(vocabulary, z, query, grad)
     if of_temperature and not is_zero_cotangent(cotangents.temperature):
@@ -87,7 +87,7 @@ def gradient_of_logits(
 
 
 def _through_temperature(vocabulary: Vocabulary, query, relative, stats, cotangents):
-    """The temperature's cotangent through the tempered sums."""
+    """Computes the temperature's cotangent through the tempered sums."""
     of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
     moments = jnp.exp(relative * (1 / stats.temperature)) * bounded(relative)
     mean = of_sum * jnp.sum(moments, -1)
@@ -96,13 +96,13 @@ def _through_temperature(vocabulary: Vocabulary, query, relative, stats, cotange
 
 
 def of_active(cotangents: TokenStats, active: Array, *, tempered: bool) -> TokenStats:
-    """Returns cotangents with zeros for inactive tokens.
+    """Returns the cotangents with zeros for masked tokens.
 
     Args:
       cotangents: None where they are known to be zero.
-      active: tokens that count.
-      tempered: whether the temperature can differ from 1; if not, its sum's cotangent
-        joins that of the other sum.
+      active: marks the unmasked tokens.
+      tempered: whether the temperature can differ from 1; if not, the cotangent of the
+        tempered sum is added to that of the other sum.
     """
     if not tempered:
         cotangents = _at_temperature_one(cotangents)
@@ -117,35 +117,36 @@ def of_active(cotangents: TokenStats, active: Array, *, tempered: bool) -> Token
     return dataclasses.replace(cotangents, **jax.tree.map(keep, numbers))
 
 
-def exponentials(relative: Array, pivot: Array, complements: bool) -> Array:
-    """Returns exponentials of relative logits, to the pivot if that may not be 0.
+def exponentials(relative: Array, second_shift: Array, log_one_minus_p: bool) -> Array:
+    """Computes `exp(relative − second_shift)`; the second shift is 0 if not requested.
 
-    Where it is not, the largest logit's own exponential is not meant.
+    Where it is not 0, the value at the largest logit would overflow; it is clipped to 1
+    and must not be used.
     """
-    if complements:
-        relative = jnp.minimum(relative - pivot[..., None], 0)
+    if log_one_minus_p:
+        relative = jnp.minimum(relative - second_shift[..., None], 0)
     return jnp.exp(relative)
 
 
 def bounded(relative: Array) -> Array:
-    """Keeps −inf out of products with its exponential, 0."""
+    """Replaces −inf by a large negative number: its product with exp(−inf) is 0."""
     return jnp.maximum(relative, LOWEST)
 
 
 def _where_possible(vocabulary: Vocabulary, z, query: Query, grad):
-    """Zeros at impossible classes and in the rows of inactive tokens."""
+    """Zeroes the gradient at impossible classes and for masked tokens."""
     if not vocabulary.finite:
         kept = (z != -jnp.inf) & query.active[..., None]
     elif has_padding(vocabulary, z.shape[-1]):
         kept = z != -jnp.inf
     else:
-        # An inactive token has finite logits and cotangents of 0.
+        # A masked token has finite logits and cotangents of 0.
         return grad
     return jnp.where(kept, grad, jnp.zeros_like(grad))
 
 
 def _at_temperature_one(cotangents: TokenStats) -> TokenStats:
-    """`log_sum_tempered` is `log_sum` then; their cotangents add up."""
+    """Adds the cotangent of `log_sum_tempered`, which equals `log_sum`, to its own."""
     both = [
         c
         for c in (cotangents.log_sum, cotangents.log_sum_tempered)
@@ -166,14 +167,14 @@ def through_sums(
     """Computes the gradient through all sums over the vocabulary.
 
     Args:
-      e: what `exponentials` returns, [..., W].
-      relative: the logits, relative to the largest one.
+      e: from `exponentials`, [..., W].
+      relative: the logits relative to the largest one.
       stats: from `reduce`.
       cotangents: from `of_active`.
       is_finite: whether no logit is −inf.
 
     Returns:
-      The gradient, and what it is at the largest logit, where `e` may not be meant.
+      The gradient, and its value at the largest logit, where `e` may be clipped.
     """
     grad, at_top = _through_exponentials(e, relative, stats, cotangents, is_finite)
     if not is_zero_cotangent(cotangents.log_sum_tempered):
@@ -188,23 +189,24 @@ def through_sums(
 
 
 def _through_exponentials(e, relative, stats, cotangents: TokenStats, is_finite: bool):
-    """The gradient through `log_sum`, `log_rest_sum` and `expected`: e·(a + b·z).
+    """Computes the gradient through `log_sum`, `second_log_sum` and `expected`.
 
     Returns:
-      The gradient, and what it is at the largest logit, where e may not be meant.
+      The gradient `e·(a + b·z)`, and its value at the largest logit, where e may be
+      clipped.
     """
     zero = jnp.zeros_like(stats.log_sum)
-    scale = jnp.exp(stats.pivot - stats.log_sum)
+    scale = jnp.exp(stats.second_shift - stats.log_sum)
     of_p, slope, curve = zero, zero, None
     if not is_zero_cotangent(cotangents.log_sum):
         of_p += cotangents.log_sum
     if not is_zero_cotangent(cotangents.expected):
         of_p += cotangents.expected * (1 - stats.expected)
         curve = cotangents.expected * scale
-    of_rest, rest = cotangents.log_rest_sum, stats.log_rest_sum
-    if rest is not None and of_rest is not None and not is_zero_cotangent(of_rest):
-        known = rest > LOG_NOTHING
-        slope = of_rest * jnp.exp(-jnp.where(known, rest, zero))
+    given, second = cotangents.second_log_sum, stats.second_log_sum
+    if second is not None and given is not None and not is_zero_cotangent(given):
+        known = second > LOG_NOTHING
+        slope = given * jnp.exp(-jnp.where(known, second, zero))
         slope = jnp.where(known, slope, zero)
     factor = (slope + of_p * scale)[..., None]
     if curve is not None:
@@ -212,22 +214,22 @@ def _through_exponentials(e, relative, stats, cotangents: TokenStats, is_finite:
     return e * factor, of_p * jnp.exp(-stats.log_sum)
 
 
-def cotangents_of_picks(
+def cotangents_at_ids(
     query: Query, stats: TokenStats, cotangents: TokenStats
 ) -> tuple[Array, Array] | None:
-    """Returns ids and what reaches their logits, [..., Q]; None if nothing does."""
-    picks = [
+    """Returns ids and the cotangents of their logits, [..., Q]; None if all are 0."""
+    known = [
         (query.candidates[name], stats.candidates[name], cotangent)
         for name, cotangent in cotangents.candidates.items()
     ]
     target = cotangents.target
     if not is_zero_cotangent(target):
         of_target = query.targets[..., None], stats.target[..., None]
-        picks.append((*of_target, target[..., None]))
-    picks = [pick for pick in picks if not is_zero_cotangent(pick[2])]
-    if not picks:
+        known.append((*of_target, target[..., None]))
+    known = [entry for entry in known if not is_zero_cotangent(entry[2])]
+    if not known:
         return None
-    ids, logits, given = (jnp.concatenate(x, -1) for x in zip(*picks, strict=True))
+    ids, logits, given = (jnp.concatenate(x, -1) for x in zip(*known, strict=True))
     return ids, jnp.where(logits != -jnp.inf, given, jnp.zeros_like(given))
 
 

@@ -1,17 +1,17 @@
-"""Logits as every implementation reads them: capped, and −inf where no class is."""
+"""Reading logits, in every implementation: soft-capped, −inf where no class exists."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ava_jax.kernel.collectives import first_id, num_shards
 from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.reduce import as_float
 
-# 1 − p is 0 in any precision when no other class is possible; its logarithm stays
-# finite, so that a product with 0 is 0.
+# In place of log 0 where no other class is possible and 1 − p is 0: finite, so that its
+# product with 0 is 0.
 LOG_NOTHING = -1e30
-# Far below where an exponential is 0 in any precision.
+# Its exponential is 0 in any precision.
 LOWEST = -1e15
 
 
@@ -20,12 +20,12 @@ def possible_logits(
     logits: Float[Array, "*n W"],
     ids: Int[Array, "*n W"] | None = None,
 ) -> Float[Array, "*n W"]:
-    """Returns logits in the arithmetic dtype; −inf where a class is not possible.
+    """Returns soft-capped logits in the arithmetic dtype; −inf for impossible classes.
 
     Args:
       vocabulary: the soft-cap and which columns are classes.
-      logits: this shard's columns, or picked ones.
-      ids: the ids of picked logits; None if the logits are all columns.
+      logits: this shard's columns, or gathered ones.
+      ids: the ids of gathered logits; None if the logits are all columns.
     """
     return capped(vocabulary, raw_logits(vocabulary, logits, ids))
 
@@ -45,7 +45,7 @@ def raw_logits(
 
 
 def capped(vocabulary: Vocabulary, z: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Applies the soft-cap, which leaves −inf alone."""
+    """Applies the soft-cap; −inf stays −inf."""
     if vocabulary.soft_cap is None:
         return z
     soft = vocabulary.soft_cap * jnp.tanh(z / vocabulary.soft_cap)
@@ -53,22 +53,22 @@ def capped(vocabulary: Vocabulary, z: Float[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def has_padding(vocabulary: Vocabulary, width: int) -> bool:
-    """Says whether shards of that width have columns that are no classes."""
+    """Returns whether shards of that width have columns beyond the vocabulary."""
     return width * num_shards(vocabulary.axis) != vocabulary.size
 
 
 def is_class(vocabulary: Vocabulary, ids: Int[Array, "*n"]) -> Bool[Array, "*n"]:
-    """Says which ids are classes."""
+    """Marks the ids in `[0, V)`."""
     return (ids >= 0) & (ids < vocabulary.size)
 
 
-def column_ids(z: Float[Array, "*n W"]) -> Int[Array, "*n W"]:
+def column_ids(z: Shaped[Array, "*n W"]) -> Int[Array, "*n W"]:
     """Returns the column of every element."""
     return lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
 
 def columns_of(axis: str | None, ids: Int[Array, "*n"], width: int) -> Array:
-    """Returns the columns of ids on this shard; `width` where another has them."""
+    """Returns the columns of ids on this shard; `width` for ids of other shards."""
     if axis is None:
         return ids
     local = ids - first_id(axis, width)
@@ -81,13 +81,13 @@ def pick(
     ids: Int[Array, "*n Q"],
     shift: Float[Array, "*n"] | None = None,
 ) -> Float[Array, "*n Q"]:
-    """Returns logits at ids; 0 where another shard has them.
+    """Returns the logits at ids; 0 for ids of other shards.
 
     Args:
       vocabulary: the soft-cap and which ids are classes.
       logits: this shard's columns.
-      ids: any; −inf where they are no classes.
-      shift: what capped logits are relative to; None for raw ones.
+      ids: any integers; −inf for those outside `[0, V)`.
+      shift: subtracted from the soft-capped logits; None returns raw logits.
     """
     columns = columns_of(vocabulary.axis, ids, logits.shape[-1])
     picked = raw_logits(vocabulary, jnp.take_along_axis(logits, columns, -1), ids)
@@ -105,7 +105,7 @@ def pick_all(
     shift: Float[Array, "*n"],
     query: Query,
 ) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n Q"]]]:
-    """Returns the relative logits of targets and candidates, picked in one gather."""
+    """Returns the relative logits of targets and candidates from one gather."""
     return by_query(query, pick(vocabulary, logits, ids_of(query), shift))
 
 
@@ -119,7 +119,7 @@ def ids_of(query: Query) -> Int[Array, "*n _"]:
 def by_query(
     query: Query, picked: Float[Array, "*n _"]
 ) -> tuple[Float[Array, "*n"], dict[str, Float[Array, "*n _"]]]:
-    """Splits what belongs to `ids_of(query)` into the targets' and the candidates'."""
+    """Splits values at `ids_of(query)` into the targets' and the candidates'."""
     named = list(query.candidates.items())
     ends = [1]
     for _, candidates in named:

@@ -1,4 +1,4 @@
-"""What a pass over tokens is made of: its arrays, its functions, how it goes."""
+"""The parts of a pass over the tokens: objectives, arrays, static options."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -29,19 +29,19 @@ class Objective(Protocol):
         kernel: Kernel,
         /,
     ) -> Sums:
-        """Returns the sums.
+        """Computes the sums.
 
         Args:
           logits: the block, [B, C, V].
-          inputs: its tokens', a pytree of [B, C, ...] arrays.
-          rows: what its rows know of all their tokens.
-          shared: what every block sees whole.
-          kernel: how the block is reduced.
+          inputs: of the block's tokens, a pytree of [B, C, ...] arrays.
+          rows: `Operands.rows`.
+          shared: `Operands.shared`.
+          kernel: how to reduce the block.
         """
         ...
 
     def num_ids(self, inputs: Any, rows: Any, /) -> int | None:
-        """Returns how many ids of a token it asks for; None for the logits as such."""
+        """Returns how many ids it queries per token; None if it needs all logits."""
         ...
 
 
@@ -52,12 +52,12 @@ class Operands:
     Attributes:
       sources: per objective, hidden states [G, B, S, D] or, without a kernel, logits.
       inputs: per objective, a pytree of [G, B, S, ...] arrays.
-      active: per objective, which tokens count; hidden states of others are read as
-        zeros. None in a gradient.
-      rows: a pytree of [B, ...] integers, which every block of these rows sees whole.
-      shared: a pytree that every block sees whole.
+      active: per objective, a mask of the unmasked tokens; hidden states of masked
+        tokens are read as zeros. None in a gradient.
+      rows: a pytree of [B, ...] integers, passed whole to every block of these rows.
+      shared: a pytree, passed whole to every block.
       kernel: the projection, or None.
-      bias: its bias or None.
+      bias: its bias, or None.
     """
 
     sources: tuple[Float[Array, "G B S X"], ...]
@@ -70,15 +70,16 @@ class Operands:
 
 
 class Pass(NamedTuple):
-    """A pass with one implementation: what all of its blocks share.
+    """A pass of one implementation: what all of its blocks share.
 
     Attributes:
       operands: the arrays of this device.
-      kernel: how blocks are reduced.
-      sizes: how many tokens are handled at a time.
-      sample: columns of the projection, if the kernel makes the logits with their sums.
+      kernel: how to reduce blocks.
+      sizes: the sizes of chunks and blocks.
+      sample: columns of the projection, if the kernel computes the logits together with
+        their sums.
       by_columns: see `Product`.
-      rounded_sizes: how many tokens are where `may_round`; None if nothing may.
+      rounded_sizes: the sizes where `may_round`; None if that is never allowed.
       may_round: see `Product`; it depends on the objective.
     """
 
@@ -91,7 +92,7 @@ class Pass(NamedTuple):
     may_round: bool = False
 
     def differentiating(self, objective: Objective, inputs) -> "Pass":
-        """Returns how a pass with a gradient goes over the tokens of one objective."""
+        """Returns the pass with its options for the gradient of one objective."""
         if self.rounded_sizes is None:
             return self
         one = jax.tree.map(lambda x: x[0], inputs)
@@ -101,12 +102,12 @@ class Pass(NamedTuple):
         return self._replace(sizes=self.rounded_sizes, may_round=True)
 
     def evaluate(self, objective: Objective, z, inputs, bias, shared) -> Sums:
-        """The objective's sums over a block of logits."""
+        """Computes the objective's sums over a block of logits."""
         rows = self.operands.rows
         return objective(_biased(z, bias), inputs, rows, shared, self.kernel)
 
     def project(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
-        """The logits of hidden states, without the bias."""
+        """Computes the logits of hidden states, without the bias."""
         kernel = self.operands.kernel
         assert kernel is not None
         return jnp.einsum(
@@ -114,7 +115,7 @@ class Pass(NamedTuple):
         )
 
     def logits(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"] | Product:
-        """The logits of a block, or what they will be a product of."""
+        """Returns the logits of a block, or the product that will compute them."""
         if self.sample is None:
             return self.project(h)
         assert self.operands.kernel is not None
@@ -129,7 +130,7 @@ class Pass(NamedTuple):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether logits are made a chunk at a time, not a block at a time."""
+        """Whether logits are computed a chunk at a time, not a block at a time."""
         return self.kernel.implementation == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of the kernel runs, and for which kind of device.
+"""Selecting the kernel's implementation by platform.
 
 The platform of the lowering decides, not the default backend: a program that is
 compiled ahead of time on a CPU for a TPU gets the TPU's implementation.
@@ -12,17 +12,17 @@ from jax.sharding import Mesh
 
 Result = TypeVar("Result")
 
-# What a caller may ask for.
+# The values of `implementation=`.
 Implementation = Literal["reference", "cpu", "xla"]
 Platform = Literal["cpu", "tpu", "gpu"]
 
 
 class Target(NamedTuple):
-    """What a program is made for.
+    """What a program is compiled for.
 
     Attributes:
-      implementation: of the kernel.
-      platform: the device that sizes are chosen for.
+      implementation: the kernel's.
+      platform: the kind of device that sizes are chosen for.
     """
 
     implementation: Implementation
@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 def platform_of(mesh: Mesh) -> Platform | None:
-    """Returns the platform of a mesh's devices; None if it has none yet."""
+    """Returns the platform of a mesh's devices; None for an abstract mesh."""
     if not isinstance(mesh, Mesh):
         return None
     name = mesh.devices.flat[0].platform
@@ -43,17 +43,17 @@ def by_platform(
     run: Callable[..., Result],
     *operands: Any,
 ) -> Result:
-    """Calls `run(target, *operands)` with what the platform calls for.
+    """Calls `run(target, *operands)` with the target of the platform.
 
     Args:
-      implementation: takes the choice away from the platform.
-      platform: where it is known, of a mesh's devices.
+      implementation: overrides the platform's choice.
+      platform: that of the mesh's devices; None if it is not known.
       run: a function of a `Target` and of the operands.
       *operands: pytrees of arrays.
 
     Returns:
-      What `run` returns. Where the target is not known, `run` is traced for each, and
-      the program keeps the one of the platform that it is lowered for.
+      What `run` returns. Without a known platform, `run` is traced for every platform,
+      and lowering keeps the one it is for.
     """
 
     def choose(platform: Platform) -> Callable[..., Result]:
@@ -62,7 +62,7 @@ def by_platform(
         return lambda *operands: run(target, *operands)
 
     if implementation in ("cpu", "reference"):
-        # Their sizes are the same everywhere.
+        # Their sizes do not depend on the platform.
         platform = "cpu"
     if platform is not None:
         return choose(platform)(*operands)
@@ -79,12 +79,12 @@ def by_implementation(
     """Calls `run(implementation, *operands)` where no size depends on the platform.
 
     Args:
-      implementation: takes the choice away from the platform.
+      implementation: overrides the platform's choice.
       run: a function of an implementation's name and of the operands.
       *operands: pytrees of arrays.
 
     Returns:
-      What `run` returns; as for `by_platform`, but traced for two platforms only.
+      What `run` returns, as for `by_platform`; it is traced for two platforms only.
     """
 
     def choose(name: Implementation) -> Callable[..., Result]:

@@ -1,7 +1,7 @@
 """The kernel's definition: whole rows, plain formulas, differentiated by JAX.
 
-Every other implementation is tested against this one. It holds several arrays of the
-size of the logits, and a vocabulary that devices share is gathered first.
+Every other implementation is tested against this one. It needs several arrays of the
+size of the logits, and gathers a sharded vocabulary first.
 """
 
 import jax
@@ -21,7 +21,7 @@ def reduce(
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
 ) -> TokenStats:
-    """Computes the statistics of a block, see `token_statistics`."""
+    """Computes the statistics of a block; see `token_statistics`."""
     whole, vocabulary = _gathered(logits, vocabulary)
     return _define(whole, query, vocabulary, temperature)
 
@@ -66,14 +66,14 @@ def _gathered(logits, vocabulary: Vocabulary):
 
 
 def _floats(stats: TokenStats) -> dict[str, Array | None]:
-    """The statistics that have a gradient, by name."""
-    names = ("log_sum", "log_rest_sum", "log_sum_tempered", "temperature", "target")
+    """Returns the differentiable statistics by name."""
+    names = ("log_sum", "second_log_sum", "log_sum_tempered", "temperature", "target")
     named = {name: getattr(stats, name) for name in (*names, "total", "expected")}
     return named | {f"candidates.{k}": c for k, c in stats.candidates.items()}
 
 
 def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenStats:
-    """The formulas of `TokenStats`."""
+    """Computes the formulas of `TokenStats`."""
     active = query.active
     safe = jnp.where(active[..., None], logits, jnp.zeros_like(logits))
     z = possible_logits(vocabulary, safe)
@@ -85,7 +85,7 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
     log_sum = _log_sum_exp(relative)
     top = jnp.argmax(z, -1).astype(jnp.int32)
     others = jnp.where(column_ids(z) == top[..., None], -jnp.inf, relative)
-    log_rest = _log_sum_exp(others, LOG_NOTHING) if query.complements else None
+    second = _log_sum_exp(others, LOG_NOTHING) if query.log_one_minus_p else None
     probabilities = jnp.where(possible, jnp.exp(finite - log_sum[..., None]), 0.0)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
     cooled = jnp.where(possible, finite / given, -jnp.inf)
@@ -99,8 +99,8 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
     return TokenStats(
         shift=shift,
         log_sum=log_sum,
-        pivot=jnp.zeros_like(shift),
-        log_rest_sum=log_rest,
+        second_shift=jnp.zeros_like(shift),
+        second_log_sum=second,
         log_sum_tempered=tempered,
         temperature=given,
         target=pick(query.targets[..., None])[..., 0],
@@ -115,7 +115,7 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
 
 
 def _log_sum_exp(z, of_nothing=0.0):
-    """The log-sum-exp of each row, and `of_nothing` where no class is possible."""
+    """Computes the log-sum-exp of each row; `of_nothing` without a possible class."""
     exists = jnp.any(z != -jnp.inf, -1)
     safe = jnp.where(exists[..., None], z, 0.0)
     return jnp.where(exists, jax.nn.logsumexp(safe, -1), of_nothing)

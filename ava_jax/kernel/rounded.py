@@ -1,9 +1,9 @@
-"""The gradient of logits of which exponentials in 16 bits are kept.
+"""The gradient of logits from their exponentials in bfloat16.
 
-A TPU's product writes them as it makes its sums, in half the bytes of the logits. They
-are precise enough for operands of 16 bits, as which the gradient is rounded anyway.
-What reaches the ids asked for, where p − 1 may be next to nothing, is made of the
-statistics alone, which are not rounded.
+On a TPU the product writes the exponentials while it computes the sums, in half the
+bytes of the logits. They are precise enough for operands of 16 bits, to which the
+gradient is rounded anyway. The gradient at the queried ids, where p − 1 may be tiny, is
+computed from the statistics alone, which are not rounded.
 """
 
 import flax.struct
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from ava_jax.kernel.collectives import first_id
 from ava_jax.kernel.gradient import (
     bounded,
-    cotangents_of_picks,
+    cotangents_at_ids,
     exponentials,
     of_active,
     through_sums,
@@ -27,11 +27,11 @@ from ava_jax.reduce import as_float
 
 @flax.struct.dataclass
 class Exponentials:
-    """What is kept of a block in place of its logits.
+    """The exponentials of a block, saved instead of its logits.
 
     Attributes:
       rounded: `exp(z − shift)` in bfloat16.
-      shift: what they are relative to.
+      shift: one number per token.
     """
 
     rounded: Float[Array, "N W"]
@@ -50,43 +50,43 @@ def logits_gradient(
     """Computes the logits' cotangent.
 
     Args:
-      kept: of the block.
-      query: what `stats` answers.
+      kept: the block's exponentials.
+      query: the query of `stats`.
       vocabulary: the static facts; logits are finite and have no soft-cap.
       stats: of the block.
       cotangents: of the stats; None where they are known to be zero.
       tempered: whether the temperature can differ from 1.
     """
-    # Otherwise XLA would keep what both passes need, a mask of all logits, say.
+    # Otherwise XLA would save what both passes need, such as a mask of all logits.
     rounded = as_float(lax.optimization_barrier(kept.rounded))
     cotangents = of_active(cotangents, query.active, tempered=tempered)
     offset = kept.shift - stats.shift
-    e = rounded * jnp.exp(offset - stats.pivot)[..., None]
+    e = rounded * jnp.exp(offset - stats.second_shift)[..., None]
     relative = bounded(jnp.log(rounded) + offset[..., None])
     grad, _ = through_sums(e, relative, stats, cotangents, is_finite=True)
     width = grad.shape[-1]
     if has_padding(vocabulary, width):
-        ids = column_ids(grad) + first_id(vocabulary.axis, width)
-        grad = jnp.where(is_class(vocabulary, ids), grad, jnp.zeros_like(grad))
-    asked = ids_of(query)
-    exact = _at_ids(asked, query, stats, cotangents)
-    columns = columns_of(vocabulary.axis, asked, width)
-    for k in range(asked.shape[-1]):
+        every = column_ids(grad) + first_id(vocabulary.axis, width)
+        grad = jnp.where(is_class(vocabulary, every), grad, jnp.zeros_like(grad))
+    ids = ids_of(query)
+    exact = _at_ids(ids, query, stats, cotangents)
+    columns = columns_of(vocabulary.axis, ids, width)
+    for k in range(ids.shape[-1]):
         grad = put(grad, columns[:, k], exact[:, k])
     return grad
 
 
 def _at_ids(ids, query: Query, stats: TokenStats, cotangents: TokenStats):
-    """The whole gradient at the ids of the query, [N, K]."""
+    """Computes the whole gradient at the ids of the query, [N, K]."""
     picked = [stats.target[..., None], *stats.candidates.values()]
     relative = jnp.concatenate(picked, -1)
-    e = exponentials(relative, stats.pivot, query.complements)
+    e = exponentials(relative, stats.second_shift, query.log_one_minus_p)
     exact, at_top = through_sums(e, relative, stats, cotangents, is_finite=False)
-    if query.complements:
+    if query.log_one_minus_p:
         exact = jnp.where(ids == stats.top[:, None], at_top[:, None], exact)
-    picks = cotangents_of_picks(query, stats, cotangents)
-    if picks is not None:
-        others, values = picks
+    at_ids = cotangents_at_ids(query, stats, cotangents)
+    if at_ids is not None:
+        others, values = at_ids
         is_same = ids[:, :, None] == others[:, None, :]
         exact += jnp.sum(jnp.where(is_same, values[:, None], 0.0), -1)
     return jnp.where(relative != -jnp.inf, exact, jnp.zeros_like(exact))

@@ -1,8 +1,8 @@
-"""How a batch and its vocabulary lie on a mesh, and code that runs on every shard.
+"""The sharding of a batch and its vocabulary on a mesh, and code run on every shard.
 
-Integers, means and batch terms are written for whole arrays, which XLA splits as it
-likes. The pass over the tokens is not left to it: it runs on each device's own tokens
-and columns (`Layout.run`), and says itself what crosses the wire.
+Integers, means and batch terms are written for whole arrays, which XLA partitions. The
+pass over the tokens is partitioned by hand: it runs on each device's own tokens and
+columns (`Layout.run`), with explicit collectives.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ _TILE = 8  # rows, on a TPU
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a mesh the rows, their tokens and the vocabulary lie along.
+    """The mesh axes that rows, their tokens and the vocabulary are sharded over.
 
-    Made by `make_layout`, which leaves out axes of one device.
+    Made by `make_layout`, which leaves out axes of size 1.
 
     Attributes:
       mesh: the mesh.
-      batch_axes: axes that share the rows, B.
-      sequence_axis: the axis that shares each row's tokens, S.
-      vocab_axis: the axis that shares the vocabulary, V.
+      batch_axes: the axes that the rows are sharded over, B.
+      sequence_axis: the axis that each row's tokens are sharded over, S.
+      vocab_axis: the axis that the vocabulary is sharded over, V.
     """
 
     mesh: Mesh
@@ -42,20 +42,20 @@ class Layout:
     vocab_axis: str | None
 
     def over_tokens(self, sums: Result) -> Result:
-        """Adds up what the shards of the tokens have, inside `run`."""
+        """Sums over the shards of the tokens, inside `run`."""
         return lax.psum(sums, self.token_axes) if self.token_axes else sums
 
     def over_tokens_by_rows(
         self, x: Float[Array, "D V"], finish: Callable[[Array], Array]
     ) -> Float[Array, "d V"]:
-        """Adds up `x` as `over_tokens` does; every device keeps its share of the rows.
+        """Sums as `over_tokens` does, but scatters the rows of the sum over devices.
 
-        It does so one part of each share after the other: compilers allocate what a
-        collective takes and returns; that of a part is small.
+        The collective runs in parts, one after the other: compilers allocate buffers
+        for its operand and result, which are small for a part.
 
         Args:
-          x: what every device has.
-          finish: is done to each part of the sum, such as a cast to a shorter dtype.
+          x: the summand of this device.
+          finish: applied to each part of the sum, such as a cast to a shorter dtype.
         """
         if not self.token_axes:
             return finish(x)
@@ -75,11 +75,11 @@ class Layout:
         return lax.map(add_part, jnp.arange(parts)).reshape(rows, -1)
 
     def row_axes(self, rows: int) -> tuple[str, ...]:
-        """Returns the axes that share the rows of a sum over tokens, [rows, V].
+        """Returns the axes that shard the rows of a sum over tokens, [rows, V].
 
-        They are as many of those that share the tokens as leave whole tiles, the last
-        of the batch first: a parameter often lies along that one alone, and then needs
-        what its neighbours along the others have, nothing else.
+        They are as many of the token axes as leave whole tiles, beginning with the last
+        batch axis: parameters are often sharded over that axis alone, and then need
+        only what their neighbours along the other axes hold.
         """
         axes = (*reversed(self.batch_axes), *filter(None, [self.sequence_axis]))
         while axes and rows % (_TILE * math.prod(map(self._count, axes))):
@@ -88,27 +88,27 @@ class Layout:
 
     @property
     def token_axes(self) -> tuple[str, ...]:
-        """The axes that share the tokens."""
+        """The axes that the tokens are sharded over."""
         return (*self.batch_axes, *filter(None, [self.sequence_axis]))
 
     @property
     def vocab_shards(self) -> int:
-        """In how many parts the vocabulary falls."""
+        """The number of the vocabulary's shards."""
         return self._count(self.vocab_axis)
 
     def rows(self) -> P:
         """Returns the spec of arrays [B, ...]."""
         return P(self.batch_axes or None)
 
-    def tokens(self, *rest: str | None) -> P:
+    def tokens(self, *others: str | None) -> P:
         """Returns the spec of arrays [G, B, S, ...]."""
-        return P(None, self.batch_axes or None, self.sequence_axis, *rest)
+        return P(None, self.batch_axes or None, self.sequence_axis, *others)
 
     def local_shape(self, batch: int, length: int, width: int) -> tuple[int, int, int]:
-        """Returns the rows, tokens and columns of one device, of B, S and V.
+        """Returns the rows, tokens per row and columns of one device.
 
         Raises:
-          ValueError: the devices cannot share the rows or tokens evenly.
+          ValueError: the devices do not divide the rows or tokens evenly.
         """
         rows = math.prod(map(self._count, self.batch_axes))
         parts = self._count(self.sequence_axis)
@@ -119,7 +119,7 @@ class Layout:
             if size % count:
                 raise ValueError(
                     f"the targets have {size} {what}, which the {count} devices of "
-                    f"{argument} cannot share evenly: pad with tokens that "
+                    f"{argument} do not divide evenly: pad with tokens that "
                     "attention_mask leaves out"
                 )
         return batch // rows, length // parts, -(-width // self.vocab_shards)
@@ -127,16 +127,16 @@ class Layout:
     def run(
         self, function: Callable[..., Result], in_specs: Any, out_specs: Any
     ) -> Callable[..., Result]:
-        """Returns the function of whole arrays that runs `function` on every shard."""
+        """Returns a function of whole arrays that runs `function` on every shard."""
         context = jax.sharding.get_abstract_mesh()
         return jax.shard_map(
             function,
-            # Inside `jax.set_mesh` the axes' types may differ from the mesh's own.
+            # Inside `jax.set_mesh` the axis types may differ from those of the mesh.
             mesh=self.mesh if context.empty else None,
             in_specs=in_specs,
             out_specs=out_specs,
-            # What is equal on several devices is the result of collectives inside
-            # hand-written gradients, which this check cannot follow.
+            # Replicated values come from collectives inside hand-written gradients,
+            # which this check cannot follow.
             check_vma=False,
         )
 
@@ -150,7 +150,7 @@ def make_layout(
     sequence_axis: str | None,
     vocab_axis: str | None,
 ) -> Layout | None:
-    """Returns the layout that a user's arguments describe; None if nothing is shared.
+    """Returns the layout of a user's arguments; None if nothing is sharded.
 
     Raises:
       ValueError: axes without a mesh, an unknown axis, or one given twice.
@@ -175,21 +175,21 @@ def make_layout(
                 f"sequence_axis={sequence_axis!r}, vocab_axis={vocab_axis!r}"
             )
 
-    def shared(axis: str | None) -> str | None:
+    def sharded(axis: str | None) -> str | None:
         return axis if axis is not None and mesh.shape[axis] > 1 else None
 
-    rows = tuple(filter(shared, rows))
-    tokens, columns = shared(sequence_axis), shared(vocab_axis)
+    rows = tuple(filter(sharded, rows))
+    tokens, columns = sharded(sequence_axis), sharded(vocab_axis)
     if not (rows or tokens or columns):
         return None
     return Layout(mesh, rows, tokens, columns)
 
 
 def with_auto_axes(function: Callable[..., Result], *args: Any) -> Result:
-    """Calls a function so that XLA places all it computes, under Explicit axes as well.
+    """Calls a function whose sharding XLA chooses, under Explicit axes as well.
 
     Args:
-      function: returns small arrays, which all devices will hold.
+      function: returns small arrays, which are replicated.
       *args: pytrees of arrays.
     """
     explicit = jax.sharding.get_abstract_mesh().explicit_axes

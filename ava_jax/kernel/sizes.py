@@ -1,4 +1,4 @@
-"""How many tokens are handled at a time, by implementation and shape."""
+"""The sizes of chunks and blocks of tokens, by implementation and shape."""
 
 import math
 from typing import NamedTuple
@@ -7,25 +7,25 @@ from ava_jax.kernel.platforms import Target
 
 MIB = 2**20
 
-# A processor's caches hold a block, so that its logits are read from memory once.
+# A block fits a CPU's caches, so that its logits are read from memory once.
 _CPU_LOGITS_PER_BLOCK = 2**19
-# Large enough for full-speed matrix products, small enough to need little memory.
+# Large enough for matrix products at full speed, small enough to save memory.
 _CPU_BYTES_PER_CHUNK = 108 * MIB
-# With fewer, adding up the projection's gradient costs as much as making it.
+# With fewer, accumulating the projection's gradient costs as much as computing it.
 _CPU_FEWEST_TOKENS_PER_CHUNK = 256
-# XLA's CPU adds a product to its sum in a step of its own.
+# XLA:CPU materialises a product before it is added to its sum.
 _CPU_PARTS = 2
 
 
 class _Limits(NamedTuple):
-    """The most that an accelerator handles at a time.
+    """The largest block or chunk of an accelerator.
 
     Attributes:
-      tokens: of them.
-      bytes: that their logits, or the gradient of those, take.
-      compromise: tokens², times the bytes of a token's logits. What is read once for
-        all tokens costs time as 1/c and what they need costs memory as c·V, so that
-        the best compromise between the two has c as 1/√V.
+      tokens: the largest number of tokens.
+      bytes: the largest size of their logits, or of the gradient of those.
+      compromise: the largest value of tokens² times the bytes of a token's logits. With
+        c tokens at a time, the time to read the projection goes as 1/c and the memory
+        as c·V: the best compromise has c proportional to 1/√V.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class _Limits(NamedTuple):
     compromise: float = math.inf
 
     def most(self, bytes_per_token: int) -> int:
-        """Returns how many tokens that is."""
+        """Returns the largest number of tokens within these limits."""
         most = min(self.tokens, self.bytes // bytes_per_token)
         if math.isinf(self.compromise):
             return most
@@ -42,23 +42,24 @@ class _Limits(NamedTuple):
 
 _TPU_BLOCK = _Limits(1024, 512 * MIB, 2.4e11)
 _TPU_CHUNK = _Limits(4096, 1024 * MIB, 1.8e12)
-# A chunk whose gradient of the logits is made within the products.
+# For a chunk whose gradient of the logits is fused into the products.
 _FUSED_TOKENS = 2048
 _FUSED_FEATURES = 2560
 _GPU_BLOCK = _Limits(2048, 1024 * MIB)
 _GPU_CHUNK = _Limits(4096, 1024 * MIB)
-# Rows of an accelerator's tiles; other sizes are padded in memory.
+# Rows of an accelerator's memory tiles; other sizes are padded.
 _TILE = 8
 
 
 class Sizes(NamedTuple):
-    """Tokens of each row that are handled at a time.
+    """The numbers of tokens of each row that are processed at a time.
 
     Attributes:
-      chunk: how many logits' gradients are multiplied together, into those of the
-        hidden states and of the projection.
-      block: how many logits are reduced, and differentiated, together.
-      parts: in how many parts a chunk's share of the projection's gradient is made.
+      chunk: per product of the logits' gradient with the hidden states and with the
+        projection.
+      block: per reduction of logits, and per gradient of them.
+      parts: the number of parts in which a chunk's contribution to the projection's
+        gradient is computed.
     """
 
     chunk: int
@@ -67,13 +68,13 @@ class Sizes(NamedTuple):
 
 
 def fuses_gradient(features: int) -> bool:
-    """Says whether a TPU makes the gradient of the logits within the products.
+    """Returns whether a TPU should fuse the gradient of the logits into the products.
 
-    Out of rounded exponentials it can, if a chunk is one block: nothing is written, but
-    a product makes its operand anew for every few hundred columns of its result, D in
-    all. By the compiler's estimates that is faster with D = 1024 on any TPU, with 2560
-    on a v6e (0.88 of the time), about equal with 2048 on a v5e and v5p, and slower with
-    4096 there (1.08).
+    With rounded exponentials that is possible if a chunk is one block: the gradient is
+    never written, but a product recomputes it for every few hundred columns of its
+    result, D in all. By the compiler's estimates that is faster with D = 1024 on any
+    TPU and with 2560 on a v6e (0.88 of the time), about equal with 2048 on a v5e and
+    v5p, and slower with 4096 there (1.08).
 
     Args:
       features: D.
@@ -93,40 +94,40 @@ def choose_sizes(
     chunk: int | None = None,
     block: int | None = None,
 ) -> Sizes:
-    """Chooses how many tokens are handled at a time; a given size is taken as it is.
+    """Chooses the sizes of chunks and blocks; a size given by the user is kept.
 
-    On a CPU, a block's logits fill the caches; a chunk's take, with their gradient, 108
-    MiB, and more if that is below 256 tokens.
+    On a CPU, a block's logits fill the caches; a chunk's logits and their gradient take
+    108 MiB, or more if that is less than 256 tokens.
 
-    On TPUs and GPUs three costs pull at the sizes, with F flops and M bytes a second, C
-    tokens a chunk and c a block:
+    On TPUs and GPUs the sizes balance three costs, with F flops and M bytes per second,
+    C tokens per chunk and c per block:
 
-    - The projection's gradient is read and written once a chunk: 8·D·V bytes against
+    - The projection's gradient is read and written once per chunk: 8·D·V bytes against
       6·C·D·V flops. That costs a tenth of the products' time at C = 13·F/M: 2200
       tokens on a TPU v5p, 3100 on a v5e, 3900 on an H100. So C is at most 4096.
-    - The projection is read once a block: 2·D·V bytes against 2·c·D·V flops, which
-      take as long at c = F/M: 166 tokens on a v5p, 240 on a v5e, 560 on a v6e. So c is
-      at most 1024. Products on GPUs do not make sums of their results on the way, and
-      read the projection anew for what those spare: there c is 2048.
+    - The projection is read once per block: 2·D·V bytes against 2·c·D·V flops, which
+      take the same time at c = F/M: 166 tokens on a v5p, 240 on a v5e, 560 on a v6e. So
+      c is at most 1024. On GPUs, sums are not fused into products and the logits are
+      read again for them: there c is at most 2048.
     - A block's float32 logits (4·c·V bytes) and a chunk's gradient in the operands'
-      dtype (b·C·V bytes) exist at once. On a TPU c and C fall as 1/√V: 1024 and 4096
-      tokens with V = 50304, 512 and 2048 with V = 64128 to 151936.
+      dtype (b·C·V bytes) are live at the same time. On a TPU c and C fall as 1/√V: 1024
+      and 4096 tokens with V = 50304, 512 and 2048 with V = 64128 to 151936.
 
-    Logits that are given exist already, and are handled whole.
+    Logits given by the caller exist already, and are processed whole.
 
     Args:
       target: the implementation and the platform.
-      batch: rows of a device, B.
+      batch: rows per device, B.
       length: tokens per row, S.
-      width: logits per token of a device, V.
-      itemsize: b, the bytes of a hidden state.
-      is_projected: whether the logits are made of hidden states.
-      is_one_block: whether a chunk is to be one block, see `fuses_gradient`.
+      width: logits per token and device, V.
+      itemsize: b, the bytes of a hidden state's element.
+      is_projected: whether the logits are computed from hidden states.
+      is_one_block: whether a chunk has to be one block; see `fuses_gradient`.
       chunk: the user's choice, tokens per row.
       block: the user's choice, tokens per row.
 
     Returns:
-      Sizes of at most S; those chosen here cut the row into equal parts.
+      Sizes of at most S; those chosen here divide the row into equal parts.
     """
     if target.implementation == "cpu":
         of_logit = 8 if itemsize >= 4 else 8 + itemsize
@@ -148,12 +149,12 @@ def choose_sizes(
 
 
 def _even(length: int, most: int) -> int:
-    """The size of the smallest number of equal parts of at most `most` tokens."""
+    """Returns the size of equal parts of at most `most` tokens, as few as possible."""
     return -(-length // -(-length // max(most, 1)))
 
 
 def _tiled(length: int, most: int) -> int:
-    """The same in whole tiles, and of up to twice as many parts those that fit best."""
+    """Returns the same in whole tiles; of up to twice as many parts, the best fit."""
     fewest = -(-length // max(most, _TILE))
     sizes = [
         -(-length // (parts * _TILE)) * _TILE for parts in range(fewest, 2 * fewest + 1)

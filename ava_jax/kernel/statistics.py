@@ -1,4 +1,4 @@
-"""From logits to a handful of numbers per token, and back to the logits' gradient."""
+"""The statistics of logits, and the gradient of the logits through them."""
 
 import dataclasses
 import functools
@@ -29,21 +29,21 @@ def token_statistics(
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None = None,
 ) -> TokenStats:
-    """Reduces logits to the numbers per token that all token losses share.
+    """Computes the numbers per token that all token losses share.
 
     Columns from `vocabulary.size` on are padding; −inf entries have probability 0; the
-    logits of inactive tokens may hold anything. All of these get a gradient of 0.
+    logits of masked tokens may hold anything. All of these get a gradient of 0.
 
     Args:
-      logits: any float dtype; statistics are float32 (float64 under x64). Or, inside a
-        pass, what they are a product of.
-      query: targets, active tokens and further ids.
+      logits: any float dtype; the statistics are float32 (float64 under x64). Inside a
+        pass, also a `Product` whose logits do not exist yet.
+      query: the targets, the unmasked tokens and further ids.
       vocabulary: the true vocabulary size, the soft-cap and the implementation.
       temperature: T > 0, a scalar; 1 if None.
 
     Returns:
-      TokenStats. Its gradient is one fused expression over the logits, which are kept
-      in their own dtype.
+      TokenStats. Their gradient is one fused expression over the logits, which are
+      saved in their own dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +62,7 @@ def token_statistics(
         temperature = as_float(temperature)
     if isinstance(logits, Product):
         return _of_block(logits, query, vocabulary, temperature)
-    # XLA's CPU loops over an axis of size one are several times slower.
+    # XLA:CPU loops with an axis of size one are several times slower.
     lead = logits.shape[:-1]
     long = tuple(size for size in lead if size != 1)
     squeezed, query = jax.tree.map(
@@ -73,7 +73,7 @@ def token_statistics(
 
 
 def _reshaped(stats: TokenStats, old: tuple[int, ...], new: tuple[int, ...]):
-    """Replaces the tokens' axes."""
+    """Reshapes the token axes of all statistics."""
     whole = jax.tree.map(
         lambda x: x.reshape(*new, *x.shape[len(old) :]),
         dataclasses.replace(stats, temperature=stats.shift),
@@ -82,7 +82,7 @@ def _reshaped(stats: TokenStats, old: tuple[int, ...], new: tuple[int, ...]):
 
 
 def _of_block(product: Product, query: Query, vocabulary: Vocabulary, temperature):
-    """Computes the statistics of a block that the kernel makes itself."""
+    """Computes the statistics of a block whose logits the kernel computes itself."""
     shape = product.shape
     query = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), query)
     probe = product.probe
@@ -145,7 +145,7 @@ def _forward(vocabulary, logits, query, temperature):
         lambda primal: primal.value, (logits, query, temperature)
     )
     stats = _token_statistics(vocabulary, logits, query, temperature)
-    # An empty tuple, or None: what is known while tracing travels in the structure.
+    # An empty tuple or None: a static fact is passed on as pytree structure.
     kept = (temperature, () if is_learned else None)
     return stats, (logits, query, stats, kept)
 
@@ -175,7 +175,7 @@ def _backward(vocabulary, residuals, cotangents: TokenStats):
 
 
 def _known(cotangents: TokenStats) -> TokenStats:
-    """None in place of the cotangents that are known to be zero."""
+    """Replaces the cotangents that are known to be zero by None."""
     return jax.tree.map(
         lambda c: None if is_zero_cotangent(c) else c,
         cotangents,

@@ -1,4 +1,4 @@
-"""What the token losses know of a token's logits, and what they may ask for.
+"""The statistics of a token's logits, and the query that says which are needed.
 
 Every token loss is a small function of these numbers.
 """
@@ -14,36 +14,36 @@ from ava_jax.kernel.platforms import Implementation
 
 @flax.struct.dataclass
 class TokenStats:
-    """What the token losses know of each token's logits `z`.
+    """The statistics of each token's logits `z`.
 
-    Logits are kept relative to `shift`, the token's largest one, so that logits of any
-    size lose no precision; `shift` is a constant to differentiation, and any function
-    of the distribution is free of it.
+    Logits are stored relative to `shift`, the token's largest logit, so that logits of
+    any magnitude keep their precision. `shift` is a constant under differentiation, and
+    no function of the distribution depends on it.
 
     Attributes:
       shift: the largest logit.
       log_sum: `log Σ exp(z − shift)`.
-      pivot: what `log_rest_sum` is relative to, itself relative to `shift`: 0 unless
-        the other logits are so far below that they would underflow; a constant to
-        differentiation as well.
-      log_rest_sum: `log Σ exp(z − shift − pivot)` over the classes but `top`; None
-        unless complements were asked for.
+      second_shift: a second shift, relative to the first: 0, unless the exponentials of
+        all logits but the largest would underflow; then it is the second largest
+        logit. It is a constant under differentiation as well.
+      second_log_sum: `log Σ exp(z − shift − second_shift)` over all classes except
+        `top`; None unless the query sets `log_one_minus_p`.
       log_sum_tempered: `log Σ exp((z − shift)/T)`.
       temperature: T, a scalar.
       target: `z_y − shift`.
       total: `Σ_v (z_v − shift)` over the possible classes.
-      count: how many classes are possible (finite, not padding).
+      count: the number of possible classes (logit above −inf, not padding).
       expected: `Σ_v p_v (z_v − shift)`.
-      top: index of the largest logit, the first one if several are equal.
-      is_top: whether that is the target.
-      candidates: `z_c − shift` at the requested ids, by name, [..., Q].
-      candidate_is_top: whether that id is `top`, by name.
+      top: index of the largest logit; the first one if several are equal.
+      is_top: whether the target is `top`.
+      candidates: `z_c − shift` at the query's candidates, by name, [..., Q].
+      candidate_is_top: whether each candidate is `top`, by name.
     """
 
     shift: Float[Array, "*n"]
     log_sum: Float[Array, "*n"]
-    pivot: Float[Array, "*n"]
-    log_rest_sum: Float[Array, "*n"] | None
+    second_shift: Float[Array, "*n"]
+    second_log_sum: Float[Array, "*n"] | None
     log_sum_tempered: Float[Array, "*n"]
     temperature: Float[Array, ""]
     target: Float[Array, "*n"]
@@ -61,13 +61,13 @@ class TokenStats:
         return self.shift + self.log_sum
 
     @property
-    def log_rest(self) -> Float[Array, "*n"]:
-        """`log Σ exp(z − shift)` over the classes but `top`."""
-        if self.log_rest_sum is None:
+    def log_sum_without_top(self) -> Float[Array, "*n"]:
+        """`log Σ exp(z − shift)` over all classes except `top`."""
+        if self.second_log_sum is None:
             raise ValueError(
-                "complements are not known: pass Query(..., complements=True)"
+                "log(1 - p) was not computed: pass Query(..., log_one_minus_p=True)"
             )
-        return self.pivot + self.log_rest_sum
+        return self.second_shift + self.second_log_sum
 
     @property
     def nll(self) -> Float[Array, "*n"]:
@@ -80,45 +80,55 @@ class TokenStats:
         return self.log_sum - self.expected
 
     @property
-    def target_complement(self) -> Float[Array, "*n"]:
-        """`log(1 − p_y)`, exact and finite also where p_y rounds to 1."""
-        return self._complement(self.target, self.is_top, self.log_sum, self.log_rest)
+    def log_one_minus_p(self) -> Float[Array, "*n"]:
+        """`log(1 − p_y)`, exact and finite even where p_y rounds to 1."""
+        return _log_one_minus_p(
+            self.target, self.is_top, self.log_sum, self.log_sum_without_top
+        )
 
     def unlikelihood(self, name: str) -> Float[Array, "*n Q"]:
-        """`u(c) = −log(1 − p_c)` of the candidates `name`, finite at p → 1."""
-        return -self._complement(
+        """Returns `−log(1 − p_c)` of the candidates `name`, finite as p → 1."""
+        return -_log_one_minus_p(
             self.candidates[name],
             self.candidate_is_top[name],
             self.log_sum[..., None],
-            self.log_rest[..., None],
+            self.log_sum_without_top[..., None],
         )
 
-    @staticmethod
-    def _complement(logit, is_top, log_sum, log_rest):
-        # A class that is not the largest has p ≤ 1/2, where log1p is exact.
-        log_p = jnp.where(is_top, -jnp.ones_like(logit), logit - log_sum)
-        return jnp.where(is_top, log_rest - log_sum, jnp.log1p(-jnp.exp(log_p)))
+
+def _log_one_minus_p(
+    logit: Float[Array, "*n"],
+    is_top: Bool[Array, "*n"],
+    log_sum: Float[Array, "*#n"],
+    log_sum_without_top: Float[Array, "*#n"],
+) -> Float[Array, "*n"]:
+    """Computes `log(1 − p)` of a class from its logit, all relative to the shift."""
+    # A class other than the top has p ≤ 1/2, where log1p is exact.
+    log_p = jnp.where(is_top, -jnp.ones_like(logit), logit - log_sum)
+    of_top = log_sum_without_top - log_sum
+    return jnp.where(is_top, of_top, jnp.log1p(-jnp.exp(log_p)))
 
 
 @flax.struct.dataclass
 class Query:
-    """Which numbers of a block of logits are wanted, besides the usual ones.
+    """Which tokens and ids the statistics of a block of logits are computed for.
 
     Attributes:
       targets: the target ids.
-      active: tokens that count; the logits of the others may hold anything.
-      candidates: further ids, by name, [..., Q].
-      complements: whether `log(1 − p)` of the target or a candidate will be asked for.
+      active: marks the unmasked tokens; the logits of masked ones may hold anything.
+      candidates: further ids whose logits are needed, by name, [..., Q].
+      log_one_minus_p: whether to compute what `log(1 − p)` of the target and of the
+        candidates needs.
     """
 
     targets: Int[Array, "*n"]
     active: Bool[Array, "*n"]
     candidates: dict[str, Int[Array, "*n Q"]] = flax.struct.field(default_factory=dict)
-    complements: bool = flax.struct.field(pytree_node=False, default=True)
+    log_one_minus_p: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 class Kernel(NamedTuple):
-    """How a block of logits is to be reduced, as the pass tells the objectives.
+    """How an objective has to reduce its block of logits; chosen by the pass.
 
     Attributes:
       axis: see `Vocabulary`.
@@ -131,7 +141,7 @@ class Kernel(NamedTuple):
     implementation: Implementation | None = None
 
     def vocabulary(self, size: int, soft_cap: float | None) -> "Vocabulary":
-        """Returns the facts of a vocabulary that is reduced so."""
+        """Returns the static facts of a vocabulary that is reduced this way."""
         return Vocabulary(size, soft_cap, *self)
 
 
@@ -139,13 +149,13 @@ class Vocabulary(NamedTuple):
     """The static facts of the vocabulary axis.
 
     Attributes:
-      size: the true V; columns from it on are padding.
-      soft_cap: of the logits, or None.
-      axis: the mesh axis that shares the vocabulary, inside `jax.shard_map`; None if
-        the logits have all columns.
-      finite: promises that the logits of all tokens, inactive ones too, are numbers,
-        so that nothing has to look for −inf and NaN; padding columns may exist.
-      implementation: of the kernel; None leaves the choice to the platform.
+      size: the true V; columns from V on are padding.
+      soft_cap: the soft-cap of the logits, or None.
+      axis: the mesh axis that the vocabulary is sharded over, inside `jax.shard_map`;
+        None if the logits have all columns.
+      finite: promises that the logits of all tokens, masked ones included, are finite,
+        so that no check for −inf and NaN is needed; padding columns may exist.
+      implementation: the kernel's implementation; None selects it by platform.
     """
 
     size: int

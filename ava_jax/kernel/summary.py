@@ -1,4 +1,4 @@
-"""From sums over a row's logits to `TokenStats`."""
+"""Computing `TokenStats` from sums over whole rows of logits."""
 
 import dataclasses
 
@@ -11,33 +11,34 @@ from ava_jax.kernel.gradient import bounded
 from ava_jax.kernel.logits import LOG_NOTHING, by_query, capped, ids_of
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 
-# In place of the largest logit's id where it is none of the query's; no id is as small.
-NOT_ASKED = -(2**31)
+# In place of `top` where it is none of the query's ids; never a valid id.
+NOT_QUERIED = -(2**31)
 
 
 @flax.struct.dataclass
 class RowSums:
-    """What an implementation finds out of whole rows, relative to the shift.
+    """The sums over whole rows that every implementation computes.
 
     Attributes:
-      shift: the largest logit; 0 for tokens that do not count or have no class.
-      pivot: what `rest` is relative to, see `TokenStats`.
-      every: `Σ exp(z − shift)`; None if it follows from `rest`.
-      rest: `Σ exp(z − shift − pivot)` over all but the largest; None if not asked for.
+      shift: the largest logit; 0 for tokens that are masked or have no class.
+      second_shift: see `TokenStats`.
+      exp_sum: `Σ exp(z − shift)`; None if it follows from `second_exp_sum`.
+      second_exp_sum: `Σ exp(z − shift − second_shift)` over all classes except the top
+        one; None if not requested.
       tempered: `Σ exp((z − shift)/T)`; None at temperature 1.
       total: `Σ (z − shift)` over the possible classes.
-      count: how many classes are possible.
+      count: the number of possible classes.
       expected: `Σ exp(z − shift)·(z − shift)`.
       top: the id of the largest logit.
-      target: the target's logit.
-      candidates: the candidates' logits, by name.
-      is_top: whether the target is the largest; None if `top` tells.
+      target: `z_y − shift`.
+      candidates: `z_c − shift` of the candidates, by name.
+      is_top: whether the target is the top class; None if it follows from `top`.
     """
 
     shift: Float[Array, "*n"]
-    pivot: Float[Array, "*n"]
-    every: Float[Array, "*n"] | None
-    rest: Float[Array, "*n"] | None
+    second_shift: Float[Array, "*n"]
+    exp_sum: Float[Array, "*n"] | None
+    second_exp_sum: Float[Array, "*n"] | None
     tempered: Float[Array, "*n"] | None
     total: Float[Array, "*n"]
     count: Float[Array, "*n"]
@@ -48,7 +49,7 @@ class RowSums:
     is_top: Bool[Array, "*n"] | None = None
 
 
-def with_picks(
+def with_queried(
     others: dict[str, Array],
     maxima: Float[Array, "2 *n"],
     shift: Float[Array, "*n"],
@@ -57,16 +58,17 @@ def with_picks(
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
 ) -> RowSums:
-    """Joins the sums over the classes that are not asked for with those that are.
+    """Computes the sums of whole rows from sums that leave out the queried ids.
 
     Args:
-      others: the former, relative to the shift; `total` is of all classes.
-      maxima: of raw logits, the largest one not asked for, and the largest one before
-        the target.
-      shift: near the former.
+      others: the sums over all other classes, relative to `shift`; `total` includes
+        the queried ids.
+      maxima: of raw logits: the largest one of the other classes, and the largest one
+        at an id below the target.
+      shift: a number near the former.
       raw: the raw logits of `ids_of(query)`.
-      query: the ids.
-      vocabulary: the soft-cap and how many classes there are, all of them possible.
+      query: the query.
+      vocabulary: the soft-cap and the number of classes, all of them possible.
       temperature: T, or None for 1.
 
     Returns:
@@ -74,43 +76,40 @@ def with_picks(
     """
     ids = ids_of(query)
     best = jnp.max(raw, -1)
-    largest = jnp.maximum(best, maxima[0])
-    exists = largest != -jnp.inf
-    z, second = capped(vocabulary, raw), capped(vocabulary, maxima[0])
-    top_logit = jnp.where(exists, capped(vocabulary, largest), jnp.zeros_like(shift))
-    is_asked = exists & (best >= maxima[0])
-    top = jnp.where(is_asked, _first_of(ids, raw == best[..., None]), NOT_ASKED)
-    counts = (raw != -jnp.inf) & _is_first(ids)
-    relative = z - top_logit[..., None]
-    e = _exp_where(counts, relative)
-    # Where nothing else is possible, nothing has corrected the shift.
-    has_others = maxima[0] != -jnp.inf
-    near = jnp.where(has_others, shift, top_logit)
-    offset = near - top_logit
+    largest, row_max, is_queried = _row_max(vocabulary, best, maxima[0])
+    z = capped(vocabulary, raw)
+    top = jnp.where(is_queried, _first_of(ids, raw == best[..., None]), NOT_QUERIED)
+    is_added = (raw != -jnp.inf) & _is_first(ids)
+    relative = z - row_max[..., None]
+    e = _exp_where(is_added, relative)
+    # Where no other class is possible, nothing has corrected the shift.
+    near = jnp.where(maxima[0] != -jnp.inf, shift, row_max)
+    offset = near - row_max
     scale = jnp.exp(offset)
-    every = others["every"] * scale + jnp.sum(e, -1)
-    moments = others["expected"] + offset * others["every"]
+    exp_sum = others["exp_sum"] * scale + jnp.sum(e, -1)
+    moments = others["expected"] + offset * others["exp_sum"]
     tempered = None
     if temperature is not None:
-        cooled = _exp_where(counts, relative / temperature)
-        tempered = others["tempered"] * jnp.exp(offset / temperature)
-        tempered += jnp.sum(cooled, -1)
-    pivot, rest = jnp.zeros_like(shift), None
-    if query.complements:
-        is_other = counts & (ids != top[..., None])
-        pivot, rest = _besides_top(others["every"], near, second, is_other, z)
-        pivot = jnp.where(is_asked, pivot - top_logit, jnp.zeros_like(pivot))
-        rest = jnp.where(is_asked, rest, every - 1)
+        scaled = others["tempered"] * jnp.exp(offset / temperature)
+        tempered = scaled + jnp.sum(_exp_where(is_added, relative / temperature), -1)
+    second_shift, second_exp_sum = jnp.zeros_like(shift), None
+    if query.log_one_minus_p:
+        is_other = is_added & (ids != top[..., None])
+        second, second_exp_sum = _sum_without_top(
+            others["exp_sum"], near, capped(vocabulary, maxima[0]), is_other, z
+        )
+        second_shift = jnp.where(is_queried, second - row_max, second_shift)
+        second_exp_sum = jnp.where(is_queried, second_exp_sum, exp_sum - 1)
     target, candidates = by_query(query, relative)
-    # Two programs may cap equal logits to different ones, and cap different ones alike.
-    is_largest = (raw[..., 0] == largest) | (z[..., 0] >= top_logit)
+    # Two programs may cap equal logits to different numbers, and different ones alike.
+    is_largest = (raw[..., 0] == largest) | (z[..., 0] >= row_max)
     return RowSums(
-        shift=top_logit,
-        pivot=pivot,
-        every=None if query.complements else every,
-        rest=rest,
+        shift=row_max,
+        second_shift=second_shift,
+        exp_sum=None if query.log_one_minus_p else exp_sum,
+        second_exp_sum=second_exp_sum,
         tempered=tempered,
-        total=others["total"] + vocabulary.size * (shift - top_logit),
+        total=others["total"] + vocabulary.size * (shift - row_max),
         count=jnp.full_like(shift, vocabulary.size),
         expected=moments * scale + jnp.sum(e * bounded(relative), -1),
         top=top,
@@ -120,59 +119,73 @@ def with_picks(
     )
 
 
-def _besides_top(every, shift, largest, is_other, z):
-    """Sums the exponentials of all classes but the largest, which is asked for.
+def _row_max(vocabulary: Vocabulary, queried, other):
+    """Computes the row max from the largest queried and the largest other logit.
+
+    Returns:
+      The raw row max, the soft-capped one (0 without a possible class), and whether its
+      id is queried.
+    """
+    largest = jnp.maximum(queried, other)
+    exists = largest != -jnp.inf
+    row_max = jnp.where(exists, capped(vocabulary, largest), jnp.zeros_like(largest))
+    return largest, row_max, exists & (queried >= other)
+
+
+def _sum_without_top(exp_sum, shift, largest, is_other, z):
+    """Sums the exponentials of all classes except the top one, a queried id.
 
     Args:
-      every: the sum over the classes that are not asked for, relative to the shift.
+      exp_sum: the sum over the classes that are not queried, relative to the shift.
       shift: that number.
-      largest: of those classes.
-      is_other: which of those asked for are not the largest.
-      z: the logits of those.
+      largest: the largest logit of those classes.
+      is_other: marks the queried ids that are not the top class.
+      z: the logits of the queried ids.
 
     Returns:
       The largest of all these logits, and the sum relative to it.
     """
     second = jnp.maximum(largest, jnp.max(jnp.where(is_other, z, -jnp.inf), -1))
-    # A class alone has nothing besides it: the sum is 0, relative to anything.
+    # With a single possible class the sum is 0, relative to any number.
     second = jnp.where(second == -jnp.inf, shift, second)
     lead = jnp.where(largest == -jnp.inf, jnp.zeros_like(shift), shift - second)
-    rest = every * jnp.exp(lead)
-    return second, rest + jnp.sum(_exp_where(is_other, z - second[..., None]), -1)
+    total = exp_sum * jnp.exp(lead)
+    return second, total + jnp.sum(_exp_where(is_other, z - second[..., None]), -1)
 
 
 def _first_of(ids: Int[Array, "*n Q"], chosen: Bool[Array, "*n Q"]):
-    """The smallest of the chosen ids."""
+    """Returns the smallest of the chosen ids."""
     return jnp.min(jnp.where(chosen, ids, jnp.iinfo(jnp.int32).max), -1)
 
 
 def _is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
-    """Says which ids have not come before."""
-    place = jnp.arange(ids.shape[-1])
-    is_earlier = place[:, None] > place
+    """Marks the first occurrence of every id."""
+    index = jnp.arange(ids.shape[-1])
+    is_earlier = index[:, None] > index
     return ~jnp.any((ids[..., None] == ids[..., None, :]) & is_earlier, -1)
 
 
-def _exp_where(counts, x):
-    return jnp.where(counts, jnp.exp(x), jnp.zeros_like(x))
+def _exp_where(mask, x):
+    return jnp.where(mask, jnp.exp(x), jnp.zeros_like(x))
 
 
 def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> TokenStats:
-    """Returns the statistics; those of inactive tokens are finite and mean nothing."""
-    log_rest_sum = None
-    if sums.rest is not None:
-        log_rest_sum = jnp.where(sums.rest > 0, jnp.log(sums.rest), LOG_NOTHING)
-        log_sum = jnp.log1p(jnp.exp(sums.pivot + log_rest_sum))
+    """Computes the statistics; those of masked tokens are finite but meaningless."""
+    second_log_sum = None
+    if sums.second_exp_sum is not None:
+        exists, log = sums.second_exp_sum > 0, jnp.log(sums.second_exp_sum)
+        second_log_sum = jnp.where(exists, log, LOG_NOTHING)
+        log_sum = jnp.log1p(jnp.exp(sums.second_shift + second_log_sum))
     else:
-        assert sums.every is not None
-        log_sum = _log_or_zero(sums.every)
+        assert sums.exp_sum is not None
+        log_sum = _log_or_zero(sums.exp_sum)
     tempered = log_sum if sums.tempered is None else _log_or_zero(sums.tempered)
     top = sums.top
     stats = TokenStats(
         shift=sums.shift,
         log_sum=log_sum,
-        pivot=sums.pivot,
-        log_rest_sum=log_rest_sum,
+        second_shift=sums.second_shift,
+        second_log_sum=second_log_sum,
         log_sum_tempered=tempered,
         temperature=temperature,
         target=sums.target,
@@ -188,25 +201,25 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
 
 
 def _log_or_zero(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """The logarithm; 0 for a row without a possible class, whose nll is infinite."""
+    """Returns the logarithm; 0 for a row without a possible class (infinite nll)."""
     exists = x > 0
     return jnp.where(exists | jnp.isnan(x), jnp.log(x), jnp.zeros_like(x))
 
 
 def _without_inactive(stats: TokenStats, active: Array) -> TokenStats:
-    """Finite numbers in place of what the logits of inactive tokens gave."""
+    """Replaces the statistics of masked tokens by finite constants."""
 
     def keep(x: Array, other: float = 0.0) -> Array:
         mask = active if x.ndim == active.ndim else active[..., None]
         return jnp.where(mask, x, jnp.full_like(x, other))
 
-    rest = stats.log_rest_sum
+    second = stats.second_log_sum
     return dataclasses.replace(
         stats,
-        # Any positive number: p < 1 keeps the complement finite.
+        # Any positive number: p < 1 keeps log(1 − p) finite.
         log_sum=keep(stats.log_sum, 1.0),
         log_sum_tempered=keep(stats.log_sum_tempered, 1.0),
-        log_rest_sum=None if rest is None else keep(rest),
+        second_log_sum=None if second is None else keep(second),
         target=keep(stats.target),
         total=keep(stats.total),
         expected=keep(stats.expected),

@@ -1,7 +1,7 @@
 """The kernel for TPUs and GPUs: every sum is a reduction over the whole axis.
 
-Two passes: the largest logit, and all sums relative to it. Nothing has the shape of a
-block but the logits and their gradient, and nothing is laid out anew.
+It makes two passes: the row max, then all sums relative to it. Only the logits and
+their gradient have the shape of a block, and neither is copied to another layout.
 """
 
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.collectives import (
+    RowMax,
     add_up,
-    find_largest,
     first_id,
-    merge_rest,
+    global_row_max,
+    merge_shifted_sums,
     num_shards,
 )
 from ava_jax.kernel.cpu import scatter_add
@@ -32,13 +33,13 @@ from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import RowSums, summarize
 from ava_jax.reduce import as_float
 
-# Sums of exponentials below this are made again, relative to the second largest: their
-# parts may be near the smallest number of float32, 1e-38.
-_FAINT = 1e-30
-# No other logit of such a row is as near to the largest one.
+# A sum of exponentials below this is recomputed relative to the second largest logit:
+# its terms may be near the smallest float32, 1e-38.
+_UNDERFLOW = 1e-30
+# In such a row, every logit but the largest is further than this from it.
 _FAR = -50.0
-# Comparing with every id is one more operation per logit and id, but needs no atomic
-# addition; with many ids a scatter, or a gather, is cheaper on any device.
+# Comparing with every id costs one more operation per logit and id, but no atomic
+# addition; with many ids a scatter or gather is cheaper on any device.
 MOST_COMPARED = 16
 
 
@@ -48,18 +49,18 @@ def reduce(
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
 ) -> TokenStats:
-    """Computes the statistics of a block, see `token_statistics`."""
+    """Computes the statistics of a block; see `token_statistics`."""
     axis, width = vocabulary.axis, logits.shape[-1]
     raw = raw_logits(vocabulary, logits)
     if not vocabulary.finite:
-        # A maximum of something made on the way is fused; a bare one is slow on TPUs.
+        # A max of a computed array is fused; one of a bare parameter is slow on TPUs.
         raw = jnp.where(query.active[..., None], raw, -jnp.inf)
     own = jnp.max(raw, -1)
-    # Without it the compiler would make the logits once for the largest and once more.
+    # Without it the compiler would compute the logits twice, once for the row max.
     logits, own = lax.optimization_barrier((logits, own))
-    whole = find_largest(axis, capped(vocabulary, own), None)
-    exists = whole.largest != -jnp.inf
-    shift = jnp.where(exists, whole.largest, jnp.zeros_like(own))
+    row_max = global_row_max(axis, capped(vocabulary, own), None)
+    exists = row_max.largest != -jnp.inf
+    shift = jnp.where(exists, row_max.largest, jnp.zeros_like(own))
     z = possible_logits(vocabulary, logits)
     compared = _compare(vocabulary, logits, z, own, shift)
     relative = z - shift[..., None]
@@ -71,28 +72,25 @@ def reduce(
         if is_all
         else jnp.sum(as_float(z != -jnp.inf), -1)
     )
-    sums |= {"every": None, "tempered": None}
+    sums |= {"exp_sum": None, "tempered": None}
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
-    # As floats, the ids join the other reductions in one pass.
-    first = as_float(column_ids(z) + first_id(axis, width))
-    size = as_float(num_shards(axis) * width)
-    top = jnp.min(jnp.where(compared.is_equal, first, size), -1)
-    if whole.is_here is not None:
-        top = jnp.where(whole.is_here, top, jnp.zeros_like(top))
-    sums["top"] = jnp.where(exists, top, jnp.zeros_like(top)).astype(jnp.int32)
-    pivot, rest = jnp.zeros_like(shift), None
-    if query.complements:
-        rest = _rest(compared, e, exists, whole.is_here)
-        counts = exists & query.active
-        pivot, rest = _without_underflow(vocabulary, logits, shift, counts, rest)
-        pivot, rest = merge_rest(axis, pivot, rest)
+    sums["top"] = _top_id(axis, z, compared, row_max, exists)
+    second_shift, second = jnp.zeros_like(shift), None
+    if query.log_one_minus_p:
+        second = _sum_without_top(compared, e, exists, row_max.is_local)
+        second_shift, second = _without_underflow(
+            vocabulary, logits, shift, exists & query.active, second
+        )
+        second_shift, second = merge_shifted_sums(axis, second_shift, second)
     else:
-        sums["every"] = jnp.sum(e, -1)
+        sums["exp_sum"] = jnp.sum(e, -1)
     if temperature is not None:
         sums["tempered"] = jnp.sum(jnp.exp(relative * (1 / temperature)), -1)
     added = add_up(axis, sums, shift.ndim)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
-    row_sums = RowSums(shift=shift, pivot=pivot, rest=rest, **added)
+    row_sums = RowSums(
+        shift=shift, second_shift=second_shift, second_exp_sum=second, **added
+    )
     return summarize(row_sums, query, given)
 
 
@@ -109,7 +107,7 @@ def logits_gradient(
     """Computes the cotangents of logits and temperature; ids are compared with."""
     return gradient_of_logits(
         vocabulary,
-        # Otherwise XLA would keep what both passes need, a mask of all logits, say.
+        # Otherwise XLA would save what both passes need, such as a mask of all logits.
         lax.optimization_barrier(logits),
         query,
         stats,
@@ -122,7 +120,7 @@ def logits_gradient(
 
 
 def plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
-    """The sums over all possible classes: those whose logit is not −inf."""
+    """Computes the sums over all possible classes: those whose logit is not −inf."""
     if is_all:
         return {
             "total": jnp.sum(relative, axis),
@@ -136,10 +134,10 @@ def plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
 
 
 class _Comparison(NamedTuple):
-    """How logits compare with the largest one of their row.
+    """How logits compare with their row max.
 
-    Three answers that are one: of a single comparison with many readers, XLA would make
-    an array on GPUs.
+    The three masks say the same: a single one with many uses would become an array in
+    memory on GPUs.
     """
 
     is_below: Bool[Array, "*n W"]
@@ -151,33 +149,45 @@ def _compare(vocabulary: Vocabulary, logits, z, own, shift) -> _Comparison:
     shift = shift[..., None]
     if vocabulary.soft_cap is None:
         return _Comparison(z < shift, z >= shift, z == shift)
-    # Capped by two programs, a logit may not equal itself; the raw one does.
+    # Soft-capped in two programs, a logit may not equal itself; the raw logit does.
     is_top = capped(vocabulary, own)[..., None] >= shift
     is_top &= raw_logits(vocabulary, logits) == own[..., None]
     is_below = (z < shift) & ~is_top
     return _Comparison(is_below, ~is_below, ~is_below)
 
 
-def _rest(compared: _Comparison, e, exists, is_here):
-    """Sums this shard's exponentials but the largest logit's, without cancellation."""
+def _top_id(axis, z, compared: _Comparison, row_max: RowMax, exists):
+    """Returns the id of the row max, and 0 on the shards that do not hold it."""
+    width = z.shape[-1]
+    # As floats, the ids join the other reductions in one pass.
+    ids = as_float(column_ids(z) + first_id(axis, width))
+    size = as_float(num_shards(axis) * width)
+    top = jnp.min(jnp.where(compared.is_equal, ids, size), -1)
+    if row_max.is_local is not None:
+        top = jnp.where(row_max.is_local, top, jnp.zeros_like(top))
+    return jnp.where(exists, top, jnp.zeros_like(top)).astype(jnp.int32)
+
+
+def _sum_without_top(compared: _Comparison, e, exists, is_local):
+    """Sums this shard's exponentials except the row max's, without cancellation."""
     equals = jnp.sum(as_float(compared.is_not_below), -1)
-    top = jnp.ones_like(equals) if is_here is None else as_float(is_here)
-    rest = jnp.sum(jnp.where(compared.is_below, e, jnp.zeros_like(e)), -1)
-    # All equal logits but the first have exponentials of 1.
-    return rest + jnp.where(exists, equals - top, jnp.zeros_like(equals))
+    top = jnp.ones_like(equals) if is_local is None else as_float(is_local)
+    below = jnp.sum(jnp.where(compared.is_below, e, jnp.zeros_like(e)), -1)
+    # Each further logit equal to the row max adds exp(0) = 1.
+    return below + jnp.where(exists, equals - top, jnp.zeros_like(equals))
 
 
-def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, rest):
-    """Sums again, relative to the second largest logit, what is too small for a float.
+def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, exp_sum):
+    """Recomputes the sums that underflow, relative to the second largest logit.
 
-    One position of the rows after the other, because there is hardly ever any: devices
-    that share the rows then have their own at hand.
+    Such tokens are rare: a loop handles one position of all rows per iteration, so that
+    a device which holds some of the rows needs nothing of the others.
 
     Returns:
-      What the sums are relative to, and the sums.
+      The second shift, and the sums relative to it.
     """
     if not shift.ndim:
-        arrays = jax.tree.map(lambda x: x[None], (logits, shift, exists, rest))
+        arrays = jax.tree.map(lambda x: x[None], (logits, shift, exists, exp_sum))
         found = _without_underflow(vocabulary, *arrays)
         return jax.tree.map(lambda x: x[0], found)
     axis = shift.ndim - 1
@@ -189,28 +199,29 @@ def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, rest):
         return jnp.any(state[0])
 
     def sum_again(state):
-        left, pivots, sums = state
+        left, shifts, sums = state
         index = jnp.argmax(jnp.any(left, range(axis)))
         relative = possible_logits(vocabulary, at(logits, index))
         relative -= at(shift, index)[..., None]
-        # The largest logit is far above all others, however it is rounded.
+        # The largest logit is far above all others, whatever its rounding.
         others = jnp.where(relative > _FAR, -jnp.inf, relative)
         second = jnp.max(others, -1)
-        pivot = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
-        total = jnp.sum(jnp.exp(others - pivot[..., None]), -1)
-        is_faint = at(left, index)
-        pivot = jnp.where(is_faint, pivot, at(pivots, index))
-        total = jnp.where(is_faint, total, at(sums, index))
-        new = zip(state, (jnp.zeros_like(is_faint), pivot, total), strict=True)
+        second = jnp.where(second == -jnp.inf, jnp.zeros_like(second), second)
+        total = jnp.sum(jnp.exp(others - second[..., None]), -1)
+        underflows = at(left, index)
+        second = jnp.where(underflows, second, at(shifts, index))
+        total = jnp.where(underflows, total, at(sums, index))
+        new = zip(state, (jnp.zeros_like(underflows), second, total), strict=True)
         put = lax.dynamic_update_index_in_dim
         return tuple(put(x, y, index, axis) for x, y in new)
 
-    start = (exists & (rest < _FAINT), jnp.zeros_like(rest), rest)
+    left = exists & (exp_sum < _UNDERFLOW)
+    start = (left, jnp.zeros_like(exp_sum), exp_sum)
     return lax.while_loop(is_left, sum_again, start)[1:]
 
 
 def _add(grad, columns, values):
-    """Adds values [..., Q] to grad [..., W] at those columns that it has."""
+    """Adds values [..., Q] to grad [..., W] at the columns within range."""
     if columns.shape[-1] > MOST_COMPARED:
         return scatter_add(grad, columns, values)
     every = column_ids(grad)
@@ -221,5 +232,5 @@ def _add(grad, columns, values):
 
 
 def put(grad: Array, columns: Array, values: Array) -> Array:
-    """Sets grad [..., W] to values [...] at those columns that it has."""
+    """Sets grad [..., W] to values [...] at the columns within range."""
     return jnp.where(column_ids(grad) == columns[..., None], values[..., None], grad)

@@ -1,7 +1,7 @@
-"""The kernel for TPUs and GPUs, of logits that are not made yet.
+"""The kernel for TPUs and GPUs of logits that do not exist yet.
 
-One pass makes all sums, on a TPU together with the product that makes the logits: they
-are relative to a number near the largest logit.
+One pass computes all sums, relative to a number near the row max; on a TPU it is part
+of the product that computes the logits.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.kernel import xla
-from ava_jax.kernel.collectives import add_up, first_id, largest_anywhere
+from ava_jax.kernel.collectives import add_up, first_id, max_over_shards
 from ava_jax.kernel.logits import (
     capped,
     columns_of,
@@ -28,11 +28,11 @@ from ava_jax.kernel.logits import (
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.rounded import Exponentials
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
-from ava_jax.kernel.summary import summarize, with_picks
+from ava_jax.kernel.summary import summarize, with_queried
 from ava_jax.reduce import as_float
 
-# A shift is good where the largest logit is so far from it, over the temperature: the
-# exponentials are far from the ends of float32, the rounding of the distance is small.
+# The range of (row max − shift) / min(T, 1) for which a shift is accepted: exponentials
+# are far from the limits of float32, and the rounding of the difference is small.
 _LOWEST_SHIFT, _HIGHEST_SHIFT = -20.0, 60.0
 
 
@@ -44,24 +44,24 @@ def reduce(
     *,
     keep: Literal["logits", "exponentials"] | None = None,
 ) -> tuple[TokenStats, Float[Array, "N W"] | Exponentials | None]:
-    """Computes the statistics of a block whose logits are not made yet.
+    """Computes the statistics of a block whose logits do not exist yet.
 
-    The sums leave out the ids of the query, whose logits are then added one by one: so
-    `log(1 − p)` of each is exact in one pass. All sums are relative to a number near
-    the largest logit. Where that turns out to be far off, they are made again, relative
-    to the logit itself; and so is the product, with which a TPU makes them.
+    The sums leave out the ids of the query, whose logits are then added one by one:
+    this makes `log(1 − p)` of each exact in one pass. All sums are relative to a number
+    near the row max. Where that turns out to be too far off, they are recomputed
+    relative to the row max itself, and on a TPU the product with them.
 
     Args:
-      product: the logits to be.
+      product: the logits to compute.
       query: per token, [N, ...].
       vocabulary: the static facts; the logits are finite.
       temperature: T, or None for 1.
-      keep: what of the block to return for the gradient. Exponentials need logits that
-        lie by columns, and at most `xla.MOST_COMPARED` ids.
+      keep: what to return of the block for the gradient. Exponentials require the
+        layout by columns, and at most `xla.MOST_COMPARED` ids.
 
     Returns:
-      The statistics, and what was to be kept. Of `top`, what is asked for is known:
-      whether it is one of the query's ids, and which; it is `NOT_ASKED` otherwise.
+      The statistics, and what `keep` says. `top` is exact where it is one of the ids
+      of the query, and `NOT_QUERIED` elsewhere.
     """
     ids = ids_of(query)
     if ids.shape[-1] > xla.MOST_COMPARED:
@@ -76,15 +76,15 @@ def reduce(
         writes_exponentials=keep == "exponentials",
     )
     made = _make(product, vocabulary, request)
-    kept, asked = None, made.picked
-    if asked is None:
+    kept, at_ids = None, made.at_ids
+    if at_ids is None:
         assert made.logits is not None
         kept = product.by_token(made.logits)
-        asked = pick(vocabulary, kept, ids)
-    sums, picked = add_up(vocabulary.axis, (made.sums, asked), 1)
-    picked = jnp.where(is_class(vocabulary, ids), picked, -jnp.inf)
-    row_sums = with_picks(
-        sums, made.maxima, made.shift, picked, query, vocabulary, temperature
+        at_ids = pick(vocabulary, kept, ids)
+    sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), 1)
+    at_ids = jnp.where(is_class(vocabulary, ids), at_ids, -jnp.inf)
+    row_sums = with_queried(
+        sums, made.maxima, made.shift, at_ids, query, vocabulary, temperature
     )
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
     if made.rounded is not None:
@@ -93,15 +93,15 @@ def reduce(
 
 
 class _Request(NamedTuple):
-    """What is wanted of a block.
+    """What to compute of a block.
 
     Attributes:
-      columns: of the ids that are asked for, [N, K].
-      targets: their ids, [N].
+      columns: the columns of the queried ids.
+      targets: the targets' ids.
       temperature: T, or None for 1.
-      writes_logits: whether the logits are; those asked for are summed up on the way
-        otherwise.
-      writes_exponentials: whether these are.
+      writes_logits: whether to write the logits to memory; otherwise those at the
+        queried ids are extracted by sums.
+      writes_exponentials: whether to write the exponentials to memory.
     """
 
     columns: Int[Array, "N K"]
@@ -112,34 +112,34 @@ class _Request(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A block and sums over it.
+    """A block and the sums over it.
 
     Attributes:
       logits: the block, as `Product.make` returns it, if it is written.
-      rounded: its exponentials in bfloat16, if they are.
-      sums: over this shard's classes that are not asked for.
-      picked: the logits that are asked for, unless all are written; 0 where another
-        shard has them.
-      maxima: of raw logits, the largest one that is not asked for, and the largest one
-        before the target.
-      shift: what the sums ought to be relative to.
-      is_off: whether they are relative to something else.
+      rounded: its exponentials in bfloat16, if they are written.
+      sums: over this shard's classes that are not queried.
+      at_ids: the logits at the queried ids, unless all logits are written; 0 for ids of
+        other shards.
+      maxima: of raw logits: the largest one that is not queried, and the largest one at
+        an id below the target.
+      shift: the shift that the sums should have.
+      is_off: whether they have another one.
     """
 
     logits: Float[Array, "..."] | None
     rounded: Float[Array, "..."] | None
     sums: dict[str, Array]
-    picked: Float[Array, "N K"] | None
+    at_ids: Float[Array, "N K"] | None
     maxima: Float[Array, "2 N"]
     shift: Float[Array, "N"]
     is_off: Bool[Array, ""]
 
 
 def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
-    """Makes a block and its sums, once or, where the shift was far off, twice."""
+    """Computes a block and its sums; twice if the first shift was too far off."""
 
     def until_near(turn: Callable[[Array], _Made]) -> _Made:
-        near = capped(vocabulary, largest_anywhere(vocabulary.axis, product.near))
+        near = capped(vocabulary, max_over_shards(vocabulary.axis, product.near))
         shapes = jax.eval_shape(turn, near)
         start = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), shapes)
         start = start._replace(shift=near, is_off=jnp.ones_like(shapes.is_off))
@@ -151,7 +151,7 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
         return _sum_up(vocabulary, logits, product.class_axis, shift, request)
 
     def make_again(shift: Array) -> _Made:
-        # Otherwise XLA would take the product, always the same, out of the loop.
+        # Otherwise XLA would hoist the product, a loop invariant, out of the loop.
         hidden, shift = lax.optimization_barrier((product.hidden, shift))
         logits = dataclasses.replace(product, hidden=hidden).make()
         made = sum_up(logits, shift)
@@ -159,7 +159,7 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
 
     if product.by_columns:
         return until_near(make_again)
-    # GPUs make no sums with a product, which then need not be made again.
+    # GPUs do not fuse the sums with the product, so it need not be repeated.
     logits = product.make()
     return until_near(lambda shift: sum_up(logits, shift))._replace(logits=logits)
 
@@ -167,14 +167,14 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
 def _sum_up(
     vocabulary: Vocabulary, logits, axis: int, shift, request: _Request
 ) -> _Made:
-    """Sums over this shard's classes but those asked for, in one pass.
+    """Sums over this shard's classes except the queried ones, in one pass.
 
     Args:
       vocabulary: the static facts.
-      logits: the block, with the classes along an axis.
-      axis: that one.
-      shift: what sums are relative to, [N].
-      request: what is wanted.
+      logits: the block.
+      axis: its axis of classes.
+      shift: what the sums are relative to, [N].
+      request: what to compute.
     """
     width = logits.shape[axis]
     every = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
@@ -187,41 +187,41 @@ def _sum_up(
 
     hits = [every == spread(column) for column in request.columns.T]
 
-    def besides(terms, nothing):
-        """The terms of classes that are not asked for."""
-        rest = jnp.full_like(terms, nothing)
+    def not_queried(terms, fill):
+        """Replaces the terms of the queried classes by a constant."""
+        filled = jnp.full_like(terms, fill)
         if axis == 0:
-            return jnp.where(functools.reduce(jnp.logical_or, hits), rest, terms)
-        # One mask of them all would become an array on GPUs.
+            return jnp.where(functools.reduce(jnp.logical_or, hits), filled, terms)
+        # One mask of all ids would become an array in memory on GPUs.
         for hit in hits:
-            terms = jnp.where(hit, rest, terms)
+            terms = jnp.where(hit, filled, terms)
         return terms
 
     z = capped(vocabulary, raw)
     relative = z - spread(shift)
     exponentials = jnp.exp(relative)
-    e = besides(exponentials, 0.0)
+    e = not_queried(exponentials, 0.0)
     sums = xla.plain_sums(not is_padded, z, relative, e, axis)
-    sums["every"] = jnp.sum(e, axis)
+    sums["exp_sum"] = jnp.sum(e, axis)
     if request.temperature is not None:
-        cooled = besides(jnp.exp(relative * (1 / request.temperature)), 0.0)
+        cooled = not_queried(jnp.exp(relative * (1 / request.temperature)), 0.0)
         sums["tempered"] = jnp.sum(cooled, axis)
-    picked = rounded = None
+    at_ids = rounded = None
     if not request.writes_logits:
-        asked = [jnp.where(hit, raw, jnp.zeros_like(raw)) for hit in hits]
-        picked = jnp.stack([jnp.sum(x, axis) for x in asked], -1)
+        masked = [jnp.where(hit, raw, jnp.zeros_like(raw)) for hit in hits]
+        at_ids = jnp.stack([jnp.sum(x, axis) for x in masked], -1)
     if request.writes_exponentials:
         rounded = exponentials.astype(jnp.bfloat16)
-    largest = jnp.max(besides(raw, -jnp.inf), axis)
+    largest = jnp.max(not_queried(raw, -jnp.inf), axis)
     is_before = ids < spread(request.targets)
     before = jnp.max(jnp.where(is_before, raw, jnp.full_like(raw, -jnp.inf)), axis)
-    maxima = largest_anywhere(vocabulary.axis, jnp.stack([largest, before]))
+    maxima = max_over_shards(vocabulary.axis, jnp.stack([largest, before]))
     shift, is_off = _next_shift(vocabulary, shift, maxima[0], request.temperature)
-    return _Made(None, rounded, sums, picked, maxima, shift, is_off)
+    return _Made(None, rounded, sums, at_ids, maxima, shift, is_off)
 
 
 def _next_shift(vocabulary: Vocabulary, shift, largest, temperature):
-    """Returns what sums should be relative to, and whether that is another number."""
+    """Returns the shift that the sums should have, and whether it differs anywhere."""
     steepest = as_float(1.0)
     if temperature is not None:
         steepest = jnp.maximum(steepest, 1 / temperature)

@@ -1,4 +1,4 @@
-"""Every loss as a function of its own."""
+"""The losses as pure functions."""
 
 from ava_jax.losses.consistency import consistency_loss as consistency_loss
 from ava_jax.losses.contrastive import (

@@ -1,4 +1,4 @@
-"""Consistency: a model should say the same of an input and its augmented copy."""
+"""Consistency losses: a model should predict the same for an input and a copy of it."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def _check(
         )
     if weights is not None and weights.shape != original.shape[:-1]:
         raise ValueError(
-            f"weights must have one entry a row, {original.shape[:-1]}, "
+            f"weights must have one entry per row, {original.shape[:-1]}, "
             f"got {weights.shape}"
         )
 
@@ -64,17 +64,18 @@ def consistency_loss(
     temperature: Float[Array, ""] | float | int = 1.0,
     weights: Shaped[Array, "*B"] | None = None,
 ) -> Float[Array, "*B"]:
-    """Disagreement between two predictions for the same input, per row.
+    """Computes the disagreement of two predictions for the same input, per row.
 
     With `p` and `q` the softmaxes of the original and the augmented logits, both
     divided by `temperature`:
 
     - `"mse"`: `mean_c (p_c − q_c)²`;
     - `"kl"`: `Σ_c q_c · (log q_c − log p_c)`;
-    - `"ce"`: `−log q_y`, `y` the original's largest logit, always at temperature 1.
+    - `"ce"`: `−log q_y`, `y` the class of the original's largest logit, always at
+      temperature 1.
 
-    Both sides get gradients (`"ce"`: only the augmented one); wrap the original in
-    `jax.lax.stop_gradient` to train the augmented side alone.
+    Both predictions get gradients (`"ce"`: only the augmented one); wrap the original
+    in `jax.lax.stop_gradient` to train on the augmented one alone.
 
     Args:
       outputs_original: `[..., C]` logits.
@@ -85,7 +86,7 @@ def consistency_loss(
         by its weight; a row of weight 0 may hold NaN.
 
     Returns:
-      `[...]`, one loss a row.
+      `[...]`, one loss per row.
 
     Raises:
       ValueError: an unknown `kind`, a bad `temperature`, or shapes that differ.

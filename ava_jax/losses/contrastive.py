@@ -1,8 +1,8 @@
-"""Contrastive losses: rows that belong together come closer, the rest move apart.
+"""Contrastive losses: embeddings of positives become similar, others dissimilar.
 
 Similarities and distances are exact to the arithmetic dtype on every backend. A row
-whose `mask` is 0 takes part in nothing and may hold NaN. A zero vector has no
-direction: it is at cosine 0 from everything and gets no gradient through it.
+with `mask` 0 is left out and may hold NaN. A zero vector has no direction: its cosine
+with every vector is 0, without a gradient.
 """
 
 import jax
@@ -24,7 +24,7 @@ def unit_vectors(
 
 
 def _whole(x: Shaped[Array, "N *D"]) -> Shaped[Array, "N *D"]:
-    """Gathers an explicitly sharded array, for every row meets every other."""
+    """Gathers an explicitly sharded array, because every row is compared with all."""
     spec = jax.typeof(x).sharding.spec
     if all(axis is None for axis in spec):
         return x
@@ -34,7 +34,7 @@ def _whole(x: Shaped[Array, "N *D"]) -> Shaped[Array, "N *D"]:
 def _rows(
     embeddings: Float[Array, "N D"], mask: Shaped[Array, "N"] | None
 ) -> tuple[Float[Array, "N D"], Bool[Array, "N"]]:
-    """Returns the embeddings with masked rows zeroed, and which rows count."""
+    """Returns the embeddings with masked rows zeroed, and the unmasked rows."""
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings must be [N, D], got shape {embeddings.shape}")
     x, rows = as_float(_whole(embeddings)), embeddings.shape[0]
@@ -42,36 +42,36 @@ def _rows(
         return x, jnp.ones((rows,), bool)
     if mask.shape != (rows,):
         raise ValueError(f"mask must have shape ({rows},), got {mask.shape}")
-    counted = _whole(mask).astype(bool)
-    return jnp.where(counted[:, None], x, 0), counted
+    unmasked = _whole(mask).astype(bool)
+    return jnp.where(unmasked[:, None], x, 0), unmasked
 
 
 def _same_label(
-    labels: Integer[Array, "N"], counted: Bool[Array, "N"]
+    labels: Integer[Array, "N"], unmasked: Bool[Array, "N"]
 ) -> Bool[Array, "N N"]:
-    if labels.shape != counted.shape:
+    if labels.shape != unmasked.shape:
         raise ValueError(
-            f"labels must have one entry a row, {counted.shape}, got {labels.shape}"
+            f"labels must have one entry per row, {unmasked.shape}, got {labels.shape}"
         )
     labels = _whole(labels)
     return labels[:, None] == labels[None, :]
 
 
-def _pairs_of(counted: Bool[Array, "*B N"]) -> Bool[Array, "*B N N"]:
-    """Marks ordered pairs of different counted rows."""
-    different = ~jnp.eye(counted.shape[-1], dtype=bool)
-    return counted[..., :, None] & counted[..., None, :] & different
+def _pairs_of(unmasked: Bool[Array, "*B N"]) -> Bool[Array, "*B N N"]:
+    """Marks the ordered pairs of different unmasked rows."""
+    different = ~jnp.eye(unmasked.shape[-1], dtype=bool)
+    return unmasked[..., :, None] & unmasked[..., None, :] & different
 
 
 def _valid_pairs(
-    name: str, pairs: Integer[Array, "P 2"], counted: Bool[Array, "N"]
+    name: str, pairs: Integer[Array, "P 2"], unmasked: Bool[Array, "N"]
 ) -> Bool[Array, "P"]:
-    """Marks the pairs of two different rows that exist and count."""
+    """Marks the pairs of two different rows that exist and are unmasked."""
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"{name} must be [P, 2] row numbers, got shape {pairs.shape}")
-    inside = (pairs >= 0) & (pairs < counted.shape[0])
-    alive = inside & counted[jnp.where(inside, pairs, 0)]
-    return jnp.all(alive, axis=-1) & (pairs[:, 0] != pairs[:, 1])
+    inside = (pairs >= 0) & (pairs < unmasked.shape[0])
+    valid = inside & unmasked[jnp.where(inside, pairs, 0)]
+    return jnp.all(valid, axis=-1) & (pairs[:, 0] != pairs[:, 1])
 
 
 def _check_exclusive(
@@ -86,9 +86,9 @@ def _check_exclusive(
 
 
 def _distances(x: Float[Array, "N D"]) -> Float[Array, "N N"]:
-    """Returns Euclidean distances, from differences so that near rows stay exact."""
+    """Computes Euclidean distances from differences, exact also for close rows."""
 
-    # A few rows at a time, and again in the backward pass: never [N, N, D].
+    # A few rows at a time, recomputed in the backward pass: no [N, N, D] array.
     @jax.checkpoint
     def from_one(row: Float[Array, "D"]) -> Float[Array, "N"]:
         return optax.safe_norm(row - x, 0.0, axis=-1)
@@ -100,15 +100,15 @@ def _named_distances(
     name: str,
     pairs: Integer[Array, "P 2"] | None,
     x: Float[Array, "N D"],
-    counted: Bool[Array, "N"],
+    unmasked: Bool[Array, "N"],
     normalize: bool,
 ) -> tuple[Float[Array, "P"], Bool[Array, "P"]]:
-    """Returns the distance of each named pair, and which of them are valid."""
+    """Computes the distance of each given pair, and marks the valid pairs."""
     if pairs is None:
         return jnp.zeros((0,), x.dtype), jnp.zeros((0,), bool)
     pairs = _whole(pairs)
-    valid = _valid_pairs(name, pairs, counted)
-    # Rows are picked first, so that a row in no pair may hold NaN.
+    valid = _valid_pairs(name, pairs, unmasked)
+    # Rows are gathered first, so that a row in no pair may hold NaN.
     ends = x[jnp.where(valid[:, None], pairs, 0)]
     ends = jnp.where(valid[:, None, None], ends, 0)
     ends = unit_vectors(ends) if normalize else ends
@@ -125,26 +125,26 @@ def contrastive_margin_loss(
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Pulls positive pairs together and pushes negative ones a margin apart.
+    """Computes the margin loss: positives pulled together, negatives pushed apart.
 
-    `(mean d₊² + mean max(0, margin − d₋)²) / 2`, with `d` the Euclidean distance. An
-    empty side is 0. Pairs couple the batch: a micro-batch sees its own only.
+    `(mean d₊² + mean max(0, margin − d₋)²) / 2`, with `d` the Euclidean distance. The
+    mean of no pairs is 0. A micro-batch has only its own pairs.
 
     Args:
       embeddings: `[N, D]`.
       labels: `[N]`; the pairs are all `i < j`, positive where the labels agree.
-      positive_pairs: `[P, 2]` row numbers, instead of labels; a pair that names a row
-        outside `[0, N)`, a masked row or one row twice is left out, so −1 pads.
+      positive_pairs: `[P, 2]` row numbers, instead of labels; a pair with a row outside
+        `[0, N)`, with a masked row or with one row twice is left out, so −1 pads.
       negative_pairs: `[Q, 2]`, likewise.
-      margin: the distance beyond which a negative pair costs nothing.
+      margin: the distance beyond which the loss of a negative pair is 0.
       normalize: whether to divide each embedding by its norm.
-      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+      mask: `[N]`, bool or numbers; a row with 0 is left out.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: neither labels nor pairs, or both, or shapes that do not fit.
+      ValueError: neither labels nor pairs, or both, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,19 +163,19 @@ def contrastive_margin_loss(
             "contrastive_margin_loss needs labels, or positive_pairs and negative_pairs"
         )
     _check_exclusive(labels, positive_pairs, negative_pairs)
-    x, counted = _rows(embeddings, mask)
+    x, unmasked = _rows(embeddings, mask)
     if labels is not None:
-        same = _same_label(labels, counted)
+        same = _same_label(labels, unmasked)
         x = unit_vectors(x) if normalize else x
         together = apart = _distances(x)
-        pairs = _pairs_of(counted)
+        pairs = _pairs_of(unmasked)
         pulled, pushed = pairs & same, pairs & ~same
     else:
         together, pulled = _named_distances(
-            "positive_pairs", positive_pairs, x, counted, normalize
+            "positive_pairs", positive_pairs, x, unmasked, normalize
         )
         apart, pushed = _named_distances(
-            "negative_pairs", negative_pairs, x, counted, normalize
+            "negative_pairs", negative_pairs, x, unmasked, normalize
         )
     gap = jnp.maximum(margin - apart, 0)
     pull = weighted_mean(together**2, as_float(pulled))
@@ -190,24 +190,25 @@ def contrastive_triplet_loss(
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Asks a row's farthest positive to be a margin nearer than its nearest negative.
+    """Computes the batch-hard triplet loss.
 
-    `max(0, margin + max d₊ − min d₋)`, with `d` the Euclidean distance; the mean over
-    the anchors that have both a positive and a negative, 0 if none has. Distances
-    couple the batch: a micro-batch sees its own rows only.
+    `max(0, margin + max d₊ − min d₋)`, with `d` the Euclidean distance: an anchor's
+    farthest positive should be closer than its nearest negative by a margin. The mean
+    is over the anchors that have both, 0 if none has. A micro-batch has only its own
+    rows.
 
     Args:
       embeddings: `[N, D]`.
       labels: `[N]`; rows of one label are positives of each other.
-      margin: how much nearer the positive has to be.
+      margin: the difference of distances beyond which the loss is 0.
       normalize: whether to divide each embedding by its norm.
-      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+      mask: `[N]`, bool or numbers; a row with 0 is left out.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,10 +221,10 @@ def contrastive_triplet_loss(
     References:
       Hermans et al., In Defense of the Triplet Loss (batch hard), 2017.
     """
-    x, counted = _rows(embeddings, mask)
-    same = _same_label(labels, counted)
+    x, unmasked = _rows(embeddings, mask)
+    same = _same_label(labels, unmasked)
     x = unit_vectors(x) if normalize else x
-    distance, pairs = _distances(x), _pairs_of(counted)
+    distance, pairs = _distances(x), _pairs_of(unmasked)
     positive, negative = pairs & same, pairs & ~same
     farthest = jnp.max(distance, axis=-1, where=positive, initial=0)
     nearest = jnp.min(distance, axis=-1, where=negative, initial=jnp.inf)
@@ -233,18 +234,18 @@ def contrastive_triplet_loss(
 
 
 def _pair_matrix(
-    name: str, pairs: Integer[Array, "P 2"], counted: Bool[Array, "N"]
+    name: str, pairs: Integer[Array, "P 2"], unmasked: Bool[Array, "N"]
 ) -> Bool[Array, "N N"]:
-    """Marks the named pairs in both directions."""
-    pairs, rows = _whole(pairs), counted.shape[0]
-    ends = jnp.where(_valid_pairs(name, pairs, counted)[:, None], pairs, rows)
+    """Marks the given pairs in both directions."""
+    pairs, rows = _whole(pairs), unmasked.shape[0]
+    ends = jnp.where(_valid_pairs(name, pairs, unmasked)[:, None], pairs, rows)
     marked = jnp.zeros((rows, rows), bool)
     marked = marked.at[ends[:, 0], ends[:, 1]].set(True, mode="drop")
     return marked | marked.T
 
 
-def _halves(counted: Bool[Array, "N"]) -> Bool[Array, "N N"]:
-    rows = counted.shape[0]
+def _halves(unmasked: Bool[Array, "N"]) -> Bool[Array, "N N"]:
+    rows = unmasked.shape[0]
     if rows % 2:
         raise ValueError(
             "without labels or pairs, row i of the first half belongs to row i of the "
@@ -255,25 +256,25 @@ def _halves(counted: Bool[Array, "N"]) -> Bool[Array, "N N"]:
 
 
 def _candidates(
-    counted: Bool[Array, "N"],
+    unmasked: Bool[Array, "N"],
     labels: Integer[Array, "N"] | None,
     positive_pairs: Integer[Array, "P 2"] | None,
     negative_pairs: Integer[Array, "Q 2"] | None,
 ) -> tuple[Bool[Array, "N N"], Bool[Array, "N N"]]:
-    """Returns each anchor's positives, and all that it chooses from."""
+    """Marks each anchor's positives, and all rows it is compared with."""
     _check_exclusive(labels, positive_pairs, negative_pairs)
-    pairs = _pairs_of(counted)
+    pairs = _pairs_of(unmasked)
     if labels is not None:
-        return pairs & _same_label(labels, counted), pairs
+        return pairs & _same_label(labels, unmasked), pairs
     if positive_pairs is not None:
-        positive = _pair_matrix("positive_pairs", positive_pairs, counted)
+        positive = _pair_matrix("positive_pairs", positive_pairs, unmasked)
         if negative_pairs is None:
             return positive, pairs
-        negative = _pair_matrix("negative_pairs", negative_pairs, counted)
+        negative = _pair_matrix("negative_pairs", negative_pairs, unmasked)
         return positive, positive | negative
     if negative_pairs is not None:
         raise ValueError("negative_pairs needs positive_pairs to go with them")
-    return pairs & _halves(counted), pairs
+    return pairs & _halves(unmasked), pairs
 
 
 def contrastive_infonce_loss(
@@ -286,24 +287,23 @@ def contrastive_infonce_loss(
     normalize: bool = True,
     mask: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Asks each row to pick its positives out of all other rows.
+    """Computes the InfoNCE loss: each row classifies its positives among all others.
 
     `−mean_{p ∈ P(i)} log( exp(s_ip / τ) / Σ_{a ≠ i} exp(s_ia / τ) )` per anchor `i`,
-    with `s` the dot product; the mean over the anchors that have a positive, 0 if none
-    has. A row is never its own negative. Negatives couple the batch: a micro-batch has
-    its own only.
+    with `s` the dot product; the mean is over the anchors that have a positive, 0 if
+    none has. A row is never its own negative. A micro-batch has only its own negatives.
 
     Args:
       embeddings: `[N, D]`.
       labels: `[N]`; every other row of the anchor's label is a positive.
-      positive_pairs: `[P, 2]` row numbers, instead of labels; each counts once and in
-        both directions. A pair that names a row outside `[0, N)`, a masked row or one
-        row twice is left out, so −1 pads.
+      positive_pairs: `[P, 2]` row numbers, instead of labels; each is used once and in
+        both directions. A pair with a row outside `[0, N)`, with a masked row or with
+        one row twice is left out, so −1 pads.
       negative_pairs: `[Q, 2]`, likewise; if given, an anchor is compared with its own
         positives and negatives only, otherwise with all other rows.
       temperature: τ, above 0.
       normalize: whether to divide each embedding by its norm.
-      mask: `[N]`, bool or numbers; a row of 0 takes part in nothing.
+      mask: `[N]`, bool or numbers; a row with 0 is left out.
 
     With neither labels nor pairs, row `i` of the first half and row `i` of the second
     half are positives of each other (NT-Xent, both directions).
@@ -313,7 +313,7 @@ def contrastive_infonce_loss(
 
     Raises:
       ValueError: labels and pairs together, negative pairs alone, an odd number of rows
-        with neither, a bad temperature, or shapes that do not fit.
+        with neither, a bad temperature, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -328,12 +328,12 @@ def contrastive_infonce_loss(
     """
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    x, counted = _rows(embeddings, mask)
+    x, unmasked = _rows(embeddings, mask)
     x = unit_vectors(x) if normalize else x
-    positive, others = _candidates(counted, labels, positive_pairs, negative_pairs)
+    positive, others = _candidates(unmasked, labels, positive_pairs, negative_pairs)
     score = jnp.matmul(x, x.T, precision="highest") / as_float(temperature)
     anchors = jnp.any(positive, axis=-1)
-    # A row compared with nothing would divide 0 by 0; its weight is 0 below.
+    # A row without any comparison would divide 0 by 0; its weight is 0 below.
     compared = others | ~anchors[:, None]
     log_total = jax.nn.logsumexp(score, axis=-1, where=compared)
     picked = jnp.sum(jnp.where(positive, score, 0), axis=-1)
@@ -348,24 +348,24 @@ def simctg_loss(
     mask: Shaped[Array, "B S"] | None = None,
     segment_ids: Integer[Array, "B S"] | None = None,
 ) -> Float[Array, ""]:
-    """Keeps the hidden states of a row's tokens apart from each other.
+    """Computes the SimCTG loss, which penalizes similar hidden states within a row.
 
     `max(0, margin − 1 + cos(h_i, h_j))`, the mean over all ordered pairs `i ≠ j` of
-    counted tokens of one row, 0 if there is none. Holds one `[B, S, S]` array. The mean
-    is over pairs, the unified loss averages micro-batches by tokens: where rows differ
-    in length, that is not the whole batch's.
+    unmasked tokens of one row, 0 if there is none. It needs one `[B, S, S]` array. The
+    mean is over pairs, while the unified loss averages micro-batches by tokens: if rows
+    differ in length, that average is not the mean of the whole batch.
 
     Args:
       hidden_states: `[B, S, D]`.
-      margin: ρ; pairs with a cosine under `1 − ρ` cost nothing.
-      mask: `[B, S]`, bool or numbers; a position of 0 takes part in nothing.
+      margin: ρ; the loss of a pair with a cosine below `1 − ρ` is 0.
+      mask: `[B, S]`, bool or numbers; a position with 0 is left out.
       segment_ids: `[B, S]`; pairs do not cross a segment, and 0 is padding.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -377,16 +377,16 @@ def simctg_loss(
     References:
       Su et al., A Contrastive Framework for Neural Text Generation, 2022.
     """
-    counted = jnp.ones_like(hidden_states[..., 0], dtype=bool)
+    unmasked = jnp.ones_like(hidden_states[..., 0], dtype=bool)
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
         if array is None:
             continue
-        if array.shape != counted.shape:
-            raise ValueError(f"{name} must be {counted.shape}, got {array.shape}")
-        counted &= array.astype(bool)
-    pairs = _pairs_of(counted)
+        if array.shape != unmasked.shape:
+            raise ValueError(f"{name} must be {unmasked.shape}, got {array.shape}")
+        unmasked &= array.astype(bool)
+    pairs = _pairs_of(unmasked)
     if segment_ids is not None:
         pairs &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    h = unit_vectors(jnp.where(counted[..., None], as_float(hidden_states), 0))
+    h = unit_vectors(jnp.where(unmasked[..., None], as_float(hidden_states), 0))
     cosine = jnp.einsum("bid,bjd->bij", h, h, precision="highest")
     return weighted_mean(jnp.maximum(margin - 1 + cosine, 0), as_float(pairs))

@@ -1,4 +1,4 @@
-"""Likelihood losses: functions of `TokenStats`, and the same from plain logits."""
+"""Likelihood losses, as functions of `TokenStats` and of plain logits."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from ava_jax.reduce import as_float, safe_divide, weighted_mean
 def smoothed_cross_entropy(
     stats: TokenStats, smoothing: float = 0.0
 ) -> Float[Array, "*n"]:
-    """Cross-entropy at temperature T with the mass ε on the V−1 other classes.
+    """Computes the cross-entropy with label smoothing, at temperature T.
 
-    `(1−ε)·(log_z_T − z_y/T) + ε/(V−1)·Σ_{v≠y} (log_z_T − z_v/T)`, the sum running over
-    the finite entries only.
+    `(1−ε)·(log_z_T − z_y/T) + ε/(V−1)·Σ_{v≠y} (log_z_T − z_v/T)`, with the sum over the
+    finite entries only: the probability ε is spread over the other classes.
 
     Args:
       stats: token statistics [...].
@@ -50,10 +50,10 @@ def focal_cross_entropy(
     alpha: float | Sequence[float] | Float[Array, "V"] = 1.0,
     gamma: float = 2.0,
 ) -> Float[Array, "*n"]:
-    """Cross-entropy that fades as the target's probability grows.
+    """Computes the focal loss, a cross-entropy that weighs hard tokens more.
 
     `α_y · (1−p_y)^γ · nll`, at temperature 1. Value and gradient are finite for every
-    γ ≥ 0, also where p_y rounds to 1.
+    γ ≥ 0, even where p_y rounds to 1.
 
     Args:
       stats: token statistics [...].
@@ -79,11 +79,11 @@ def focal_cross_entropy(
     weight = as_float(jnp.asarray(alpha))
     if weight.ndim:
         weight = weight[targets]
-    return weight * jnp.exp(gamma * stats.target_complement) * stats.nll
+    return weight * jnp.exp(gamma * stats.log_one_minus_p) * stats.nll
 
 
 def log_z_squared(stats: TokenStats) -> Float[Array, "*n"]:
-    """The squared log-normaliser, which keeps logits from drifting.
+    """Computes the z-loss, the squared log-normalizer, which keeps it close to 0.
 
     `log_z²` at temperature 1.
 
@@ -108,9 +108,9 @@ def log_z_squared(stats: TokenStats) -> Float[Array, "*n"]:
 
 
 def token_diversity(stats: TokenStats, vocab_size: int) -> Float[Array, "*n"]:
-    """How far a prediction is from uniform, 0 (uniform) to 1 (certain).
+    """Computes how peaked a prediction is, from 0 (uniform) to 1 (certain).
 
-    `1 − H/log V`, H the entropy at temperature 1.
+    `1 − H/log V`, with H the entropy at temperature 1.
 
     Args:
       stats: token statistics [...].
@@ -135,9 +135,14 @@ def read_logits(
     targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
     *,
-    complements: bool = False,
+    log_one_minus_p: bool = False,
 ) -> tuple[TokenStats, Float[Array, "*n"], Int[Array, "*n"]]:
-    """Statistics of plain logits; ids outside [0, V) get weight 0 and become id 0."""
+    """Computes the statistics of plain logits, for losses without a configuration.
+
+    Returns:
+      The statistics, the weights with 0 for ids outside [0, V), and the ids with 0 in
+      place of those.
+    """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have the shape {logits.shape[:-1]} of the logits without "
@@ -145,11 +150,11 @@ def read_logits(
         )
     given = jnp.ones(targets.shape) if weights is None else weights
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    counted = jnp.where(inside, as_float(given), 0.0)
-    ids = jnp.where(counted != 0, targets, 0)
-    query = Query(targets=ids, active=counted != 0, complements=complements)
+    kept = jnp.where(inside, as_float(given), 0.0)
+    ids = jnp.where(kept != 0, targets, 0)
+    query = Query(targets=ids, active=kept != 0, log_one_minus_p=log_one_minus_p)
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
-    return stats, counted, ids
+    return stats, kept, ids
 
 
 def focal_loss(
@@ -159,7 +164,7 @@ def focal_loss(
     alpha: float | Sequence[float] | Float[Array, "V"] = 1.0,
     gamma: float = 2.0,
 ) -> Float[Array, "*n"]:
-    """Focal loss of plain logits, unreduced.
+    """Computes the focal loss of plain logits, unreduced.
 
     `α_y · (1−p_y)^γ · (−log p_y)`.
 
@@ -173,7 +178,7 @@ def focal_loss(
       The loss per row in nats, [...].
 
     Raises:
-      ValueError: the shapes of logits and targets do not fit.
+      ValueError: the shapes of logits and targets do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,8 +190,8 @@ def focal_loss(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    stats, counted, ids = read_logits(inputs, targets, complements=True)
-    return counted * focal_cross_entropy(stats, ids, alpha, gamma)
+    stats, weights, ids = read_logits(inputs, targets, log_one_minus_p=True)
+    return weights * focal_cross_entropy(stats, ids, alpha, gamma)
 
 
 def label_smoothing_loss(
@@ -195,7 +200,7 @@ def label_smoothing_loss(
     *,
     smoothing: float = 0.1,
 ) -> Float[Array, "*n"]:
-    """Cross-entropy of plain logits with label smoothing, unreduced.
+    """Computes the cross-entropy of plain logits with label smoothing, unreduced.
 
     `(1−ε)·(−log p_y) + ε/(V−1)·Σ_{v≠y} (−log p_v)`; optax spreads ε over all V classes.
 
@@ -208,7 +213,7 @@ def label_smoothing_loss(
       The loss per row in nats, [...].
 
     Raises:
-      ValueError: `smoothing` is out of its range, or the shapes do not fit.
+      ValueError: `smoothing` is out of its range, or the shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -222,8 +227,8 @@ def label_smoothing_loss(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    stats, counted, _ = read_logits(inputs, targets)
-    return counted * smoothed_cross_entropy(stats, smoothing)
+    stats, weights, _ = read_logits(inputs, targets)
+    return weights * smoothed_cross_entropy(stats, smoothing)
 
 
 def perplexity(
@@ -231,7 +236,7 @@ def perplexity(
     targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
 ) -> Float[Array, ""]:
-    """The exponential of the mean negative log-likelihood.
+    """Computes the perplexity, the exponential of the mean negative log-likelihood.
 
     `exp(Σ w·(−log p_y) / Σ w)`.
 
@@ -241,10 +246,10 @@ def perplexity(
       weights: weight per token [...]; ones if None.
 
     Returns:
-      The perplexity, a scalar; 1 where no token counts.
+      The perplexity, a scalar; 1 if all tokens are masked.
 
     Raises:
-      ValueError: the shapes of logits and targets do not fit.
+      ValueError: the shapes of logits and targets do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -252,5 +257,5 @@ def perplexity(
       >>> float(losses.perplexity(jnp.zeros((1, 5, 8)), jnp.zeros((1, 5), int)))
       8.0
     """
-    stats, counted, _ = read_logits(logits, targets, weights)
-    return jnp.exp(weighted_mean(stats.nll, counted))
+    stats, kept, _ = read_logits(logits, targets, weights)
+    return jnp.exp(weighted_mean(stats.nll, kept))

@@ -1,28 +1,62 @@
-"""Mixture of experts: balance carried from step to step, and the experts' diversity.
+"""Mixture of experts: balancing with state across steps, and the experts' diversity.
 
-Every function takes one layer; map over a leading layer axis with `jax.vmap`.
-`token_weights` decides which tokens count: a weight of 0 counts nowhere and may hold
-NaN, any other weight counts as 1.
+Every function takes one layer; map over a leading layer axis with `jax.vmap`. Tokens
+with a `token_weights` of 0 are masked: they are left out and may hold NaN. Any other
+weight is treated as 1.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ava_jax.losses.contrastive import unit_vectors
-from ava_jax.losses.router import RouterLoad, counted_tokens, keep_counted
+from ava_jax.losses.router import RouterLoad, unmasked_tokens, zero_masked
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
-from ava_jax.state import BiasBalanceState, GradientBalanceState
+
+
+@flax.struct.dataclass
+class GradientBalanceState:
+    """Moving averages of the router's load (`moe_balancing_type="gradient"`).
+
+    Attributes:
+      counts: assignments per expert.
+      scores: mean router probability per expert.
+      tokens: number of tokens.
+    """
+
+    counts: Float[Array, "E"]
+    scores: Float[Array, "E"]
+    tokens: Float[Array, ""]
+
+    def statistics(self) -> dict[str, Array]:
+        """Returns the numbers under the names of `ava_jax.statistics`."""
+        return {
+            "expert_counts": self.counts,
+            "expert_scores": self.scores,
+            "total_tokens": self.tokens,
+        }
+
+
+@flax.struct.dataclass
+class BiasBalanceState:
+    """The routing bias per expert (`moe_balancing_type="bias"`)."""
+
+    bias: Float[Array, "E"]
+
+    def statistics(self) -> dict[str, Array]:
+        """Returns the bias under its name in `ava_jax.statistics`."""
+        return {"bias": self.bias}
 
 
 def update_gradient_balance(
     state: GradientBalanceState, load: RouterLoad, *, momentum: float | int = 0.9
 ) -> GradientBalanceState:
-    """Moves the running load towards a step's load.
+    """Computes the exponential moving average of the load.
 
-    `new = momentum · old + (1 − momentum) · step`, from zeros, of the counts, the mean
-    probabilities and the number of tokens. A step without tokens changes nothing.
+    `new = momentum · old + (1 − momentum) · step` of the counts, the mean probabilities
+    and the number of tokens, starting at zeros. A step without tokens changes nothing.
 
     Args:
       state: the running load, `[E]` each and a scalar.
@@ -67,23 +101,23 @@ def gradient_balance_loss(
     weight: Float[Array, ""] | float | int,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Pulls gate logits against the running imbalance of their expert.
+    """Computes a loss whose gradient moves gate logits against the experts' imbalance.
 
-    `weight · mean((g − stop_gradient(g + a))²)` over the counted tokens' entries, with
-    `a = −weight · (counts − tokens / E) / tokens`. Logits of −inf get no gradient. The
-    running load couples the batch: micro-batches each pull by their own.
+    `weight · mean((g − stop_gradient(g + a))²)` over the entries of unmasked tokens,
+    with `a = −weight · (counts − tokens / E) / tokens`. Logits of −inf get no gradient.
+    Each micro-batch uses its own running load.
 
     Args:
       gate_logits: `[N, E]`, `g`.
       balance: the running load, this step's included (`update_gradient_balance`).
-      weight: scales both the pull and the loss.
+      weight: scales both `a` and the loss.
       token_weights: `[N]`; 0 leaves a token out.
 
     Returns:
-      A scalar, the weight applied.
+      A scalar that includes the weight.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,25 +134,27 @@ def gradient_balance_loss(
             f"gate_logits have {experts} experts, the balance state has "
             f"{balance.counts.shape[0]}; set num_experts to {experts}"
         )
-    counted = counted_tokens(token_weights, gate_logits)
-    gate = keep_counted(gate_logits, counted)
+    unmasked = unmasked_tokens(token_weights, gate_logits)
+    gate = zero_masked(gate_logits, unmasked)
     gate = jnp.where(gate == -jnp.inf, 0, gate)
     excess = as_float(balance.counts) - as_float(balance.tokens) / experts
     pull = -as_float(weight) * safe_divide(excess, balance.tokens)
-    # g − (g + a) would round a away beside a large g.
+    # g − (g + a) would lose a to rounding if g is large.
     error = (gate - jax.lax.stop_gradient(gate)) - jax.lax.stop_gradient(pull)
     per_token = jnp.mean(jnp.square(error), axis=-1)
-    return as_float(weight) * weighted_mean(per_token, as_float(counted))
+    return as_float(weight) * weighted_mean(per_token, as_float(unmasked))
 
 
 def expert_balance_ratio(balance: GradientBalanceState) -> Float[Array, "E"]:
-    """Load of each expert relative to an even share: `counts / (tokens / E + 1e-6)`.
+    """Computes each expert's load relative to an even share.
+
+    `counts / (tokens / E + 1e-6)`.
 
     Args:
       balance: the running load.
 
     Returns:
-      `[E]`; 1 is an even share with one expert a token, k with k experts.
+      `[E]`; for an even load 1 with one expert per token, k with k experts.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,13 +169,15 @@ def expert_balance_ratio(balance: GradientBalanceState) -> Float[Array, "E"]:
 
 
 def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
-    """Spread of the experts' load: unbiased standard deviation / (mean + 1e-6).
+    """Computes the coefficient of variation of the experts' load.
+
+    The unbiased standard deviation / (mean + 1e-6).
 
     Args:
       ratio: `[E]`, loads or balance ratios.
 
     Returns:
-      A scalar; 0 when all are equal, and for one expert.
+      A scalar; 0 if all loads are equal, and for a single expert.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,13 +194,15 @@ def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
 
 
 def max_violation(counts: Float[Array, "E"]) -> Float[Array, ""]:
-    """How far the busiest expert is over an even share: `max / mean − 1`.
+    """Computes by how much the largest load exceeds an even share (MaxVio).
+
+    `max / mean − 1`.
 
     Args:
       counts: `[E]`, assignments per expert.
 
     Returns:
-      A scalar; 0 when even, and when there is no load.
+      A scalar; 0 for an even load, and without any load.
 
     Example:
       >>> import jax.numpy as jnp
@@ -184,10 +224,10 @@ def update_bias(
     *,
     rate: Float[Array, ""] | float | int = 1e-3,
 ) -> BiasBalanceState:
-    """Raises the routing bias of idle experts and lowers that of busy ones.
+    """Computes the routing bias after a step: higher for underloaded experts.
 
-    `bias += rate · sign(mean(counts) − counts)`, then the bias's mean is taken off. No
-    gradient. A step without load changes nothing.
+    `bias += rate · sign(mean(counts) − counts)`, then the mean of the bias is
+    subtracted. It has no gradient. A step without load changes nothing.
 
     Args:
       state: the bias, `[E]`.
@@ -223,7 +263,7 @@ def route(
     *,
     normalize: bool = True,
 ) -> tuple[Float[Array, "*N k"], Int[Array, "*N k"]]:
-    """Chooses k experts by biased scores and weighs them by the unbiased ones.
+    """Selects k experts by biased scores and weights them by the unbiased ones.
 
     `indices = top_k(scores + bias)`, `weights = scores[indices]`, divided by their sum
     if `normalize` (0 where the sum is 0). The bias gets no gradient.
@@ -268,11 +308,11 @@ def route(
 
 
 def _l2_similarity(
-    x: Float[Array, "E *N D"], counted: Bool[Array, "*N"]
+    x: Float[Array, "E *N D"], unmasked: Bool[Array, "*N"]
 ) -> Float[Array, "E E"]:
-    weights = as_float(counted)
+    weights = as_float(unmasked)
 
-    # One expert at a time, and again in the backward pass: never [E, E, N, D].
+    # One expert at a time, recomputed in the backward pass: no [E, E, N, D] array.
     @jax.checkpoint
     def distances(one: Float[Array, "*N D"]) -> Float[Array, "E"]:
         apart = optax.safe_norm(one - x, 0.0, axis=-1)
@@ -288,13 +328,17 @@ def expert_diversity_loss(
     similarity: str = "cosine",
     token_weights: Shaped[Array, "*N"] | None = None,
 ) -> Float[Array, ""]:
-    """Similarity of the experts' outputs for the same token, over all expert pairs.
+    """Computes the similarity of the experts' outputs for the same token.
 
-    The mean over pairs of `"cosine"`: the token mean of the cosine, norms clamped at
-    1e-8; `"l2"`: `1 / (1 + token mean of the distance)`; `"dot"`: the token mean of the
-    dot product. A zero vector (an expert that a token skipped) is at cosine 0 and gets
-    no gradient through it. `"l2"` couples the batch: over micro-batches it is not the
-    whole batch's.
+    The mean over all pairs of experts of
+
+    - `"cosine"`: the mean over tokens of the cosine, norms clamped at 1e-8;
+    - `"l2"`: `1 / (1 + mean over tokens of the distance)`;
+    - `"dot"`: the mean over tokens of the dot product.
+
+    A zero vector (an expert that a token was not routed to) has cosine 0, without a
+    gradient. The average of `"l2"` over micro-batches differs from that of the whole
+    batch.
 
     Args:
       expert_outputs: `[E, N, D]`, or with more token axes.
@@ -302,10 +346,10 @@ def expert_diversity_loss(
       token_weights: `[N]`; 0 leaves a token out.
 
     Returns:
-      A scalar, unweighted; 0 without tokens and for one expert.
+      A scalar, unweighted; 0 without tokens and for a single expert.
 
     Raises:
-      ValueError: an unknown `similarity`, or shapes that do not fit.
+      ValueError: an unknown `similarity`, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -319,15 +363,15 @@ def expert_diversity_loss(
         raise ValueError(
             f'similarity must be "cosine", "l2" or "dot", got {similarity!r}'
         )
-    counted = counted_tokens(token_weights, expert_outputs[0])
-    x = jnp.where(counted[..., None], as_float(expert_outputs), 0)
+    unmasked = unmasked_tokens(token_weights, expert_outputs[0])
+    x = jnp.where(unmasked[..., None], as_float(expert_outputs), 0)
     if similarity == "cosine":
         x = unit_vectors(x, min_norm=1e-8)
     if similarity == "l2":
-        pairs = _l2_similarity(x, counted)
+        pairs = _l2_similarity(x, unmasked)
     else:
         each = jnp.einsum("e...d,f...d->...ef", x, x, precision="highest")
-        total = jnp.sum(each, axis=tuple(range(counted.ndim)))
-        pairs = safe_divide(total, jnp.sum(as_float(counted)))
+        total = jnp.sum(each, axis=tuple(range(unmasked.ndim)))
+        pairs = safe_divide(total, jnp.sum(as_float(unmasked)))
     upper = jnp.triu(jnp.ones_like(pairs, dtype=bool), k=1)
     return weighted_mean(pairs, as_float(upper))

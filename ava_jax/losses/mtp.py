@@ -1,4 +1,4 @@
-"""Multi-token prediction: the pieces that are not plain cross-entropies."""
+"""Multi-token prediction: its parts besides the cross-entropies."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +12,7 @@ _MARGIN_FLOOR = 1e-7
 def layer_norm(
     x: Float[Array, "*n D"], scale: Float[Array, "D"], bias: Float[Array, "D"]
 ) -> Float[Array, "*n D"]:
-    """Layer normalisation with epsilon 1e-5, as in front of the parallel heads.
+    """Computes layer normalization with epsilon 1e-5, as the parallel heads use it.
 
     `(x − mean(x)) / sqrt(var(x) + 1e-5) · scale + bias`.
 
@@ -22,7 +22,7 @@ def layer_norm(
       bias: [D].
 
     Returns:
-      The normalised states in the dtype of `x`.
+      The normalized states in the dtype of `x`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,7 +42,7 @@ def layer_norm(
 
 
 def confidence_regularizer(confidence: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Pushes a gate's confidence away from one half, unreduced.
+    """Computes a regularizer that moves confidences away from 1/2, unreduced.
 
     `−log max(|2c − 1|, 1e-7)`.
 
@@ -69,7 +69,7 @@ def effective_mtp_weight(
     active: bool | Bool[Array, ""] = True,
     stop_gradient: bool = False,
 ) -> Float[Array, ""]:
-    """The weight of the adaptive heads: scaled by confidence, 0 while inactive.
+    """Computes the weight of the adaptive heads: scaled by confidence, 0 if inactive.
 
     `weight · clip(mean confidence, 0, 1)` if active, else 0.
 
@@ -77,7 +77,7 @@ def effective_mtp_weight(
       weight: the configured weight, a scalar.
       mean_confidence: a scalar; `None` leaves the weight unscaled.
       active: whether the heads ran; a Python bool or a traced one.
-      stop_gradient: cuts the gradient through the confidence.
+      stop_gradient: whether to stop the gradient through the confidence.
 
     Returns:
       A scalar.

@@ -4,9 +4,6 @@ A charge names ids and how much of their unlikelihood a token pays; the vocabula
 picks those ids' logits, so a charge costs no array over the vocabulary.
 """
 
-from collections.abc import Sequence
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
@@ -17,15 +14,9 @@ from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.losses.likelihood import read_logits
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import (
-    History,
-    Tokens,
     count_ngrams,
-    earlier_continuations,
-    earlier_ids,
-    longest_runs,
     plain_tokens,
     read_tokens,
-    repeated_token,
     sort_ngrams,
 )
 
@@ -37,21 +28,22 @@ def sequence_unlikelihood(
     *,
     ngram_size: int = 4,
 ) -> Float[Array, ""]:
-    """Charges every generated token that completes an n-gram already seen in its row.
+    """Computes the unlikelihood of generated tokens that complete a repeated n-gram.
 
-    `mean_w(r_t · −log(1 − p_t(y_t)))`, r_t = 1 where `y_{t−n+1} … y_t` occurred before.
+    `mean_w(r_t · −log(1 − p_t(y_t)))`, with r_t = 1 where `y_{t−n+1} … y_t` occurred
+    earlier in the row, else 0.
 
     Args:
-      logits: what generated the continuations, [B, S, V]; row t gave token t.
+      logits: those that generated the continuations, [B, S, V]; row t gave token t.
       token_ids: the continuations [B, S].
       mask: weight per token [B, S]; ones if None.
       ngram_size: n.
 
     Returns:
-      The mean over w, a scalar; 0 where no token counts.
+      The mean over w, a scalar; 0 if all tokens are masked.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +63,7 @@ def sequence_unlikelihood(
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     windows = sort_ngrams(tokens, ngram_size)
     repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
-    return weighted_mean(-repeats * stats.target_complement, tokens.weights)
+    return weighted_mean(-repeats * stats.log_one_minus_p, tokens.weights)
 
 
 def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> None:
@@ -90,10 +82,11 @@ def repetition_decay_loss(
     span_length: int | Int[Array, ""] | Int[Array, "B"],
     decay: float = 0.5,
 ) -> Float[Array, ""]:
-    """Teaches that a span repeated on purpose must lose probability with each repeat.
+    """Computes the DITTO loss: a repeated span should get less likely each time.
 
     `mean_w [t ≥ ℓ]·−log(1 − |p_t(y_t) − λ·stop_gradient(p_{t−ℓ}(y_t))|)`, for rows made
-    by `repeat_spans`. A token counts if the one ℓ before it does. It needs no decoding.
+    by `repeat_spans`. A token is left out if the one ℓ before it is masked. The loss
+    needs no decoding.
 
     Args:
       logits: [B, S, V].
@@ -103,10 +96,10 @@ def repetition_decay_loss(
       decay: λ in [0, 1].
 
     Returns:
-      The mean over w, a scalar; 0 where no token counts.
+      The mean over w, a scalar; 0 if all tokens are masked.
 
     Raises:
-      ValueError: `decay` is out of its range, or shapes do not fit.
+      ValueError: `decay` is out of its range, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,18 +139,18 @@ def repetition_decay_loss(
 
 
 def _decay(stats, log_earlier, decay):
-    """`−log(1 − |p − λp'|)`, exact also where p rounds to 1 and p' to 0."""
+    """Computes `−log(1 − |p − λp'|)`, exact even where p rounds to 1 and p' to 0."""
     goal = decay * jnp.exp(log_earlier)
     probability = jnp.exp(-stats.nll)
     rising = probability > goal
     log_goal = jnp.log(as_float(decay)) + log_earlier
-    above = -jnp.logaddexp(stats.target_complement, log_goal)
+    above = -jnp.logaddexp(stats.log_one_minus_p, log_goal)
     below = -jnp.log1p(jnp.where(rising, 0.0, probability - goal))
     return jnp.where(rising, above, below)
 
 
 def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]:
-    """Makes the rows of repetition decay: each span repeated to `length` tokens.
+    """Repeats each span to `length` tokens, for `repetition_decay_loss`.
 
     Args:
       spans: one span per row, [B, L].
@@ -183,98 +176,6 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
     return spans[:, jnp.arange(length) % spans.shape[1]]
 
 
-@flax.struct.dataclass
-class Charges:
-    """Ids that a token is charged for, and how much of `u(c) = −log(1 − p_c)` each.
-
-    Attributes:
-      ids: [B, S, Q], those of all penalties side by side.
-      amount: [B, S, Q]; 0 where there is nothing to charge.
-      widths: the penalties' names, and how many of the ids are each one's.
-    """
-
-    ids: Int[Array, "B S Q"]
-    amount: Float[Array, "B S Q"]
-    widths: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
-
-    def of(self, unlikelihood: Float[Array, "B S Q"]) -> dict[str, Array]:
-        """Returns `Σ_q amount · u(c_q)` per token, by penalty."""
-        due, start, totals = self.amount * unlikelihood, 0, {}
-        for name, width in self.widths:
-            totals[name] = jnp.sum(due[..., start : start + width], -1)
-            start += width
-        return totals
-
-
-def join_charges(charges: Sequence[Charges]) -> Charges | None:
-    """Puts the ids of several penalties side by side; None where there are none."""
-    if len(charges) <= 1:
-        return charges[0] if charges else None
-    return Charges(
-        ids=jnp.concatenate([c.ids for c in charges], -1),
-        amount=jnp.concatenate([c.amount for c in charges], -1),
-        widths=tuple(width for c in charges for width in c.widths),
-    )
-
-
-def _charges(name: str, ids: Int[Array, "B S Q"], amount: Array) -> Charges:
-    return Charges(ids, as_float(amount), ((name, ids.shape[-1]),))
-
-
-def ngram_charges(tokens: Tokens, ngram_size: int, max_matches: int) -> Charges:
-    """What followed the same context earlier, unless it is the target again."""
-    ids, exists = earlier_continuations(tokens, ngram_size, max_matches)
-    return _charges("ngram", ids, exists & (ids != tokens.targets[..., None]))
-
-
-def immediate_charges(tokens: Tokens) -> Charges:
-    """The previous token, by 2r−1 for a run of r, unless it is the target."""
-    ids, run = repeated_token(tokens)
-    wrong = tokens.active & (run > 0) & (ids != tokens.targets)
-    amount = jnp.where(wrong, 2 * run - 1, 0)
-    return _charges("immediate", ids[..., None], amount[..., None])
-
-
-def early_eos_charges(
-    tokens: Tokens, eos_token_id: int, min_sequence_length: int
-) -> Charges:
-    """The EOS id at early positions whose target it is not."""
-    early = tokens.active & (tokens.positions < min_sequence_length)
-    amount = early & (tokens.targets != eos_token_id)
-    ids = jnp.full((*tokens.targets.shape, 1), eos_token_id, jnp.int32)
-    return _charges("eos", ids, amount[..., None])
-
-
-def history_charges(
-    history: History,
-    targets: Int[Array, "B C"],
-    segments: Int[Array, "B C"],
-    positions: Int[Array, "B C"],
-) -> Charges:
-    """All distinct earlier ids of the segment but the target, for a block of tokens."""
-    ids, found = earlier_ids(history, segments, positions)
-    return _charges("unlikelihood", ids, found & (ids != targets[..., None]))
-
-
-def repeated_ngram_pairs(tokens: Tokens, ngram_size: int) -> Float[Array, ""]:
-    """Returns `Σ_rows Σ_distinct c(c−1)/2` over equal n-grams."""
-    windows = sort_ngrams(tokens, ngram_size)
-    return jnp.sum(as_float(jnp.where(windows.whole, windows.rank, 0)))
-
-
-def squared_runs(tokens: Tokens) -> Float[Array, ""]:
-    """Returns `Σ_rows (longest run − 1)²`."""
-    return jnp.sum(as_float(longest_runs(tokens) - 1) ** 2)
-
-
-def early_eos_targets(
-    tokens: Tokens, eos_token_id: int, min_sequence_length: int
-) -> Float[Array, "B S"]:
-    """Marks the targets that are an early EOS."""
-    early = tokens.active & (tokens.positions < min_sequence_length)
-    return as_float(early & (tokens.targets == eos_token_id))
-
-
 def anti_repetition_loss(
     logits: Float[Array, "B S V"],
     labels: Integer[Array, "B S"],
@@ -288,12 +189,13 @@ def anti_repetition_loss(
     diversity_bonus_weight: Weight = 0.05,
     step: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The PyTorch pipeline's anti-repetition loss, kept for migration.
+    """Computes the anti-repetition loss of the PyTorch pipeline, kept for migration.
 
     `CE + a·(1 − distinct/total n-grams) + b·EOS misuse − c·distinct/total tokens`. The
-    three scores look at the labels, per row over the first `Σ mask` of them, and have
-    no gradient. EOS misuse is count/length if EOS occurs more than once, 0.5/length if
-    once and not last, else 0. New code should use the unified loss's penalties.
+    three scores are functions of the labels, per row over the first `Σ mask` of them,
+    and have no gradient. EOS misuse is count/length if EOS occurs more than once,
+    0.5/length if it occurs once and not last, else 0. New code should use the penalties
+    of the unified loss.
 
     Args:
       logits: [B, S, V].
@@ -312,7 +214,7 @@ def anti_repetition_loss(
       (unweighted scores, means over the batch) and `total_loss`.
 
     Raises:
-      ValueError: `ngram_size` is below 1, or shapes do not fit.
+      ValueError: `ngram_size` is below 1, or shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -323,8 +225,8 @@ def anti_repetition_loss(
       0.3333
     """
     _check_logits(logits, labels)
-    stats, counted, _ = read_logits(logits, labels)
-    base = weighted_mean(stats.nll, counted)
+    stats, weights, _ = read_logits(logits, labels)
+    base = weighted_mean(stats.nll, weights)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
     repetition, misuse, diversity = (jnp.mean(s) for s in scores)
     a, b, c = (
@@ -342,7 +244,7 @@ def anti_repetition_loss(
 
 
 def _row_scores(labels, mask, eos_token_id, pad_token_id, ngram_size):
-    """Repetition, EOS misuse and diversity per row, each [B]."""
+    """Computes repetition, EOS misuse and diversity per row, each [B]."""
     given = jnp.ones(labels.shape) if mask is None else as_float(mask)
     length = jnp.sum(given, 1, keepdims=True)
     index = as_float(jnp.arange(labels.shape[1]))[None, :]

@@ -1,8 +1,8 @@
-"""The router of a mixture of experts: its load in one batch, and losses on it.
+"""The router of a mixture of experts: its load in one batch, and losses of it.
 
 Every function takes one layer's router; map over a leading layer axis with `jax.vmap`.
-`token_weights` decides which tokens count: a weight of 0 counts nowhere and may hold
-NaN, any other weight counts as 1. Expert indices outside `[0, E)` (a dropped token) are
+Tokens with a `token_weights` of 0 are masked: they are left out and may hold NaN. Any
+other weight is treated as 1. Expert indices outside `[0, E)` (a dropped token) are
 assignments to no expert.
 """
 
@@ -16,12 +16,12 @@ from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 @flax.struct.dataclass
 class RouterLoad:
-    """What a batch asked of its router; sums, so that micro-batches add up.
+    """The load of a batch on the experts, as sums, so that micro-batches add up.
 
     Attributes:
       counts: assignments per expert.
-      scores: router probability per expert, summed over the counted tokens.
-      tokens: number of counted tokens.
+      scores: router probability per expert, summed over the unmasked tokens.
+      tokens: number of unmasked tokens.
     """
 
     counts: Float[Array, "E"]
@@ -29,11 +29,11 @@ class RouterLoad:
     tokens: Float[Array, ""]
 
 
-def counted_tokens(
+def unmasked_tokens(
     token_weights: Shaped[Array, "*N"] | None, features: Float[Array, "*N E"]
 ) -> Bool[Array, "*N"]:
-    """Marks the tokens that count, of those that have the given features."""
-    # Made like the features, so that explicitly sharded tokens stay so.
+    """Marks the unmasked tokens of an array of token features."""
+    # Derived from the features, so that an explicit sharding of tokens is kept.
     everything = jnp.ones_like(features[..., 0], dtype=bool)
     if token_weights is None:
         return everything
@@ -45,28 +45,28 @@ def counted_tokens(
     return token_weights.astype(bool)
 
 
-def keep_counted(
-    values: Float[Array, "*N E"], counted: Bool[Array, "*N"]
+def zero_masked(
+    values: Float[Array, "*N E"], unmasked: Bool[Array, "*N"]
 ) -> Float[Array, "*N E"]:
-    """Zeroes the tokens that do not count, so that what they hold cannot leak."""
-    return jnp.where(counted[..., None], as_float(values), 0)
+    """Zeroes masked tokens, so that their NaN cannot reach a value or a gradient."""
+    return jnp.where(unmasked[..., None], as_float(values), 0)
 
 
 def _assignments(
     expert_indices: Integer[Array, "*N k"],
-    counted: Bool[Array, "*N"],
+    unmasked: Bool[Array, "*N"],
     experts: int,
 ) -> Float[Array, "*N E"]:
-    """Returns how many of its choices each counted token gave to each expert."""
+    """Returns how often each unmasked token chose each expert."""
     integers = jnp.issubdtype(expert_indices.dtype, jnp.integer)
-    if not integers or expert_indices.shape[:-1] != counted.shape:
+    if not integers or expert_indices.shape[:-1] != unmasked.shape:
         raise ValueError(
-            f"expert_indices must be integers of shape {(*counted.shape, 'k')}, got "
+            f"expert_indices must be integers of shape {(*unmasked.shape, 'k')}, got "
             f"{expert_indices.dtype} of shape {expert_indices.shape}"
         )
     expert = jnp.arange(experts, dtype=expert_indices.dtype)
     chosen = expert_indices[..., None] == expert
-    return jnp.sum(as_float(chosen & counted[..., None, None]), axis=-2)
+    return jnp.sum(as_float(chosen & unmasked[..., None, None]), axis=-2)
 
 
 def router_load(
@@ -75,7 +75,7 @@ def router_load(
     *,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> RouterLoad:
-    """Counts what the router asked of each expert.
+    """Computes the load of each expert.
 
     `counts_e = Σ_tokens Σ_k [index = e]`, `scores_e = Σ_tokens softmax(gate)_e`.
 
@@ -88,7 +88,7 @@ def router_load(
       `RouterLoad`: `counts [E]` assignments, `scores [E]` probability, `tokens`.
 
     Raises:
-      ValueError: shapes that do not fit, or indices that are not integers.
+      ValueError: shapes do not match, or indices that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,15 +97,15 @@ def router_load(
       >>> load.counts.tolist(), load.scores.tolist(), float(load.tokens)
       ([2.0, 1.0], [1.5, 1.5], 3.0)
     """
-    counted = counted_tokens(token_weights, gate_logits)
-    chosen = _assignments(expert_indices, counted, gate_logits.shape[-1])
-    probabilities = keep_counted(
-        jax.nn.softmax(keep_counted(gate_logits, counted)), counted
+    unmasked = unmasked_tokens(token_weights, gate_logits)
+    chosen = _assignments(expert_indices, unmasked, gate_logits.shape[-1])
+    probabilities = zero_masked(
+        jax.nn.softmax(zero_masked(gate_logits, unmasked)), unmasked
     )
     return RouterLoad(
         counts=jnp.sum(chosen, axis=0),
         scores=jnp.sum(probabilities, axis=0),
-        tokens=jnp.sum(as_float(counted)),
+        tokens=jnp.sum(as_float(unmasked)),
     )
 
 
@@ -115,11 +115,11 @@ def load_balancing_loss(
     *,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Switch balance loss: probability mass on the experts that are already busy.
+    """Computes the load-balancing loss of Switch Transformers.
 
     `E · Σ_e f_e · P_e`, with `f` the share of all `N · k` assignments and `P` the mean
-    probability. 1 at uniform routing, E when all goes to one expert. The product
-    couples the batch: over micro-batches, each balances its own tokens.
+    probability. It is 1 with uniform routing and E if all tokens go to one expert. Each
+    micro-batch balances its own tokens.
 
     Args:
       gate_logits: `[N, E]`.
@@ -130,7 +130,7 @@ def load_balancing_loss(
       A scalar, unweighted; 0 without tokens.
 
     Raises:
-      ValueError: shapes that do not fit, or indices that are not integers.
+      ValueError: shapes do not match, or indices that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,11 +155,11 @@ def auxiliary_load_balancing_loss(
     *,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Balance loss of the Ava pipeline: `min(10, E · Σ_e P_e · c_e / (N · k)²)`.
+    """Computes the load-balancing loss of the Ava pipeline.
 
-    `P_e` sums probabilities, `c_e` counts assignments: the Switch loss divided by k.
-    Past the cap there is no gradient. The product couples the batch: over
-    micro-batches, each balances its own tokens.
+    `min(10, E · Σ_e P_e · c_e / (N · k)²)`, with `P_e` the sum of probabilities and
+    `c_e` the number of assignments: the Switch loss divided by k. Above the cap there
+    is no gradient. Each micro-batch balances its own tokens.
 
     Args:
       gate_logits: `[N, E]`.
@@ -170,7 +170,7 @@ def auxiliary_load_balancing_loss(
       A scalar, unweighted; 0 without tokens.
 
     Raises:
-      ValueError: shapes that do not fit, or indices that are not integers.
+      ValueError: shapes do not match, or indices that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -191,10 +191,11 @@ def sequence_balance_loss(
     *,
     token_weights: Shaped[Array, "B S"] | None = None,
 ) -> Float[Array, ""]:
-    """Sequence-wise balance loss: each row of the batch spreads its own tokens.
+    """Computes the sequence-wise load-balancing loss, one balance per row.
 
-    `E / (k · T²) · Σ_e c_e · Σ_t s_te / Σ_e' s_te'` per row of T counted tokens with
-    `c_e` assignments; the mean over the rows that have any. 1 at uniform routing.
+    `E / (k · T²) · Σ_e c_e · Σ_t s_te / Σ_e' s_te'` per row of T unmasked tokens with
+    `c_e` assignments; the mean over the rows that have any. It is 1 with uniform
+    routing.
 
     Args:
       scores: `[B, S, E]`, sigmoid or softmax of the gate logits: at least 0.
@@ -205,7 +206,7 @@ def sequence_balance_loss(
       A scalar, unweighted; 0 without tokens.
 
     Raises:
-      ValueError: shapes that do not fit, or indices that are not integers.
+      ValueError: shapes do not match, or indices that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,11 +220,11 @@ def sequence_balance_loss(
       DeepSeek-V3 Technical Report, 2024.
     """
     experts = scores.shape[-1]
-    counted = counted_tokens(token_weights, scores)
-    chosen = _assignments(expert_indices, counted, experts)
-    kept = keep_counted(scores, counted)
+    unmasked = unmasked_tokens(token_weights, scores)
+    chosen = _assignments(expert_indices, unmasked, experts)
+    kept = zero_masked(scores, unmasked)
     affinity = safe_divide(kept, jnp.sum(kept, axis=-1, keepdims=True))
-    length = jnp.sum(as_float(counted), axis=-1)
+    length = jnp.sum(as_float(unmasked), axis=-1)
     share = safe_divide(jnp.sum(chosen, axis=1), length[:, None])
     probability = safe_divide(jnp.sum(affinity, axis=1), length[:, None])
     row = jnp.sum(share * probability, axis=-1) * experts / expert_indices.shape[-1]
@@ -235,7 +236,7 @@ def router_z_loss(
     *,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Keeps gate logits small: the mean of `logsumexp(g)²`.
+    """Computes the router z-loss, the mean of `logsumexp(g)²`, for small gate logits.
 
     Args:
       gate_logits: `[N, E]`, `g`.
@@ -245,7 +246,7 @@ def router_z_loss(
       A scalar, unweighted; 0 without tokens.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -256,9 +257,9 @@ def router_z_loss(
     References:
       Zoph et al., ST-MoE, 2022.
     """
-    counted = counted_tokens(token_weights, gate_logits)
-    log_z = jax.nn.logsumexp(keep_counted(gate_logits, counted), axis=-1)
-    return weighted_mean(jnp.square(log_z), as_float(counted))
+    unmasked = unmasked_tokens(token_weights, gate_logits)
+    log_z = jax.nn.logsumexp(zero_masked(gate_logits, unmasked), axis=-1)
+    return weighted_mean(jnp.square(log_z), as_float(unmasked))
 
 
 def auxiliary_router_z_loss(
@@ -266,9 +267,9 @@ def auxiliary_router_z_loss(
     *,
     token_weights: Shaped[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """Z-loss of the Ava pipeline: `min(100, mean(logsumexp(clip(g, ±10))²))`.
+    """Computes the router z-loss of the Ava pipeline.
 
-    There is no gradient past either cap.
+    `min(100, mean(logsumexp(clip(g, ±10))²))`, without a gradient above either cap.
 
     Args:
       gate_logits: `[N, E]`, `g`.
@@ -278,7 +279,7 @@ def auxiliary_router_z_loss(
       A scalar, unweighted; 0 without tokens.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -287,7 +288,7 @@ def auxiliary_router_z_loss(
       100.0
     """
     gate = as_float(gate_logits)
-    # A logit exactly at the cap keeps its whole gradient, unlike with jnp.clip.
+    # Unlike with jnp.clip, a logit exactly at the cap keeps its whole gradient.
     clipped = jax.lax.stop_gradient(jnp.clip(gate, -10, 10))
     gate = jnp.where(jnp.abs(gate) <= 10, gate, clipped)
     return jnp.minimum(router_z_loss(gate, token_weights=token_weights), 100)

@@ -1,4 +1,4 @@
-"""Learned weighting: several losses become one, with weights that train."""
+"""Combining several losses into one with learned weights."""
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,15 @@ def _check_pair(
 def weigh_losses(
     losses: Float[Array, "L"], log_weights: Float[Array, "L"]
 ) -> tuple[Float[Array, ""], Float[Array, "L"]]:
-    """Mean of the losses under softmax-normalised learned weights.
+    """Computes the mean of the losses under softmax-normalized learned weights.
 
     `weights = exp(log_weights) / Σ exp(log_weights)`, `loss = Σ weights · losses`.
-    Trained on its own, this puts all its weight on the smallest loss;
+    Trained freely, the weights collapse onto the smallest loss;
     `homoscedastic_weighting` cannot collapse that way.
 
     Args:
       losses: `[L]`, the losses to combine.
-      log_weights: `[L]`, the trained logarithms of the weights.
+      log_weights: `[L]`, the logarithms of the weights, trained parameters.
 
     Returns:
       The combined loss, a scalar, and the weights `[L]`, which sum to 1.
@@ -53,14 +53,14 @@ def weigh_losses(
 def homoscedastic_weighting(
     losses: Float[Array, "L"], log_variances: Float[Array, "L"]
 ) -> Float[Array, ""]:
-    """Sum of the losses, each scaled by a learned uncertainty.
+    """Computes the sum of the losses, each scaled by a learned uncertainty.
 
-    `Σ exp(−s) · L + s / 2`, with `s = log σ²`. The second part is the price of a large
-    variance, so no weight can run to zero for free: at the optimum `s = log 2L`.
+    `Σ exp(−s) · L + s / 2`, with `s = log σ²`. The second term penalizes a large
+    variance, so that no weight vanishes: at the optimum `s = log 2L`.
 
     Args:
       losses: `[L]`, the losses to combine, positive.
-      log_variances: `[L]`, the trained `s`; start at zeros.
+      log_variances: `[L]`, `s`, trained parameters; initialize them with zeros.
 
     Returns:
       A scalar.

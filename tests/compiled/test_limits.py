@@ -1,4 +1,4 @@
-"""Time and memory of the compiled loss against what one would write.
+"""Time and memory of the compiled loss relative to the baselines.
 
 Time is the TPU compiler's estimate; on a GPU it is the bytes that the kernels move.
 """
@@ -6,10 +6,10 @@ Time is the TPU compiler's estimate; on a GPU it is the bytes that the kernels m
 from typing import NamedTuple
 
 import pytest
-from compiled_programs import Setup, compiled
+from support.compiled_programs import Setup, compiled
 
 from benchmarks import hlo
-from benchmarks.candidates import NAIVE, OPTAX
+from benchmarks.programs import NAIVE, OPTAX
 
 V5P = Setup("v5p", "llama3-8b")
 V5E = Setup("v5e", "gpt2-medium")
@@ -20,14 +20,14 @@ V5P_32 = Setup("v5p", "llama3-8b", (("data", 4), ("fsdp", 4), ("tensor", 2)))
 
 
 class Limit(NamedTuple):
-    """The most that a candidate may take.
+    """The largest time and memory that a candidate may need.
 
     Attributes:
-      setup: where and on what.
+      setup: the devices and sizes.
       name: the candidate's.
-      time: as a ratio to the baseline's; `None` where only memory is held.
-      temp: temporaries, as a ratio to the naive loss's; for a loss from logits to the
-        bytes of the logits.
+      time: as a ratio to the baseline's; `None` to check memory only.
+      temp: temporary memory, as a ratio to the naive loss's; for a loss from logits, to
+        the bytes of the logits.
     """
 
     setup: Setup
@@ -44,8 +44,8 @@ class Limit(NamedTuple):
         return f"{self.setup}: {self.name}"
 
 
-# What is wanted, or where that is out of reach what is reached and 3 %: the wish is
-# beside it.
+# The goal; or, where it is out of reach, what is reached plus 3 %, with the goal in the
+# comment.
 LIMITS = (
     Limit(V5P, "plain", 1.00, 0.20),
     Limit(V5P, "everything", 1.08, 0.20),
@@ -57,7 +57,7 @@ LIMITS = (
     Limit(V6E, "everything", 1.21, 0.22),
     Limit(V5P_32, "plain", None, 0.30),
     Limit(V5P_32, "everything", None, 0.30),
-    # In-place scatters count as what they change, which makes the baselines smaller.
+    # In-place scatters cost only the bytes they change, which lowers the baselines.
     Limit(H100, "plain", 1.55, 0.26),  # 1.00, 0.25
     Limit(H100, "everything", 1.55, 0.27),  # 1.10
     Limit(H100_SMALL, "plain, from logits", 0.52, 0.00),  # 0.40
@@ -66,7 +66,7 @@ LIMITS = (
 
 
 def ratios(limit: Limit) -> tuple[float, float]:
-    """A candidate's time and memory, by what its limits are ratios to."""
+    """Returns a candidate's time and memory as the ratios of its limits."""
     own = compiled(limit.setup, limit.name)
     base = compiled(limit.setup, OPTAX if limit.from_logits else NAIVE)
     sizes = limit.setup.sizes
@@ -83,8 +83,8 @@ def test_time(limit: Limit) -> None:
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
-def test_turns_of_loops_are_known(limit: Limit) -> None:
-    """But of one: sums are made once, and again where they lost too much."""
+def test_trip_counts_of_loops_are_known(limit: Limit) -> None:
+    """Except for one loop, which recomputes sums that were too inexact."""
     loops = compiled(limit.setup, limit.name).open_loops
     has_one = not limit.from_logits or limit.name.startswith("everything")
     assert len(loops) <= int(has_one)

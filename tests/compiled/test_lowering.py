@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.candidates import CONFIGS, Place, loss_of
+from benchmarks.programs import CONFIGS, Devices, loss_of
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 4096, 64, 32000
 CONFIG_NAMES = pytest.mark.parametrize("name", list(CONFIGS))
@@ -20,8 +20,8 @@ PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 
 @functools.cache
 def lowered(name: str, platform: str) -> str:
-    """The program of the loss and its gradients, as it is handed to the compiler."""
-    here = Place("v5p")  # whose devices are not asked for
+    """Returns the program of the loss and its gradients before compilation."""
+    here = Devices("v5p")  # without its devices
     loss = loss_of(CONFIGS[name](VOCAB), here, "hidden_states", "lm_head", "targets")
     arrays = (
         jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.bfloat16),
@@ -33,7 +33,7 @@ def lowered(name: str, platform: str) -> str:
 
 
 def splits(text: str) -> set[tuple[int, ...]]:
-    """The shapes in which the classes of a row lie along two axes."""
+    """Returns the shapes in which a row of classes is split over two axes."""
     found = {
         tuple(int(n) for n in dims.rstrip("x").split("x"))
         for dims in re.findall(r"tensor<((?:\d+x)+)", text)
@@ -53,7 +53,7 @@ def test_accelerators_have_a_program_of_their_own(name: str, platform: str) -> N
 
 @CONFIG_NAMES
 def test_a_cpu_splits_rows_into_parts_that_its_caches_hold(name: str) -> None:
-    """Which shows that the next test looks at the right thing."""
+    """Shows that the next test checks the right property."""
     assert splits(lowered(name, "cpu"))
 
 

@@ -1,4 +1,4 @@
-"""The table of `benchmarks.compiled`, made for real chips at a small size."""
+"""The table of `benchmarks.compiled` for real chips at a small size."""
 
 import json
 from pathlib import Path

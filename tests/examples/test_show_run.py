@@ -1,6 +1,8 @@
 """A run's folder as one page: whole, safe, and honest about what is missing."""
 
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import itertools
 import json
@@ -10,15 +12,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 from run_helpers import train
 
-from heat_map import average, columns_for, heat_map, level_names
-from markup import Html, element
-from sections import duration
 from show_run import main
-from svg import Line, Scale, line_chart, short, thin
 from trainer.report.metrics import Record
 from trainer.run.settings import PRESETS, make_loss_config
 
@@ -33,12 +31,14 @@ class Page(html.parser.HTMLParser):
     Attributes:
       tags: every element's name and attributes, in order.
       text: what can be read.
+      scripts: the text of each.
     """
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self._open: list[str] = []
         assert page.startswith("<!DOCTYPE html>\n<html ")
         self.feed(page)
@@ -56,7 +56,9 @@ class Page(html.parser.HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open[-1:] not in (["script"], ["style"]):
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] != ["style"]:
             self.text += data
 
     def all(self, name: str) -> list[dict[str, str]]:
@@ -67,6 +69,15 @@ class Page(html.parser.HTMLParser):
         """The attributes of all elements of a class."""
         found = (attributes for _, attributes in self.tags)
         return [a for a in found if name in a.get("class", "").split()]
+
+    def traces(self) -> list[dict[str, object]]:
+        """All curves and heat maps that the charts draw."""
+        figures = [json.loads(a["data-figure"]) for a in self.classed("chart")]
+        return [trace for figure in figures for trace in figure["data"]]
+
+    def curves(self) -> list[str]:
+        """The names of all curves, as plotly reads them: with tags."""
+        return [str(trace["name"]) for trace in self.traces() if "name" in trace]
 
 
 def make_records(steps: int) -> list[Record]:
@@ -144,21 +155,41 @@ def test_a_page_has_everything_and_loads_nothing(tmp_path: Path) -> None:
     labels = [a["aria-labelledby"] for a in page.all("section")]
     assert all(label in ids for label in labels)
     text = (tmp_path / "my run" / "report.html").read_text()
+    assert text.count(get_plotlyjs()) == 1
+    own = text.replace(get_plotlyjs(), "").replace("// ", "")
     for outside in ("http:", "https:", "//", "url(", "@import", "src="):
-        assert outside not in text.replace("// ", ""), outside
+        assert outside not in own, outside
     assert not page.all("link")
-    assert len(page.all("script")) == 1
-    assert "default-src 'none'" in page.all("meta")[1]["content"]
+    assert not any(name.startswith("on") for _, a in page.tags for name in a)
     assert "Not yet" not in page.text
     for words in ("my run", "finished: step 6 of 6", "384", "0:00:03", "123,456 bytes"):
         assert words in page.text
     for words in ("python 3.11.0, jax 0.10.2", "7.5 → 3.25", "37.50%", "brand_new"):
         assert words in page.text
+    assert page.text.count("\ndef f(x):\n    return x\n") == 1
+
+
+def test_nothing_may_be_loaded_and_no_other_script_run(tmp_path: Path) -> None:
+    page = show(make_run(tmp_path / "run"))
+    policy = page.all("meta")[1]["content"].split("; ")
+    digests = [hashlib.sha256(s.encode()).digest() for s in page.scripts]
+    sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    assert policy == [
+        "default-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "style-src 'unsafe-inline'",
+        "img-src data:",
+        f"script-src {' '.join(sources)}",
+    ]
+    assert page.scripts[0] == get_plotlyjs()
+    assert len(page.scripts) == len(page.all("script")) == 2
+    assert page.all("script") == [{}, {}]
 
 
 def test_every_chart_says_what_it_shows(tmp_path: Path) -> None:
     page = show(make_run(tmp_path / "run"))
-    charts = page.classed("chart") + page.classed("heat")
+    charts = page.classed("chart")
     assert len(charts) == len(page.all("figure"))
     assert all(chart["role"] == "img" for chart in charts)
     labels = [chart["aria-label"] for chart in charts]
@@ -170,9 +201,12 @@ def test_every_chart_says_what_it_shows(tmp_path: Path) -> None:
     levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-    drawn = {a["data-label"] for a in page.classed("line") if "data-label" in a}
+    drawn = set(page.curves())
     assert {"total_loss", "temperature", "grad_norm", "brand_new"} <= drawn
+    assert {"held-out nll", "main head", "head 1"} <= drawn
     assert not any(name.startswith("expert_load") for name in drawn)
+    maps = [trace for trace in page.traces() if trace["type"] == "heatmap"]
+    assert [trace["y"] for trace in maps] == [["E1", "E2", "E3", "E4"]] * 2
 
 
 def test_what_a_run_chose_comes_before_the_defaults(tmp_path: Path) -> None:
@@ -188,6 +222,7 @@ def test_what_a_run_chose_comes_before_the_defaults(tmp_path: Path) -> None:
     for name in ("batch_size8", "loss.focal_gamma2.0", "loss.vocab_size300"):
         assert name in others
         assert name not in chosen
+    assert "batch_size8 default" not in others
     # A space at the end is part of the prompt.
     assert "prompt'def '" in others
 
@@ -195,7 +230,8 @@ def test_what_a_run_chose_comes_before_the_defaults(tmp_path: Path) -> None:
 def test_a_dense_run_has_no_section_on_experts(tmp_path: Path) -> None:
     page = show(make_run(tmp_path / "run", experts=0))
     assert "experts" not in [a["id"] for a in page.all("section")]
-    assert not page.classed("heat")
+    assert not page.classed("scale")
+    assert {trace["type"] for trace in page.traces()} == {"scatter"}
 
 
 @pytest.mark.parametrize(
@@ -256,9 +292,11 @@ def test_what_comes_from_files_is_text(tmp_path: Path) -> None:
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (run / "samples.jsonl").write_text(lines)
     page = show(run)
-    assert len(page.all("script")) == 1
+    assert len(page.all("script")) == 2
     assert not page.all("b")
     assert not any("onload" in attributes for _, attributes in page.tags)
+    assert {html.escape(EVIL), html.escape('" onload="x')} <= set(page.curves())
+    assert not any("<" in name for name in page.curves())
     assert page.text.count(EVIL) > 10
     assert f"{EVIL} more" in page.text
     # Decoding has changed the second prompt, so it stands before the text.
@@ -300,7 +338,7 @@ def test_a_folder_that_is_no_run_is_refused(
         ('{"step": "1"}\n', "step must be a number, got '1'"),
     ],
 )
-def test_damaged_metrics_are_named(
+def test_corrupt_metrics_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, message: str
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -321,140 +359,6 @@ def test_the_page_goes_where_it_is_told(
     assert "cannot write" in capsys.readouterr().err
 
 
-def curve(chart: Html, label: str, kind: str = "line") -> dict[str, str]:
-    page = Page(f"<!DOCTYPE html>\n<html >{chart}</html>")
-    (found,) = [a for a in page.classed(kind) if a["data-label"] == label]
-    return found
-
-
-def test_numbers_that_are_missing_are_gaps() -> None:
-    steps = np.arange(7.0)
-    values = np.array([1, 2, np.nan, 4, np.nan, 6, 7])
-    drawn = curve(line_chart("x", [Line("a", steps, values, 0)]), "a")
-    strokes = drawn["d"].split("M")[1:]
-    assert [stroke.count("L") for stroke in strokes] == [1, 0, 1]
-    # A stroke of one point is still to be seen.
-    assert strokes[1].endswith("h0")
-    assert drawn["data-x"] == "0,1,3,5,6"
-    assert drawn["data-y"] == "1,2,4,6,7"
-    empty = line_chart("x", [Line("a", steps, np.full(7, np.nan), 0)])
-    assert curve(empty, "a")["d"] == ""
-    assert "nan" not in empty
-
-
-def test_a_logarithmic_scale_leaves_out_what_has_no_logarithm() -> None:
-    values = np.array([0.0, 1.0, 10.0, 100.0])
-    lines = [Line("a", np.arange(4.0), values, 0)]
-    drawn = curve(line_chart("x", lines, is_log=True), "a")
-    assert drawn["data-y"] == "1,10,100"
-    heights = [float(point.split()[1]) for point in drawn["d"][1:].split("L")]
-    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
-    negative = [Line("a", np.arange(2.0), np.array([-1.0, -2.0]), 0)]
-    assert curve(line_chart("x", negative, is_log=True), "a")["data-y"] == "-1,-2"
-
-
-def test_dots_are_where_the_curve_is() -> None:
-    x, y = np.array([1.0, 2, 3]), np.array([5.0, np.nan, 6])
-    chart = line_chart("x", [Line("a", x, y, 0), Line("b", x, y, 1, "dots")])
-    page = Page(f"<!DOCTYPE html>\n<html >{chart}</html>")
-    places = [f"{float(a['cx']):.1f} {float(a['cy']):.1f}" for a in page.all("circle")]
-    assert curve(chart, "a")["d"] == "M" + "M".join(f"{place}h0" for place in places)
-
-
-@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 100_000])
-def test_long_curves_keep_their_spikes(count: int) -> None:
-    values = np.sin(np.arange(count) / 50)
-    spike, dip, gap = (count * k // 7 for k in (2, 4, 6))
-    values[[spike, dip, gap]] = 9.0, -9.0, np.nan
-    kept = thin(values)
-    assert len(kept) <= 1003
-    assert (np.diff(kept) > 0).all()
-    assert {0, count - 1, spike, dip, gap} <= set(kept.tolist())
-    if count <= 1000:
-        assert len(kept) == count
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "whole", "texts"),
-    [
-        (0.9, 6.2, True, "1 2 3 4 5 6"),
-        (0.4, 1.6, True, "1"),
-        (-0.01, 0.052, False, "0 0.02 0.04"),
-        (-200, 24000, True, "0 5k 10k 15k 20k"),
-        (1.1e-5, 4.4e-5, False, "2e-05 3e-05 4e-05"),
-        (99.9991, 100.0009, False, "99.9995 100.0000 100.0005"),
-        (0, 3e6, False, "0 0.5M 1.0M 1.5M 2.0M 2.5M 3.0M"),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, whole: bool, texts: str) -> None:
-    ticks = Scale(low, high, 0, 1).ticks(whole=whole)
-    assert list(ticks.values()) == texts.split()
-    assert all(low <= tick <= high for tick in ticks)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "texts"),
-    [
-        (0.9, 2000, "1 10 100 1000"),
-        (0.9, 60, "1 2 5 10 20 50"),
-        (2.1, 4.9, "2.5 3.0 3.5 4.0 4.5"),
-    ],
-)
-def test_logarithmic_ticks_are_round(low: float, high: float, texts: str) -> None:
-    ticks = Scale(low, high, 0, 1, is_log=True).ticks()
-    assert list(ticks.values()) == texts.split()
-
-
-def test_a_scale_has_room_around_a_single_number() -> None:
-    for value in (0.0, 3.0, -1e-9):
-        scale = Scale.around(np.array([value, np.nan]), 0, 10)
-        assert scale.low < value < scale.high
-        assert float(scale.place(np.array(value))) == pytest.approx(5)
-
-
-def test_short_numbers() -> None:
-    numbers = (0, 1234.5678, 0.00012345, 25_300, 4.5e6, 2e9, math.nan)
-    texts = ["0", "1235", "0.0001234", "25.3k", "4.5M", "2G", "\N{EN DASH}"]
-    assert [short(number) for number in numbers] == texts
-    assert [duration(x) for x in (59.6, 3723, math.nan)] == [
-        "0:01:00",
-        "1:02:03",
-        "\N{EN DASH}",
-    ]
-
-
-def test_loads_are_averaged_over_stretches_of_steps() -> None:
-    steps = np.array([10.0, 20, 30, 40, 70, 80])
-    loads = np.stack([[1.0, 3, np.nan, 2, 5, np.nan], np.full(6, np.nan)], axis=1)
-    columns = average(steps, loads, 4)
-    np.testing.assert_allclose(columns.edges, [3, 24, 45, 66, 87])
-    np.testing.assert_allclose(columns.means[:, 0], [2, 2, np.nan, 5])
-    assert np.isnan(columns.means[:, 1]).all()
-    one = average(np.array([5.0]), np.array([[1.5]]), 10)
-    np.testing.assert_allclose(one.edges, [4.5, 5.5])
-    assert columns_for(1, 8) == 120
-    assert columns_for(24, 64) * 24 * 64 <= 40_000
-    assert columns_for(64, 256) == 24
-
-
-def test_a_heat_map_colours_by_factors_of_an_even_share() -> None:
-    loads = np.array([[0.0, 1.0, 2.5], [0.1, 1.0, np.nan], [9.0, 0.6, np.nan]])
-    picture = heat_map("x", average(np.array([1.0, 2, 3]), loads, 120))
-    page = Page(f"<!DOCTYPE html>\n<html >{picture}</html>")
-    boxes = {a["class"]: a["d"].count("M") for a in page.all("path")}
-    # Neighbours of one level in a row are one box; what is not known is none.
-    assert boxes == {"h0": 1, "h3": 1, "h5": 1, "h8": 1, "h10": 1}
-    assert page.classed("heat")[0]["data-loads"] == "0,0.1,9;1,1,0.6;2.5,nan,nan"
-    assert len(level_names()) == 11
-    assert dict(level_names())["h5"] == "0.9 to 1.1"
-
-
-def test_markup_escapes_text_and_keeps_markup() -> None:
-    made = element("p", "<", element("b", "&"), class_="a\"'", data_x=1.23456)
-    expected = '<p class="a&quot;&#x27;" data-x="1.23">&lt;<b>&amp;</b></p>'
-    assert made == expected
-
-
 def test_a_real_run_makes_a_page(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(tiny, out, "--steps", "2", "--prompt", "<i>")
@@ -471,7 +375,9 @@ def test_a_real_run_makes_a_page(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_runs_the_script_and_complains_of_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", data=EVIL)
-    show(run)
+    records = [record | {EVIL: 1.0} for record in make_records(6)]
+    write_lines(run / "metrics.jsonl", records)
+    charts = len(show(run).classed("chart"))
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
     flags += " --disable-background-networking --disable-component-update"
     flags += " --disable-sync --enable-logging=stderr --v=0 --dump-dom"
@@ -484,5 +390,6 @@ def test_a_browser_runs_the_script_and_complains_of_nothing(tmp_path: Path) -> N
         timeout=300,
     )
     assert "CONSOLE" not in end.stderr
-    # The script has added it.
-    assert 'class="tip"' in end.stdout
+    assert end.stdout.count('class="chart js-plotly-plot"') == charts
+    # The legend shows the name as it is.
+    assert f">{html.escape(EVIL, quote=False)}</text>" in end.stdout

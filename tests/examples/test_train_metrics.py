@@ -28,7 +28,7 @@ from trainer.run.settings import LossFields, parse_settings
 
 V, ROWS, LENGTH, K = 11, 4, 12, 2
 KINDS: dict[str, LossFields] = {
-    "parallel": {"use_mtp": True, "mtp_type": "deepseek"},
+    "parallel": {"use_mtp": True, "mtp_type": "parallel"},
     "sequential": {"use_mtp": True, "mtp_type": "sequential"},
     "adaptive": {"primary_loss_type": "adaptive_mtp"},
 }

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, cases_of, on_device
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from numpy.typing import NDArray
+from support.golden_cases import GoldenCase, cases_of, on_device
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -20,7 +21,6 @@ from loss_checks import (
     values,
     with_and_without_jit,
 )
-from numpy.typing import NDArray
 
 from ava_jax.losses.consistency import consistency_loss
 
@@ -145,7 +145,7 @@ def test_a_class_masked_on_both_sides_is_absent(kind: str) -> None:
 
     value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(a, b)
     want = sum(oracle(np.delete(A, 2, 1), np.delete(B, 2, 1), kind, 1.0))
-    # A mean over classes counts the absent one.
+    # A mean over classes includes the absent one.
     np.testing.assert_allclose(value, want * (5 / 6 if kind == "mse" else 1), rtol=1e-5)
     for gradient in gradients:
         chex.assert_tree_all_finite(gradient)
@@ -186,7 +186,7 @@ def test_bad_arguments() -> None:
     with untyped():
         with pytest.raises(ValueError, match="outputs_augmented must have one shape"):
             consistency_loss(a, jnp.zeros((2, 4)))
-        with pytest.raises(ValueError, match="weights must have one entry a row"):
+        with pytest.raises(ValueError, match="weights must have one entry per row"):
             consistency_loss(a, a, weights=jnp.ones((2, 3)))
 
 

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from numpy.typing import NDArray
+from support.contrastive_oracles import (
+    Pairs,
+    infonce_oracle,
+    margin_oracle,
+    mean,
+    rows_of,
+    split_pairs,
+    triplet_oracle,
+)
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -20,7 +30,6 @@ from loss_checks import (
     values,
     with_and_without_jit,
 )
-from numpy.typing import NDArray
 
 from ava_jax.losses.contrastive import (
     contrastive_infonce_loss,
@@ -28,7 +37,6 @@ from ava_jax.losses.contrastive import (
     contrastive_triplet_loss,
 )
 
-Pairs = list[tuple[int, int]]
 X = values(6, 3)
 LABELS = np.array([0, 1, 0, 2, 1, 0])
 LABEL_LOSSES = (
@@ -37,85 +45,13 @@ LABEL_LOSSES = (
     contrastive_infonce_loss,
 )
 
-# Oracles: float64, one pair after another. -----------------------------------------
-
-
-def rows_of(x: NDArray, normalize: bool = True) -> list[NDArray]:
-    rows = [row.astype(float) for row in x]
-    norms = [float(np.linalg.norm(row)) for row in rows]
-    return [r / n if normalize and n else r for r, n in zip(rows, norms, strict=True)]
-
-
-def distance(a: NDArray, b: NDArray) -> float:
-    return float(np.linalg.norm(a - b))
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else 0.0
-
-
-def split_pairs(labels: NDArray) -> tuple[Pairs, Pairs]:
-    n = len(labels)
-    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
-    same = [(i, j) for i, j in pairs if labels[i] == labels[j]]
-    return same, [pair for pair in pairs if pair not in same]
-
-
-def margin_oracle(
-    x: NDArray, positive: Pairs, negative: Pairs, margin: float, normalize: bool
-) -> float:
-    z = rows_of(x, normalize)
-    pull = [distance(z[i], z[j]) ** 2 for i, j in positive]
-    push = [max(0.0, margin - distance(z[i], z[j])) ** 2 for i, j in negative]
-    return (mean(pull) + mean(push)) / 2
-
-
-def triplet_oracle(
-    x: NDArray, labels: NDArray, margin: float, normalize: bool
-) -> float:
-    z, n, costs = rows_of(x, normalize), len(x), []
-    for i in range(n):
-        far = [
-            distance(z[i], z[j]) for j in range(n) if j != i and labels[j] == labels[i]
-        ]
-        near = [distance(z[i], z[j]) for j in range(n) if labels[j] != labels[i]]
-        if far and near:
-            costs.append(max(0.0, margin + max(far) - min(near)))
-    return mean(costs)
-
-
-def infonce_oracle(
-    x: NDArray,
-    positive: Pairs,
-    negative: Pairs | None,
-    temperature: float,
-    normalize: bool,
-) -> float:
-    z, n = rows_of(x, normalize), len(x)
-
-    def named(pairs: Pairs, i: int) -> set[int]:
-        return {b for a, b in pairs if a == i} | {a for a, b in pairs if b == i}
-
-    costs = []
-    for i in range(n):
-        mine = named(positive, i)
-        rivals = set(range(n)) - {i}
-        if negative is not None:
-            rivals = mine | named(negative, i)
-        total = sum(math.exp(float(z[i] @ z[j]) / temperature) for j in rivals)
-        if mine:
-            logs = [float(z[i] @ z[j]) / temperature - math.log(total) for j in mine]
-            costs.append(-mean(logs))
-    return mean(costs)
-
-
 # Against the oracles. --------------------------------------------------------------
 
 
 @st.composite
 def labelled(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
-    """Embeddings (zero and equal rows among them), labels, and which rows count."""
-    # Few shapes, each compiled once; the mask varies how many rows count.
+    """Embeddings (zero and equal rows among them), labels, and the unmasked rows."""
+    # Few shapes, each compiled once; the mask varies the number of rows.
     n, d = draw(st.sampled_from([(1, 1), (3, 4), (7, 2)]))
     numbers = st.lists(st.integers(-4, 4), min_size=d, max_size=d)
     x = draw(st.lists(numbers, min_size=n, max_size=n))
@@ -223,9 +159,9 @@ def test_infonce_of_halves_is_the_mean_cross_entropy_of_both_directions() -> Non
 def test_a_masked_half_leaves_its_partner_without_a_positive() -> None:
     mask = jnp.array([1, 1, 0, 1, 1, 1])
     got = contrastive_infonce_loss(jnp.asarray(X), mask=mask)
-    rest = jnp.asarray(np.delete(X, 2, 0))
+    others = jnp.asarray(np.delete(X, 2, 0))
     pairs = jnp.array([[0, 2], [1, 3]])
-    want = contrastive_infonce_loss(rest, positive_pairs=pairs)
+    want = contrastive_infonce_loss(others, positive_pairs=pairs)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 

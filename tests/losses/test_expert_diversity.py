@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, assert_close, cases_of, on_device
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from numpy.typing import NDArray
+from support.golden_cases import GoldenCase, assert_close, cases_of, on_device
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -19,7 +20,6 @@ from loss_checks import (
     values,
     with_and_without_jit,
 )
-from numpy.typing import NDArray
 
 from ava_jax.losses.moe import expert_diversity_loss
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_terms
 import pytest
 from jax.test_util import check_grads
+from support import oracle_terms
 
 from ava_jax import losses
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, assert_close, cases_of, on_device
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from support.golden_cases import GoldenCase, assert_close, cases_of, on_device
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -319,7 +319,7 @@ def test_routing_without_scores_is_finite() -> None:
     chex.assert_tree_all_finite(gradient)
 
 
-def test_a_small_bias_counts_beside_low_precision_scores() -> None:
+def test_a_small_bias_matters_with_low_precision_scores() -> None:
     scores = jnp.array([0.5, 0.5], jnp.bfloat16)
     weights, indices = route(scores, jnp.array([0.0, 1e-4]), 1)
     assert int(indices[0]) == 1

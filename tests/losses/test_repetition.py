@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle_terms
 import pytest
 from jax.test_util import check_grads
+from support import oracle_terms
 
 from ava_jax import losses
 
@@ -24,7 +24,7 @@ def batch(seed: int = 0, vocab: int = 4) -> tuple[Any, Any, Any]:
 
 
 def decay_oracle(logits, ids, weights, span):
-    """The mean; a token whose source does not count has nothing to compare with."""
+    """Computes the mean; a token whose source is masked is left out."""
     terms = oracle_terms.repetition_decay(logits, ids, weights, span)
     terms[:, span:] *= weights[:, :-span] != 0
     return oracle_terms.weighted_mean(terms, weights)

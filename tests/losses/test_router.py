@@ -1,4 +1,4 @@
-"""The router's load and the losses on one batch of it: oracles, masks, bad indices."""
+"""The router's load and its losses in one batch: oracles, masks, bad indices."""
 
 import math
 
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GoldenCase, assert_close, cases_of, on_device
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from numpy.typing import NDArray
+from support.golden_cases import GoldenCase, assert_close, cases_of, on_device
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -21,7 +22,6 @@ from loss_checks import (
     values,
     with_and_without_jit,
 )
-from numpy.typing import NDArray
 
 from ava_jax.losses.router import (
     auxiliary_load_balancing_loss,
@@ -132,7 +132,7 @@ def test_reference(case: GoldenCase, x64: bool) -> None:
 
 @st.composite
 def routed(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
-    """Gate logits, choices (some of no expert), and which tokens count."""
+    """Gate logits, choices (some of no expert), and the unmasked tokens."""
     n, e, k = draw(st.sampled_from([(1, 1, 1), (5, 2, 1), (9, 6, 3)]))
     random = np.random.default_rng(draw(st.integers(0, 10_000)))
     gates = random.normal(size=(n, e)) * draw(st.sampled_from([0.1, 2.0, 30.0]))

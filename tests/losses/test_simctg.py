@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from numpy.typing import NDArray
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_explicit_axes,
@@ -17,7 +18,6 @@ from loss_checks import (
     values,
     with_and_without_jit,
 )
-from numpy.typing import NDArray
 
 from ava_jax.losses.contrastive import simctg_loss
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_checks import (
+from support.loss_checks import (
     FEW,
     VariantsCase,
     check_gradient,

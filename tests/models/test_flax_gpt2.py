@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_checks import (
+from numpy.typing import NDArray
+from support.model_checks import (
     EVERYTHING_SETTINGS,
     PLAIN,
     PLAIN_SETTINGS,
@@ -31,7 +32,6 @@ from model_checks import (
     optax_line,
     run_of,
 )
-from numpy.typing import NDArray
 
 import ava_jax
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from model_checks import (
+from support.model_checks import (
     EVERYTHING_SETTINGS,
     PLAIN_SETTINGS,
     REASON,

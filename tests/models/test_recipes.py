@@ -3,25 +3,22 @@
 from pathlib import Path
 
 import pytest
-import test_docs
-from model_checks import REASON, TUNIX_WARNINGS
+from support.model_checks import REASON, TUNIX_WARNINGS
+from support.pages import PAGES, models_of, run_section, sections
 
 RECIPES = [
-    (page, name)
-    for page in test_docs.PAGES
-    for name in test_docs.sections(page)
-    if test_docs.models_of(page, name)
+    (page, name) for page in PAGES for name in sections(page) if models_of(page, name)
 ]
 
 
 @TUNIX_WARNINGS
 @pytest.mark.parametrize(("page", "name"), RECIPES, ids=[name for _, name in RECIPES])
 def test_recipe_runs(page: Path, name: str) -> None:
-    for package in test_docs.models_of(page, name):
+    for package in models_of(page, name):
         pytest.importorskip(package, reason=REASON)
-    test_docs.test_snippets_run(page, name)
+    run_section(page, name)
 
 
 def test_every_model_has_a_recipe() -> None:
-    named = {model for recipe in RECIPES for model in test_docs.models_of(*recipe)}
+    named = {model for recipe in RECIPES for model in models_of(*recipe)}
     assert named == {"penzai", "transformers", "tunix"}

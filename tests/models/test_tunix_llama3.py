@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from model_checks import (
+from support.model_checks import (
     EVERYTHING_SETTINGS,
     PLAIN_SETTINGS,
     REASON,

@@ -145,7 +145,7 @@ DEEPSEEK_STYLE: LossFields = {
     "adaptive_temperature": False,
     "label_smoothing": 0.0,
     "use_mtp": True,
-    "mtp_type": "deepseek",
+    "mtp_type": "parallel",
     "num_future_tokens": 2,
     "mtp_weight": 0.1,
     "penalty_source": "predictions",

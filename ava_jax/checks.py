@@ -1,0 +1,149 @@
+"""Errors of a loss call: arguments that are missing, unused or do not fit."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+
+from ava_jax.config import Settings
+from ava_jax.inputs import LossInputs, array, check_float
+from ava_jax.terms.base import Term, TokenTerm
+from ava_jax.terms.listing import built_in
+
+_ALWAYS = ("targets", "attention_mask", "segment_ids")
+
+
+def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) -> None:
+    """Raises on arguments that are missing, that nothing reads or that do not fit."""
+    given = [name for name, value in inputs.items() if value is not None]
+    _check_names(inputs)
+    _check_targets(inputs)
+    main = main_arguments(terms, inputs)
+    _check_main(settings, inputs)
+    for term in terms:
+        missing = [name for name in term.requires if name not in given]
+        if missing:
+            needed = " and ".join(term.requires)
+            what = term.option or f"the term {term.name!r}"
+            raise ValueError(f"{what} needs {needed}")
+    _check_unused(terms, given, main)
+    for term in terms:
+        term.check(inputs, settings)
+
+
+def _check_names(inputs: LossInputs) -> None:
+    known = list(LossInputs.__annotations__)
+    for name in inputs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"unknown argument {name!r}; did you mean {near!r}?")
+    if inputs.get("targets") is None:
+        raise ValueError("targets is required: pass the ids to predict, [B, S]")
+
+
+def _check_targets(inputs: LossInputs) -> None:
+    targets = array(inputs, "targets")
+    if targets.ndim != 2 or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"targets must be integers [B, S], got {targets.dtype} {targets.shape}"
+        )
+    for name in ("attention_mask", "segment_ids"):
+        value = inputs.get(name)
+        if value is not None and value.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the shape {targets.shape} of targets, "
+                f"got {value.shape}"
+            )
+    segments = inputs.get("segment_ids")
+    if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {segments.dtype}")
+    for name, value in (inputs.get("extra_inputs") or {}).items():
+        if value.shape[:2] != targets.shape:
+            raise ValueError(
+                f"extra_inputs[{name!r}] must start with the shape {targets.shape} of "
+                f"targets, got {value.shape}"
+            )
+
+
+def main_arguments(terms: Iterable[Term], inputs: LossInputs) -> tuple[str, ...]:
+    """Returns the arguments that the main logits are made of.
+
+    They are `logits`; or else what a token term takes in place of them, for all terms;
+    or else `hidden_states` and `lm_head`, with its bias.
+
+    Raises:
+      ValueError: there are none, or not all of them.
+    """
+    if inputs.get("logits") is not None:
+        return ("logits",)
+    sources = {term.source for term in terms if isinstance(term, TokenTerm)}
+    for source in sorted(sources):
+        if inputs.get(source) is not None:
+            return (source,)
+    if inputs.get("lm_head") is None:
+        raise ValueError(
+            "no logits: pass logits [B, S, V], or hidden_states [B, S, D] and "
+            "lm_head [D, V]"
+        )
+    if inputs.get("hidden_states") is None:
+        raise ValueError("lm_head needs hidden_states [B, S, D]")
+    return ("hidden_states", "lm_head", "lm_head_bias")
+
+
+def _check_main(settings: Settings, inputs: LossInputs) -> None:
+    shape, vocab_size = array(inputs, "targets").shape, settings.vocab_size
+    for name in ("logits", "primary_logits"):
+        if (logits := inputs.get(name)) is not None:
+            check_float(name, logits, shape, 3, vocab_size=vocab_size)
+    hidden, head = inputs.get("hidden_states"), inputs.get("lm_head")
+    bias, size = inputs.get("lm_head_bias"), settings.hidden_size
+    if hidden is not None:
+        check_float("hidden_states", hidden, shape, 3)
+        if size not in (None, hidden.shape[-1]):
+            raise ValueError(
+                f"hidden_states must have hidden_size={size} as its last axis, got "
+                f"{hidden.shape}"
+            )
+    if head is None:
+        if bias is not None:
+            raise ValueError("lm_head_bias needs lm_head [D, V]")
+        return
+    check_float("lm_head", head, (), 2, vocab_size=vocab_size)
+    for name in ("hidden_states", "mtp_hidden_states"):
+        states = inputs.get(name)
+        if states is not None and states.shape[-1] != head.shape[0]:
+            raise ValueError(
+                f"lm_head must be [D, V] with D={states.shape[-1]}, the width of "
+                f"{name}, got {head.shape}"
+            )
+    if bias is not None and bias.shape != head.shape[1:]:
+        raise ValueError(
+            f"lm_head_bias must be [V] with V={head.shape[1]}, the width of lm_head, "
+            f"got {bias.shape}"
+        )
+
+
+def _check_unused(
+    terms: Sequence[Term], given: Iterable[str], main: tuple[str, ...]
+) -> None:
+    """Raises on an argument that nothing reads."""
+    read = {*_ALWAYS, *main}.union(*((*t.requires, *t.accepts) for t in terms))
+    kinds = set(built_in())
+    if any(type(term) not in kinds for term in terms):
+        read.add("extra_inputs")
+    for name in given:
+        if name in read:
+            continue
+        if name == "lm_head":
+            raise ValueError(
+                f"pass either {main[0]} or hidden_states with lm_head, not both: the "
+                "loss would not know which to train"
+            )
+        users = {k.option for k in kinds if name in (*k.requires, *k.accepts)}
+        what = " or ".join(sorted(users - {""})) or "terms of your own"
+        if name == "hidden_states":
+            what = f"lm_head, {what}"
+        raise ValueError(
+            f"{name} is given, but nothing in this loss reads it; it is for {what}: "
+            "switch that on, or leave it out"
+        )

@@ -1,0 +1,236 @@
+"""What the pass over the vocabulary computes: sums of the token terms over a block."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ava_jax.kernel.product import Product
+from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.stats import Kernel, Query, TokenStats
+from ava_jax.losses.likelihood import smoothed_cross_entropy
+from ava_jax.reduce import as_float, weighted_sum
+from ava_jax.terms.base import TokenInputs, TokenTerm
+from ava_jax.tokens import Tokens
+
+_CANDIDATES = "all"
+
+
+@flax.struct.dataclass
+class Shared:
+    """What every block sees whole.
+
+    Attributes:
+      temperature: of the tempered statistics; None is 1.
+      states: of the terms that read theirs, by name.
+    """
+
+    temperature: Float[Array, ""] | None
+    states: dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Tokens whose logits come from one array.
+
+    Attributes:
+      objective: what is computed of them.
+      source: logits, or hidden states if `is_projected`, [G, B, S, ·].
+      inputs: the tokens, [G, B, S, ...].
+      is_projected: whether `lm_head` makes the logits.
+    """
+
+    objective: "TokenObjective | HeadObjective"
+    source: Float[Array, "G B S X"]
+    inputs: TokenInputs
+    is_projected: bool
+
+
+def token_inputs(
+    tokens: Tokens,
+    *,
+    prepared: Any = None,
+    extra: dict[str, Array] | None = None,
+) -> TokenInputs:
+    """Returns what terms know of the tokens before any logits are there."""
+    shape = tokens.targets.shape
+    return TokenInputs(
+        targets=tokens.targets,
+        weights=tokens.weights,
+        positions=tokens.positions,
+        segments=tokens.segments,
+        row_positions=lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1),
+        extra=extra or {},
+        prepared=prepared,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenObjective:
+    """The token terms that look at the same logits.
+
+    Attributes:
+      terms: the terms.
+      vocab_size: V.
+      soft_cap: of the logits.
+      measures: whether `nll`, `accuracy` and `entropy` are computed, too.
+    """
+
+    terms: tuple[TokenTerm, ...]
+    vocab_size: int
+    soft_cap: float | None
+    measures: bool
+
+    def __call__(
+        self,
+        logits: Float[Array, "B C V"] | Product,
+        inputs: TokenInputs,
+        rows: dict[str, Any],
+        shared: Shared,
+        kernel: Kernel,
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns `Σ w·value` over the block, by term.
+
+        Args:
+          logits: a block's.
+          inputs: the block's tokens; `prepared` is a dict by term.
+          rows: by term, what its `rows` returned.
+          shared: what is the same for every token.
+          kernel: how the block is reduced.
+        """
+        own = self._inputs_by_term(inputs, rows, shared.states)
+        candidates = self._candidates(own)
+        stats = self._statistics(logits, inputs, candidates, shared, kernel)
+        seen = _by_term(stats, candidates)
+        values = {t.name: t(seen.get(t.name, stats), own[t.name]) for t in self.terms}
+        if self.measures:
+            values["nll"] = stats.nll
+            values["accuracy"] = as_float(stats.is_top)
+            values["entropy"] = stats.entropy
+        return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sums that the loss is made of."""
+        return tuple(term.name for term in self.terms)
+
+    def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
+        """Returns for how many ids of a token it wants logits; None for all of them.
+
+        A soft-cap's slope, too, wants the logits themselves.
+        """
+        if self._needs_logits or self.soft_cap is not None:
+            return None
+
+        def candidates(inputs, rows):
+            return self._candidates(self._inputs_by_term(inputs, rows, {}))
+
+        found = jax.eval_shape(candidates, inputs, rows)
+        return 1 + sum(ids.shape[-1] for ids in found.values())
+
+    @property
+    def _needs_logits(self) -> bool:
+        return any(term.needs_logits for term in self.terms)
+
+    def _inputs_by_term(self, inputs: TokenInputs, rows, states):
+        prepared = inputs.prepared or {}
+        return {
+            t.name: dataclasses.replace(
+                inputs,
+                prepared=prepared.get(t.name),
+                rows=rows.get(t.name),
+                state=states.get(t.name),
+            )
+            for t in self.terms
+        }
+
+    def _candidates(self, inputs: dict[str, TokenInputs]) -> dict[str, Array]:
+        found = ((t.name, t.candidates(inputs[t.name])) for t in self.terms)
+        return {name: ids for name, ids in found if ids is not None}
+
+    def _statistics(
+        self, logits, inputs, candidates, shared: Shared, kernel: Kernel
+    ) -> TokenStats:
+        ids = list(candidates.values())
+        query = Query(
+            targets=inputs.targets,
+            active=inputs.weights != 0,
+            candidates={_CANDIDATES: jnp.concatenate(ids, -1)} if ids else {},
+            log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
+        )
+        vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
+        if self._needs_logits and isinstance(logits, Product):
+            logits = logits.logits()
+        return token_statistics(logits, query, vocabulary, shared.temperature)
+
+
+def _by_term(
+    stats: TokenStats, candidates: dict[str, Int[Array, "B C Q"]]
+) -> dict[str, TokenStats]:
+    """Gives every term the statistics of its own candidates."""
+    seen, start = {}, 0
+    for name, ids in candidates.items():
+        end = start + ids.shape[-1]
+        seen[name] = dataclasses.replace(
+            stats,
+            candidates={name: stats.candidates[_CANDIDATES][..., start:end]},
+            candidate_is_top={
+                name: stats.candidate_is_top[_CANDIDATES][..., start:end]
+            },
+        )
+        start = end
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadObjective:
+    """The cross-entropies of multi-token-prediction heads, summed per head.
+
+    Attributes:
+      name: of the sums.
+      num_heads: K; the block's `prepared` says which head a token belongs to.
+      vocab_size: V.
+      soft_cap: of the logits.
+      label_smoothing: ε.
+    """
+
+    name: str
+    num_heads: int
+    vocab_size: int
+    soft_cap: float | None
+    label_smoothing: float = 0.0
+
+    def __call__(
+        self,
+        logits: Float[Array, "*n V"] | Product,
+        inputs: TokenInputs,
+        rows: Any,
+        shared: Any,
+        kernel: Kernel,
+    ) -> dict[str, Float[Array, "K"]]:
+        """Returns `Σ w·ce` over the block, [K]."""
+        active = inputs.weights != 0
+        query = Query(targets=inputs.targets, active=active, log_one_minus_p=False)
+        vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
+        stats = token_statistics(logits, query, vocabulary)
+        values = smoothed_cross_entropy(stats, self.label_smoothing)
+        heads = jnp.arange(self.num_heads, dtype=jnp.int32)
+        mine = inputs.prepared[..., None] == heads
+        weights = jnp.where(mine, inputs.weights[..., None], 0.0)
+        spread = jnp.broadcast_to(values[..., None], weights.shape)
+        kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))
+        axes = tuple(range(weights.ndim - 1))
+        return {self.name: jnp.sum(weights * kept, axes)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sums that the loss is made of."""
+        return (self.name,)
+
+    def num_ids(self, inputs: TokenInputs, rows: Any) -> int | None:
+        """Returns that it wants one logit of a token; None, all, with a soft-cap."""
+        del inputs, rows
+        return 1 if self.soft_cap is None else None

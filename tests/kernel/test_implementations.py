@@ -1,0 +1,180 @@
+"""Every implementation of the kernel agrees with its definition."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from support.kernel_batches import (
+    WHOLE,
+    B,
+    D,
+    Lead,
+    S,
+    V,
+    compile_for,
+    normal,
+    whole_batch,
+)
+from support.kernel_rows import IMPLEMENTATIONS
+from support.trees import assert_trees_close
+
+import ava_jax
+from ava_jax.kernel import fused
+from ava_jax.kernel.platforms import Implementation
+
+
+@functools.cache
+def whole_loss(path, implementation):
+    """Returns loss, aux and all gradients."""
+    loss_fn = ava_jax.create_unified_loss(WHOLE, implementation=implementation)
+    arrays, ints = whole_batch()
+    if path == "logits":
+        hidden = arrays.pop("hidden_states")
+        arrays["logits"] = hidden @ arrays["lm_head"] + arrays["lm_head_bias"]
+
+    def loss(arrays: dict[str, Any]):
+        total, aux, _ = loss_fn(loss_fn.init(), **arrays, **ints)
+        return total, aux
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+
+@pytest.mark.parametrize("path", ["fused", "logits"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_whole_loss_is_that_of_the_definition(implementation, path):
+    want, got = whole_loss(path, "reference"), whole_loss(path, implementation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
+    assert all(np.abs(np.asarray(g)).max() > 1e-3 for g in want[1].values())
+    assert all(want[0][1][k] > 0 for k in ("mtp_loss", "unlikelihood"))
+    assert_trees_close(got, want, 2e-5)
+
+
+def loss_far_ahead(implementation: Implementation):
+    """Loss, aux and gradients where a column is far above, or below, all others."""
+    # With more candidates, such as earlier tokens, products take two passes.
+    config = WHOLE | {
+        "logit_soft_cap": None,
+        "unlikelihood_weight": 0.0,
+        "ngram_max_matches": 4,
+    }
+    loss_fn = ava_jax.create_unified_loss(config, implementation=implementation)
+    arrays, ints = whole_batch()
+    del arrays["lm_head_bias"]
+    arrays["lm_head"] = arrays["lm_head"].at[:, 4].multiply(100)
+    for name in ("hidden_states", "mtp_hidden_states"):
+        arrays[name] *= 10
+
+    def loss(arrays: dict[str, Any]):
+        total, aux, _ = loss_fn(loss_fn.init(), **arrays, **ints)
+        # The exponential of the mean is infinite.
+        del aux["perplexity"]
+        return total, aux
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+
+def test_the_whole_loss_where_a_column_is_far_ahead(monkeypatch):
+    """Also in the form for TPUs, with logits by columns."""
+    want = loss_far_ahead("reference")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
+    assert want[0][0] > 100
+    for platform in ("gpu", "tpu"):
+        compile_for(monkeypatch, platform)
+        assert_trees_close(loss_far_ahead("xla"), want, 2e-5)
+
+
+def test_an_extra_term_sees_the_largest_logit():
+    arrays, ints = whole_batch()
+    arrays = {k: arrays[k] for k in ("hidden_states", "lm_head")}
+
+    def run(implementation):
+        config = ava_jax.UnifiedLossConfig(
+            vocab_size=V - 3, implementation=implementation, chunk_size=13, block_size=5
+        )
+        loss_fn = ava_jax.unified_loss(config, extra_terms=(Lead(),))
+
+        def loss(arrays: dict[str, Any]):
+            total, aux, _ = loss_fn(loss_fn.init(), **arrays, **ints)
+            return total, aux
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+    want = run("reference")
+    assert want[0][1]["lead"] > 1
+    assert_trees_close(run("xla"), want, 2e-5)
+
+
+def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
+    """The gradients of a short batch's share of a mean over many tokens."""
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=V, use_ngram_penalty=False, implementation=implementation
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = normal(keys[0], B, S, D), normal(keys[1], D, V)
+    targets = jax.random.randint(keys[2], (B, S), 0, V)
+    one = loss_fn.normalizers(targets=targets)
+    many = dataclasses.replace(one, tokens=jnp.asarray(tokens))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(hidden, head):
+        # As trainers in float16 do, to keep the gradients in its range.
+        return (
+            tokens
+            * loss_fn.accumulate(
+                loss_fn.init(),
+                normalizers=many,
+                targets=targets,
+                hidden_states=hidden,
+                lm_head=head,
+            )[0]
+        )
+
+    return gradients(hidden.astype(dtype), head.astype(dtype))
+
+
+def test_float16_gradients_survive_a_mean_over_many_tokens(monkeypatch):
+    want = mean_over(1e9, jnp.float32)
+    got = mean_over(1e9, jnp.float16)
+    assert {x.dtype for x in got} == {jnp.dtype("float16")}
+    assert_trees_close(got, want, 1e-2)
+    monkeypatch.setattr(fused, "_largest", lambda _: jnp.asarray(1.0))
+    assert not any(x.any() for x in mean_over(1e9, jnp.float16))
+
+
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.data())
+def test_shapes_that_divide_nothing(data):
+    def size(most):
+        return data.draw(st.integers(1, most))
+
+    b, s, d, v = size(3), size(17), size(9), 1 + size(40)
+    chunk, block, padding = size(19), size(9), size(4) - 1
+    keys = jax.random.split(jax.random.key(data.draw(st.integers(0, 99))), 3)
+    arrays = (normal(keys[0], b, s, d), normal(keys[1], d, v + padding))
+    targets = jax.random.randint(keys[2], (b, s), 0, v)
+
+    def run(implementation):
+        loss_fn = ava_jax.create_unified_loss(
+            vocab_size=v,
+            implementation=implementation,
+            chunk_size=chunk,
+            block_size=block,
+        )
+
+        def loss(hidden, head):
+            total, aux, _ = loss_fn(
+                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+            )
+            return total, aux
+
+        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(run)(*arrays)
+
+    assert_trees_close(run("xla"), run("reference"), 2e-5)

@@ -1,0 +1,257 @@
+"""Both paths and all block sizes agree, and the logits never exist whole."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.programs import dot_flops
+from support.trees import assert_trees_close
+
+import ava_jax
+from benchmarks.costs import dot_flops as compiled_dot_flops
+
+B, S, D, V = 2, 11, 6, 23
+EVERYTHING = {
+    "vocab_size": V - 3,
+    "label_smoothing": 0.1,
+    "eos_token_id": 2,
+    "min_sequence_length": 6,
+    "ngram_size": 2,
+    "z_loss_weight": 1e-2,
+    "unlikelihood_weight": 0.5,
+    "initial_temperature": 1.4,
+    "use_mtp": True,
+    "mtp_type": "sequential",
+    "num_future_tokens": 2,
+    "logit_soft_cap": 5.0,
+}
+
+
+def batch(scale=1.0, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str, Any]]:
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = {
+        "hidden_states": scale * jax.random.normal(keys[0], (B, S, D)),
+        "lm_head": jax.random.normal(keys[1], (D, V)),
+        "lm_head_bias": jax.random.normal(keys[2], (V,)),
+        "mtp_hidden_states": jax.random.normal(keys[3], (2, B, S, D)),
+    }
+    arrays = {k: v.astype(dtype) for k, v in arrays.items()}
+    integers = {
+        "targets": jax.random.randint(keys[4], (B, S), 0, 5),
+        "segment_ids": jnp.array([[1] * 6 + [2] * 5, [1] * 9 + [0] * 2]),
+        "attention_mask": jax.random.uniform(keys[5], (B, S)).at[0, 3].set(0.0),
+    }
+    return arrays, integers
+
+
+def run(config, arrays, integers, fused, **options):
+    """Returns loss, aux, state and gradients of the fused path or the logits path."""
+    loss_fn = ava_jax.create_unified_loss(config, **options)
+    state = loss_fn.init()
+
+    def loss(arrays: dict[str, Any]):
+        given = dict(arrays)
+        if not fused:
+            hidden, bias = given.pop("hidden_states"), given.pop("lm_head_bias")
+            product = jnp.einsum(
+                "bsd,dv->bsv",
+                hidden,
+                given["lm_head"],
+                preferred_element_type=jnp.float32,
+            )
+            given["logits"] = product + bias.astype(jnp.float32)
+            given["lm_head_bias"] = bias
+        total, aux, after = loss_fn(state, **given, **integers)
+        return total, (aux, after)
+
+    (total, (aux, after)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        arrays
+    )
+    return {"loss": total, "aux": aux, "state": after, "grads": grads}
+
+
+@functools.cache
+def whole_logits(scale):
+    """Returns the expected results: the logits path, whole rows at a time."""
+    return run(EVERYTHING, *batch(scale), fused=False, block_size=S)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+@pytest.mark.parametrize("chunk", [None, 1, S // 2 + 1, S - 1, S, S + 5])
+def test_both_paths_agree_with_every_term_on(chunk, scale):
+    got = run(EVERYTHING, *batch(scale), fused=True, chunk_size=chunk)
+    assert_trees_close(got, whole_logits(scale), 2e-5)
+
+
+@pytest.mark.parametrize("scale", [0.05, 30.0])
+@pytest.mark.parametrize("block", [1, S // 2 + 1, S - 1, S + 5])
+@pytest.mark.parametrize("fused", [False, True])
+def test_block_sizes_change_nothing(fused, block, scale):
+    got = run(EVERYTHING, *batch(scale), fused=fused, chunk_size=7, block_size=block)
+    assert_trees_close(got, whole_logits(scale), 2e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_accelerator_computes_the_same(fused):
+    """Other sizes, and ids compared with every class instead of scattered."""
+    got = run(EVERYTHING, *batch(), fused=fused, implementation="xla")
+    assert_trees_close(got, whole_logits(1.0), 2e-5)
+
+
+def test_tokens_of_two_chunks_are_summed_once():
+    """A token that is summed twice would add log V at this scale."""
+    got = run(EVERYTHING, *batch(0.01), fused=True, chunk_size=4)
+    assert_trees_close(got["aux"]["nll"], whole_logits(0.01)["aux"]["nll"], 1e-6)
+
+
+def test_bfloat16_operands_keep_a_float32_loss():
+    arrays, integers = batch(dtype=jnp.bfloat16)
+    want = run(EVERYTHING, arrays, integers, fused=False)
+    got = run(EVERYTHING, arrays, integers, fused=True)
+    assert got["loss"].dtype == jnp.float32
+    assert_trees_close(got["loss"], want["loss"], 2e-6)
+    assert {k: v.dtype for k, v in got["grads"].items()} == dict.fromkeys(
+        arrays, jnp.bfloat16
+    )
+    assert_trees_close(got["grads"], want["grads"], 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_loss_is_that_of_float64_on_the_same_inputs(dtype):
+    """Products accumulate in float32, also with shorter operands."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (2, 64, 96)).astype(dtype)
+    kernel = (jax.random.normal(keys[1], (96, 1000)) / 10).astype(dtype)
+    targets = jax.random.randint(keys[2], (2, 64), 0, 1000)
+    loss_fn = ava_jax.create_unified_loss(vocab_size=1000, use_ngram_penalty=False)
+    _, aux, _ = loss_fn(
+        loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=kernel
+    )
+    z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
+    log_z = np.log(np.exp(z).sum(-1))
+    picked = np.take_along_axis(z, np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(aux["nll"], (log_z - picked).mean(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("key", ["nll", "main_loss", "ngram_penalty", "mtp_loss"])
+def test_the_gradient_of_an_aux_entry_is_exact(key):
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def fused(arrays: dict[str, Any]):
+        return loss_fn(state, **arrays, **integers)[1][key]
+
+    def plain(arrays: dict[str, Any]):
+        given = dict(arrays)
+        hidden, bias = given.pop("hidden_states"), given["lm_head_bias"]
+        logits = hidden @ given["lm_head"] + bias
+        return loss_fn(state, logits=logits, **given, **integers)[1][key]
+
+    got, want = jax.jit(jax.grad(fused))(arrays), jax.jit(jax.grad(plain))(arrays)
+    assert any(np.abs(np.asarray(g)).max() > 1e-3 for g in want.values())
+    assert_trees_close(got, want, 2e-5)
+
+
+def test_the_loss_and_an_aux_entry_may_be_differentiated_together():
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def value(arrays: dict[str, Any], of_loss=2.0, of_nll=3.0):
+        loss, aux, _ = loss_fn(state, **arrays, **integers)
+        return of_loss * loss + of_nll * aux["nll"]
+
+    def loss_alone(arrays: dict[str, Any]):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    both = jax.jit(jax.grad(value))(arrays)
+    nll = jax.jit(jax.grad(lambda x: value(x, of_loss=0.0, of_nll=1.0)))(arrays)
+    loss = jax.jit(jax.grad(loss_alone))(arrays)
+    assert_trees_close(both, jax.tree.map(lambda a, b: 2 * a + 3 * b, loss, nll), 1e-5)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient():
+    arrays, integers = batch()
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    state = loss_fn.init()
+
+    def loss(arrays: dict[str, Any], factor):
+        return factor * loss_fn(state, **arrays, **integers)[0]
+
+    once, thrice = (jax.jit(jax.grad(loss))(arrays, f) for f in (1.0, 3.0))
+    assert_trees_close(thrice, jax.tree.map(lambda g: 3 * g, once), 1e-6)
+
+
+def largest_over_the_vocabulary(config, arrays, integers):
+    """Returns the size of the largest array with a V axis in the compiled gradient."""
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+
+    def loss(arrays: dict[str, Any]):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
+    found = re.findall(r"[a-z]+\d*\[([\d,]+)\]", str(program.as_text()))
+    shapes = [tuple(map(int, dims.split(","))) for dims in found]
+    return max(np.prod(shape) for shape in shapes if V in shape)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_no_array_of_tokens_times_vocabulary_exists():
+    largest = largest_over_the_vocabulary({**EVERYTHING, "chunk_size": 2}, *batch())
+    assert largest < B * S * V
+    assert max(2 * B * V, D * V) <= largest
+
+
+@pytest.mark.usefixtures("optimized")
+def test_parallel_heads_never_hold_their_logits():
+    config = {**EVERYTHING, "mtp_type": "parallel", "hidden_size": D, "chunk_size": 2}
+    arrays, integers = batch()
+    del arrays["mtp_hidden_states"]
+    arrays["mtp_params"] = {
+        "norm": {"scale": jnp.ones(D), "bias": jnp.zeros(D)},
+        "heads": {"kernel": jnp.ones((2, D, V)), "bias": jnp.zeros((2, V))},
+    }
+    assert largest_over_the_vocabulary(config, arrays, integers) < B * S * V
+
+
+def test_the_gradient_costs_six_and_the_value_two():
+    config = {**EVERYTHING, "use_mtp": False, "chunk_size": S}
+    arrays, integers = batch()
+    del arrays["mtp_hidden_states"]
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+
+    def loss(arrays: dict[str, Any]):
+        return loss_fn(state, **arrays, **integers)[0]
+
+    unit = B * S * D * V
+    assert dot_flops(jax.make_jaxpr(loss)(arrays).jaxpr) == 2 * unit
+    with_grad = jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr
+    assert dot_flops(with_grad) == 6 * unit
+
+
+@pytest.mark.usefixtures("optimized")
+def test_the_compiled_program_multiplies_no_more_than_that():
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (2, 64, 32))
+    kernel = jax.random.normal(keys[1], (32, 256))
+    targets = jnp.ones((2, 64), jnp.int32)
+    loss_fn = ava_jax.create_unified_loss(vocab_size=256, chunk_size=16, block_size=4)
+    state = loss_fn.init()
+
+    def loss(hidden, kernel):
+        return loss_fn(state, targets=targets, hidden_states=hidden, lm_head=kernel)[0]
+
+    def flops(f):
+        program = jax.jit(f).lower(hidden, kernel).compile()
+        return compiled_dot_flops(str(program.as_text()))
+
+    unit = 2 * 64 * 32 * 256
+    assert 2 * unit <= flops(loss) <= 2.05 * unit
+    assert 6 * unit <= flops(jax.grad(loss, argnums=(0, 1))) <= 6.1 * unit

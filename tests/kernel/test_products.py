@@ -1,0 +1,246 @@
+"""The statistics of a product that is never stored equal those of its logits."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from support.kernel_rows import (
+    MESH,
+    OPTIONS,
+    TEMPERATURE,
+    WIDTH,
+    Options,
+    assert_rows_agree,
+    batch,
+    gradient_of_temperature,
+    measured,
+    mixed,
+    top_logit_of,
+    unknown,
+)
+from support.trees import assert_trees_close
+
+from ava_jax import Query, Vocabulary, token_statistics
+from ava_jax.kernel.product import Product, near_largest, sample_columns
+from ava_jax.kernel.summary import NOT_QUERIED
+
+PRODUCTS = {
+    "finite": OPTIONS["finite"],
+    "finite with padding": OPTIONS["finite with padding"],
+    "no temperature": Options(finite=True, tempered=False),
+    "without log(1 - p)": Options(finite=True, log_one_minus_p=False),
+    "no candidates": Options(finite=True, ids=0),
+    "many ids": Options(finite=True, ids=20),  # these take two passes
+    "float64": Options(finite=True, dtype="float64", size=WIDTH - 5),
+}
+# Numbers near each token's largest logit, as a function of it.
+NEAR: dict[str, Any] = {
+    "the largest": lambda largest: largest,
+    "55 below": lambda largest: largest - 55,
+    "zero": jnp.zeros_like,
+    "far below": lambda largest: jnp.full_like(largest, -1e6),
+    "far above": lambda largest: jnp.full_like(largest, 1e6),
+}
+
+
+@functools.cache
+def measured_product(
+    options: Options,
+    *,
+    by_columns: bool,
+    axis: str | None = None,
+    near: str = "",
+    may_round: bool = False,
+):
+    """What `measured` returns, of rows that are a product with the identity.
+
+    Args:
+      options: what the program is traced for.
+      by_columns: see `Product`.
+      axis: of the mesh, or None.
+      near: one of `NEAR`; what a pass takes if it is empty.
+      may_round: see `Product`; the temperature then has no gradient.
+    """
+    vocabulary = Vocabulary(options.size, options.cap, axis, True, "xla")
+    _, z, query = batch(options)
+    hidden = jnp.where(query.active[..., None], z, jnp.zeros_like(z))
+    hidden = hidden.reshape(-1, WIDTH)
+
+    def mixture(probe, temperature, kernel, query):
+        if near:
+            given = NEAR[near](jnp.max(hidden[:, : options.size], -1))
+        else:
+            columns = sample_columns(kernel, by_columns=by_columns)
+            given = near_largest(hidden, columns)
+        product = Product(
+            hidden,
+            kernel,
+            given,
+            probe,
+            query.targets.shape,
+            by_columns=by_columns,
+            may_round=may_round,
+        )
+        if may_round:
+            temperature = jax.lax.stop_gradient(temperature)
+        given = temperature if options.tempered else None
+        stats = token_statistics(product, query, vocabulary, given)
+        return mixed(stats, query, unknown(options))
+
+    run = jax.grad(mixture, argnums=(0, 1), has_aux=True)
+    if axis is not None:
+        run = jax.shard_map(
+            run,
+            mesh=MESH,
+            in_specs=(P(None, axis), P(), P(None, axis), P()),
+            out_specs=((P(None, axis), P()), P()),
+            check_vma=False,
+        )
+    kernel = jnp.eye(WIDTH, dtype=z.dtype)
+    probe = jnp.zeros(hidden.shape, jnp.asarray(0.0).dtype)
+    temperature = jnp.asarray(TEMPERATURE)
+    (grad, slope), (values, found) = jax.jit(run)(probe, temperature, kernel, query)
+    grads = (grad.reshape(z.shape), slope)
+    return jax.tree.map(np.asarray, (values, found, grads))
+
+
+def assert_product_agrees(
+    options: Options, *, near: str = "", may_round: bool = False, **how
+):
+    """Compares a product with the definition where both are specified."""
+    with jax.enable_x64(options.dtype == "float64"):
+        largest = top_logit_of(options)
+        want = measured(options, "reference", None, as_product=True)
+        got = measured_product(options, near=near, may_round=may_round, **how)
+        exact = gradient_of_temperature(options) if options.tempered else 0.0
+    assert largest.is_queried.any()
+    assert not largest.is_queried.all()
+    values, found, slopes = want
+    if options.ids <= 16:
+        found = found | {"top": np.where(largest.is_queried, found["top"], NOT_QUERIED)}
+
+    def comparable(values, found, slopes):
+        """Zeroes the values that may differ."""
+        # Label smoothing takes the mean; its rounding is that of a single logit.
+        values = values | {"total": values["total"] / options.size}
+        if "log_sum_without_top" in values:
+            known = np.where(largest.is_queried, values["log_sum_without_top"], 0)
+            values = values | {"log_sum_without_top": known}
+        kept = {}
+        for key, fact in found.items():
+            # If several logits are largest, any queried one may be the top, but the
+            # target only if it is the first.
+            differs = largest.is_tied & (key != "is_top")
+            differs = differs.reshape(*differs.shape, *[1] * (fact.ndim - 2))
+            kept[key] = np.where(differs, 0, fact)
+        return values, kept, slopes
+
+    # Relative to a number up to 60 below the largest logit, sums lose some digits.
+    absolute = 2e-5 if near else 5e-6
+    absolute = 1e-12 if options.dtype == "float64" else absolute
+    if options.cap is not None:
+        absolute += options.cap * 5e-7
+    assert_rows_agree(
+        options,
+        comparable(*got),
+        comparable(values, found, slopes),
+        absolute=absolute,
+        of_inactive=True,
+        # The difference to the largest logit is rounded, which matters in log(1 − p).
+        rounding=largest.lead * np.finfo(largest.lead.dtype).eps,
+        is_rounded=may_round,
+    )
+    if not may_round:
+        np.testing.assert_allclose(got[2][1], exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_columns"),
+    [
+        *((name, False) for name in PRODUCTS),
+        ("finite", True),
+        ("finite with padding", True),
+        ("many ids", True),
+        ("float64", True),
+    ],
+)
+def test_a_product_has_the_statistics_of_its_logits(name, by_columns):
+    assert_product_agrees(PRODUCTS[name], by_columns=by_columns)
+
+
+@pytest.mark.parametrize("near", NEAR)
+@pytest.mark.parametrize(
+    ("name", "by_columns"), [("finite", True), ("finite with padding", False)]
+)
+def test_any_number_is_near_enough(name, by_columns, near):
+    assert_product_agrees(PRODUCTS[name], by_columns=by_columns, near=near)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_columns"),
+    [
+        ("finite", True),
+        ("finite with padding", False),
+        ("without log(1 - p)", True),
+        ("no candidates", False),
+        ("many ids", False),
+    ],
+)
+def test_shards_of_a_product_have_its_statistics(name, by_columns):
+    assert_product_agrees(PRODUCTS[name], by_columns=by_columns, axis="vocab")
+
+
+ROUNDED = {
+    "one id": Options(finite=True, ids=0),
+    "three ids, padding": Options(finite=True, ids=1, size=WIDTH - 130),
+    "four ids": Options(finite=True, ids=2),
+    "five ids": Options(finite=True, ids=3),
+    "no temperature": Options(finite=True, ids=1, tempered=False),
+    "without log(1 - p)": Options(finite=True, ids=1, log_one_minus_p=False),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_exponentials_are_exact_where_it_counts(name):
+    assert_product_agrees(ROUNDED[name], by_columns=True, may_round=True)
+
+
+@pytest.mark.parametrize("near", NEAR)
+def test_rounded_exponentials_may_be_relative_to_anything(near):
+    options = ROUNDED["three ids, padding"]
+    assert_product_agrees(options, by_columns=True, may_round=True, near=near)
+
+
+@pytest.mark.parametrize(
+    "name", ["three ids, padding", "five ids", "without log(1 - p)"]
+)
+def test_shards_of_rounded_exponentials(name):
+    options = ROUNDED[name]
+    assert_product_agrees(options, by_columns=True, may_round=True, axis="vocab")
+
+
+@pytest.mark.parametrize("near", [0.0, 200.0, -500.0])
+def test_a_product_whose_classes_are_all_asked_for(near):
+    z = jnp.array([[0.0, -200.0, -1.0], [0.0, -200.0, -300.0]])
+    query = Query(
+        targets=jnp.zeros(2, jnp.int32),
+        active=jnp.ones(2, bool),
+        candidates={"a": jnp.array([[1, 2], [2, 1]])},
+    )
+
+    def run(probe, implementation):
+        vocabulary = Vocabulary(3, None, None, True, implementation)
+        product = Product(z, jnp.eye(3), jnp.full(2, near), probe, (2,))
+        logits = product if implementation == "xla" else z + probe
+        stats = token_statistics(logits, query, vocabulary)
+        names = ("nll", "entropy", "total", "log_one_minus_p", "log_sum_without_top")
+        values = [getattr(stats, name) for name in names]
+        return sum(map(jnp.sum, values)), values
+
+    grad = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
+    got, want = (grad(jnp.zeros_like(z), i) for i in ("xla", "reference"))
+    assert_trees_close(got, want, 4e-6)

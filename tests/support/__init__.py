@@ -1,0 +1,1 @@
+"""What the tests share: oracles, reference cases, batches and comparisons."""

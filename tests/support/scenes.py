@@ -1,0 +1,92 @@
+"""Small batches with everything on, shared by the tests of the unified loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import ava_jax
+
+B, S, D, V, K, E = 4, 9, 5, 13, 2, 3
+DOORS = ("logits", "fused")
+
+EVERYTHING: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "label_smoothing": 0.1,
+    "z_loss_weight": 1e-2,
+    "use_mtp": True,
+    "num_future_tokens": K,
+    "ngram_size": 2,
+    "ngram_max_matches": 2,
+    "unlikelihood_weight": 0.3,
+    "eos_token_id": 2,
+    "min_sequence_length": 5,
+    "num_experts": E,
+    "use_moe_balancing": True,
+    "use_auxiliary_loss": True,
+    "use_diversity_loss": True,
+    "use_contrastive_loss": True,
+    "contrastive_type": "simctg",
+}
+ADAPTIVE: dict[str, Any] = {
+    "vocab_size": V,
+    "primary_loss_type": "adaptive_mtp",
+    "num_future_tokens": K,
+    "eos_token_id": 2,
+}
+
+
+def integers(key: int = 0, rows: int = B, *, experts: bool = True) -> dict[str, Any]:
+    """Targets with repeats and a mask with holes, no row empty, and chosen experts."""
+    one, two, three = jax.random.split(jax.random.key(key), 3)
+    mask = (jax.random.uniform(two, (rows, S)) < 0.8).at[:, 0].set(True)
+    ints = {
+        "targets": jax.random.randint(one, (rows, S), 0, 4),
+        "attention_mask": mask,
+    }
+    if experts:
+        ints["expert_indices"] = jax.random.randint(three, (rows, S, 2), 0, E)
+    return ints
+
+
+def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
+    """The differentiable inputs of `EVERYTHING`, both doors' among them."""
+    keys = iter(jax.random.split(jax.random.key(key), 8))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape)
+
+    return {
+        "hidden_states": normal(rows, S, D),
+        "lm_head": normal(D, V),
+        "gate_logits": normal(rows, S, E),
+        "expert_outputs": normal(E, rows, S, 4),
+        "mtp_params": {
+            "norm": {"scale": 1 + 0.1 * normal(D), "bias": normal(D)},
+            "heads": {"kernel": normal(K, D, V), "bias": normal(K, V)},
+        },
+    }
+
+
+def adaptive_floats(key: int = 2) -> dict[str, Any]:
+    """The differentiable inputs of `ADAPTIVE`."""
+    one, two, three = jax.random.split(jax.random.key(key), 3)
+    return {
+        "logits": jax.random.normal(one, (B, S, V)),
+        "additional_logits": jax.random.normal(two, (K, B, S, V)),
+        "confidence_scores": jax.random.uniform(three, (B, S)),
+    }
+
+
+def jitted(loss_fn: ava_jax.UnifiedLoss, **options: Any) -> Callable[..., Any]:
+    """The loss call under jit, taking the state and one mapping of arguments."""
+    return jax.jit(lambda state, inputs: loss_fn(state, **options, **inputs))
+
+
+def through(door: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments for `"logits"` or `"fused"`."""
+    if door == "fused":
+        return arrays
+    rest = {k: v for k, v in arrays.items() if k != "lm_head"}
+    return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}
