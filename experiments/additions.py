@@ -156,7 +156,7 @@ def first_drafts(
     logits: Float[Array, "B S V"],
     segments: Int[Array, "B S"],
 ) -> tuple[Bool[Array, "B S-1"], Bool[Array, "B S-1"]]:
-    """Says which drafts of the second next token the main head itself would make.
+    """Returns which drafts of the second next token the main head would accept.
 
     Args:
       ahead: logits of the first further head, without padding columns.

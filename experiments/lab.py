@@ -46,7 +46,7 @@ Paths = dict[str, list[object]]
 
 
 class Trained(NamedTuple):
-    """What training a variant gave.
+    """A trained variant.
 
     Attributes:
       model: the model.
@@ -129,7 +129,7 @@ def build(sizes: Sizes, variant: Variant, text: TextData) -> LanguageModel:
 
 
 class Params(NamedTuple):
-    """All that is trained: the model, and what the additions have of their own."""
+    """All trained parameters: of the model and of the additions."""
 
     model: optax.Params
     own: dict[str, OwnParams]

@@ -19,7 +19,7 @@ Report = dict[str, Array]
 
 
 class StepContext(NamedTuple):
-    """One step, as an addition sees it.
+    """One training step, as an addition sees it.
 
     Attributes:
       model: the model.
@@ -73,7 +73,7 @@ class Falling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is trained under.
+    """A training objective.
 
     Attributes:
       fields: of the loss, over those of the plain cross-entropy.

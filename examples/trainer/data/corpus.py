@@ -25,7 +25,7 @@ SKIPPED_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents, and what identifies them."""
+    """Documents with their name and checksum."""
 
     name: str
     documents: tuple[str, ...]
@@ -102,7 +102,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _list_files(root: Path, skipped: set[str]) -> list[Path]:
-    """Every file that is not hidden, in an order that is the same everywhere."""
+    """Lists all files that are not hidden, in the same order on every machine."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in skipped and f[0] != "."]

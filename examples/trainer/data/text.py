@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class PackedRows:
-    """Rows cut out of one long stream `EOS doc EOS doc … EOS`.
+    """Rows cut from one long token stream `EOS doc EOS doc … EOS`.
 
     A document's first input is the EOS before it, and its last target the EOS after
     it, so that every token is predicted once, from its own document alone. Segments
@@ -63,7 +63,7 @@ class PackedRows:
         return len(self._rows)
 
     def part(self, rows: slice) -> "PackedRows":
-        """Returns some of these rows."""
+        """Returns a slice of these rows."""
         return PackedRows(self._stream, self._eos, self._length, self._rows[rows])
 
     def __getitem__(self, index: int) -> Rows:
@@ -84,7 +84,7 @@ class PackedRows:
         )
 
     def read(self, indices: Sequence[int]) -> Rows:
-        """Returns rows side by side; an index past the end gives a row of padding."""
+        """Returns a batch of rows; an index past the end gives a row of padding."""
         blank = Rows(*(np.zeros(self._length, np.int32) for _ in Rows._fields))
         rows = [self[i] if i < len(self) else blank for i in indices]
         return Rows(*map(np.stack, zip(*rows, strict=True)))
@@ -258,7 +258,7 @@ def tokenize(corpus: Corpus, folder: Path, vocab_size: int) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Returns a tokenizer that reads the end of text, spelled out, as ordinary text."""
+    """Returns a tokenizer that encodes a spelled-out end of text as ordinary text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     return tokenizer

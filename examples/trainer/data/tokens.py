@@ -61,5 +61,5 @@ class TokenFile:
 
 
 def tokens_to_bytes(pieces: list[np.ndarray]) -> bytes:
-    """Returns what a token file holds."""
+    """Returns the content of a token file."""
     return np.concatenate(pieces).astype(DTYPE).tobytes()

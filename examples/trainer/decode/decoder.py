@@ -15,7 +15,7 @@ from trainer.model.layers import Batch
 
 
 def likeliest(logits: Float[Array, "*n V"]) -> Int[Array, "*n"]:
-    """Returns the first of the largest; XLA's argmax takes several times as long."""
+    """Returns the first argmax; XLA's own takes several times as long."""
     size = logits.shape[-1]
     best = jnp.max(logits, axis=-1, keepdims=True)
     ids = jnp.arange(size, dtype=jnp.int32)
@@ -214,5 +214,5 @@ def generate(
 
 
 def before_end(ids: Int[Array, "B S"], eos: int) -> Bool[Array, "B S"]:
-    """Says which tokens come before the first end of text of their row."""
+    """Returns a mask of the tokens before the first end of text of each row."""
     return jnp.cumsum(ids == eos, axis=1) == 0

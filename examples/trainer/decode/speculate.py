@@ -72,7 +72,7 @@ class Calls(NamedTuple):
 
 
 class Speculated(NamedTuple):
-    """Tokens, and what they took.
+    """Generated tokens and the calls they took.
 
     Attributes:
       tokens: as `generate` makes them.
@@ -93,7 +93,7 @@ class Speculator:
 
     @classmethod
     def of(cls, model: LanguageModel, length: int) -> "Speculator":
-        """Returns one for rows of at most `length` tokens.
+        """Returns a speculator for rows of at most `length` tokens.
 
         Raises:
           ValueError: the model has no heads to draft with.
@@ -108,7 +108,7 @@ class Speculator:
 
     @property
     def drafts(self) -> int:
-        """How many tokens the heads look ahead (K)."""
+        """Number of tokens that the heads draft (K)."""
         return self.decoder.model.loss.num_future_tokens
 
     @property
@@ -125,7 +125,7 @@ class Speculator:
         lengths: Int[Array, "B"],
         count: int,
     ) -> DraftState:
-        """Reads the prompts, makes one token each, and drafts."""
+        """Reads the prompts, generates one token each, and drafts."""
         decoder, width = self.decoder, prompts.shape[1]
         hidden, cache = decoder.read_prompts(params, bias, prompts)
         room = ((0, 0), (0, count + 2 * self.drafts))
@@ -201,7 +201,7 @@ class Speculator:
         record: Calls,
         token: Int[Array, "B"],
     ) -> tuple[VariableDict, Int[Array, "B"], Int[Array, "B"]]:
-        """Decides the tokens that are to be redone.
+        """Decides near ties by reading one token at a time.
 
         Returns:
           The cache, how many tokens of each row were read one by one by now, and the
@@ -348,7 +348,7 @@ def speculate(
 
 
 def _is_near_tie(logits: Float[Array, "*n V"]) -> Bool[Array, "*n"]:
-    """Says whether rounding could decide which logit is the largest."""
+    """Returns where rounding could change which logit is the largest."""
     best = jnp.max(logits, axis=-1, keepdims=True)
     bound = NEAR * jnp.maximum(jnp.abs(best), 1.0)
     return jnp.sum(logits > best - bound, axis=-1) > 1

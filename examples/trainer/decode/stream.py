@@ -1,4 +1,4 @@
-"""Streams text: tokens as the model makes them, decoded to whole characters."""
+"""Streams text: tokens as they are generated, decoded to whole characters."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 def stream_tokens(
     trained: Trained, prompt: Sequence[int], count: int, sampling: Sampling, seed: int
 ) -> Iterator[list[int]]:
-    """Yields `count` tokens, one by one; the first comes when all is compiled."""
+    """Yields `count` tokens one by one, after an empty list when all is compiled."""
     decoder = Decoder.of(trained.model, len(prompt) + count)
 
     def advance(
@@ -50,7 +50,7 @@ def stream_tokens(
 def stream_drafts(
     trained: Trained, prompt: Sequence[int], count: int
 ) -> Iterator[list[int]]:
-    """Yields `count` tokens, as many at a time as a call of the model makes."""
+    """Yields `count` tokens, as many at a time as a call of the model yields."""
     speculator = Speculator.of(trained.model, len(prompt) + count)
     learned = (trained.params, trained.bias)
     step = functools.partial(jax.jit(speculator.call), *learned)
@@ -76,7 +76,7 @@ def _one_row(prompt: Sequence[int]) -> tuple[Int[Array, "1 S"], Int[Array, "1"]]
 def whole_characters(
     tokenizer: Tokenizer, tokens: Iterator[list[int]], eos: int
 ) -> Iterator[str]:
-    """Decodes tokens up to the end of text; a character comes when it is whole."""
+    """Decodes tokens up to the end of text; yields characters when they are whole."""
     ids: list[int] = []
     shown = 0
     for chunk in tokens:

@@ -1,4 +1,4 @@
-"""How busy each expert is: its share of the choices, relative to an even one."""
+"""The load of each expert: its share of the routing choices, times E."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

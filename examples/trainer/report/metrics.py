@@ -1,4 +1,4 @@
-"""Metrics: off the device in one transfer, one step late, and into a file."""
+"""Metrics: fetched from the device in one transfer, one step late, and logged."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ class Metrics:
         return cls(jnp.concatenate(values), tuple(itertools.chain(*names)))
 
     def fetch(self) -> Record:
-        """Returns numbers of the host; waits for the device if it must."""
+        """Returns Python floats; waits for the device if it must."""
         values = np.asarray(self.values).tolist()
         return dict(zip(self.names, values, strict=True))
 
@@ -79,7 +79,7 @@ class MetricsLog:
         return self._base + time.perf_counter() - self._begun
 
     def write(self, step: int, tokens: int, record: Record) -> None:
-        """Appends one step; it has reached the system when this returns."""
+        """Appends one step and flushes it."""
         if self._file is None:
             return
         line = {"step": step, "tokens": tokens, "seconds": self.seconds()} | record
@@ -88,7 +88,7 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been said already."""
+        """Closes the file; errors in writing have been reported before."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

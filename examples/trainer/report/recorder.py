@@ -52,7 +52,7 @@ class Recorder:
         self._open.close()
 
     def settle(self, step: int, metrics: Metrics | None) -> None:
-        """Waits for a step, checks it and writes it down; None is nothing to do.
+        """Waits for a step's metrics, checks and logs them; None does nothing.
 
         Raises:
           TrainingError: the run cannot continue after this step.

@@ -29,7 +29,7 @@ class Parameter:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether somebody, or the preset, chose it."""
+        """Whether the user or the preset changed it."""
         return self.value != self.default
 
 
@@ -84,13 +84,13 @@ class RunFiles:
 
 
 def is_telling(parameter: Parameter) -> bool:
-    """Whether a parameter says what sets the run apart."""
+    """Whether a parameter distinguishes the run from others."""
     derived = {f"loss.{name}" for name in DERIVED}
     return parameter.is_chosen and parameter.name not in derived | set(LOCATIONS)
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads a run's folder; what is not there yet is empty.
+    """Reads a run's folder; files that do not exist yet are empty.
 
     Raises:
       TrainingError: the folder is not a run, or one of its files is malformed.

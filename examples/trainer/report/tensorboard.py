@@ -56,6 +56,6 @@ class Board:
             self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been said already."""
+        """Closes the file; errors in writing have been reported before."""
         with contextlib.suppress(OSError):
             self._writer.close()

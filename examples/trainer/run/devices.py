@@ -116,7 +116,7 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
 
 class RowShare:
-    """The rows of every batch that this process's devices need, and their way there.
+    """The rows of a batch that this process's devices need, and their placement.
 
     Attributes:
       row_ids: their numbers in the batch, rising. All rows, where the devices along the
@@ -135,7 +135,7 @@ class RowShare:
         return rows if index is None else rows[index[0]]
 
     def put(self, rows: Rows) -> Batch:
-        """Gives each device its rows of those in `row_ids`."""
+        """Puts the rows of `row_ids` on the devices that need them."""
 
         def put(array: np.ndarray) -> jax.Array:
             def pick(index: tuple[slice, ...] | None) -> np.ndarray:

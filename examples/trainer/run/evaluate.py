@@ -1,4 +1,4 @@
-"""Held-out metrics at temperature 1, and a sample of the model's text."""
+"""Held-out metrics at temperature 1."""
 
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def main_head(inputs: ava_jax.LossInputs, batch: Batch) -> ava_jax.LossInputs:
-    """What the next token is predicted by, as the inputs of a plain loss."""
+    """Returns the next-token head as the inputs of a plain loss."""
     return {
         "targets": batch.targets,
         "attention_mask": batch.segment_ids > 0,
@@ -96,7 +96,7 @@ def further_heads(
     inputs: ava_jax.LossInputs,
     batch: Batch,
 ) -> tuple[ava_jax.LossInputs, ava_jax.LossInputs]:
-    """What the heads of multi-token prediction predict by.
+    """Returns the multi-token prediction heads as the inputs of a plain loss.
 
     Adaptive heads are evaluated even where their gate would not let them run.
 

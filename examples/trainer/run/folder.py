@@ -43,7 +43,7 @@ LOCAL = {"cache", "data", "loss_config"}
 def open_run(
     settings: Settings, loss: ava_jax.UnifiedLossConfig, corpus: Corpus
 ) -> None:
-    """Makes the folder and its config.json, or checks that they are of this run.
+    """Creates the folder and its config.json, or checks that they belong to this run.
 
     Raises:
       TrainingError: the folder holds a run with other settings, loss or data, or it
@@ -81,7 +81,7 @@ def _open(path: Path, config: dict[str, dict[str, object]]) -> int:
 
 
 def refuse_other_data(out: Path, corpus: Corpus) -> None:
-    """Refuses text that is not the run's, before any time is spent on it.
+    """Refuses text that is not the run's, before it is tokenized.
 
     Raises:
       TrainingError: the text has changed since the run began.

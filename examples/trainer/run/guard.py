@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped on the device, counted, explained on the host."""
+"""Non-finite steps: skipped and counted on the device, explained on the host."""
 
 import math
 from typing import NamedTuple, TypeVar
@@ -93,7 +93,7 @@ def find_culprit(record: Record) -> str:
 
 
 def check_targets(step: int, record: Record) -> None:
-    """Refuses tokens that the model does not know.
+    """Refuses targets outside of the vocabulary.
 
     Raises:
       TrainingError: a target lies outside the vocabulary.

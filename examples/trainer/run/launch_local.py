@@ -67,7 +67,7 @@ def wait(processes: Sequence[subprocess.Popen]) -> tuple[int, int]:
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Gives the processes time to say what they have to, then kills them."""
+    """Gives the processes time to exit, then kills them."""
     deadline = time.monotonic() + SECONDS_TO_END
     for process in processes:
         try:

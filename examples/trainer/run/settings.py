@@ -158,7 +158,7 @@ DEEPSEEK_STYLE: LossFields = {
 def _llama(
     preset: Preset, rows: int, *, layers: int, width: int, inner: int
 ) -> tuple[Settings, LossFields]:
-    """A model of the size of a Llama 3, but with an `lm_head` of its own."""
+    """Returns a model of the size of a Llama 3, but with an untied `lm_head`."""
     settings = Settings(
         preset=preset,
         out=Path("runs") / preset,
@@ -330,7 +330,7 @@ def _number(value: object) -> object:
 
 
 def _sized_by(settings: Settings, fields: LossFields) -> Settings:
-    """Sizes that the loss file names become the defaults of the model's."""
+    """Makes sizes in the loss file the defaults of the model's."""
     sizes = {
         name: value
         for name, value in fields.items()
@@ -372,7 +372,7 @@ def _loss_flags(fields: Mapping[str, object]) -> type:
 
 
 def _plain(hint: object) -> object:
-    """The part of a field's type that can be written on a command line."""
+    """Returns the part of a field's type that a command line can express."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     kept = [

@@ -17,7 +17,7 @@ CONTINUE, STOP, FAILED = range(3)
 
 
 class StopRequest:
-    """Says whether to stop; a second signal stops at once.
+    """True when training should stop; a second signal stops at once.
 
     All processes must leave the loop at the same step, so each casts a vote before a
     step and reads the outcome after having started it: nobody waits for the others.

@@ -42,7 +42,7 @@ class Trained(NamedTuple):
     length: int
 
     def encode(self, prompt: str) -> list[int]:
-        """Returns the prompt's tokens, behind the end of text that documents follow."""
+        """Returns the prompt's tokens after an end of text, as in training."""
         return [end_of_text(self.tokenizer), *self.tokenizer.encode(prompt).ids]
 
 
@@ -80,7 +80,7 @@ def load(folder: Path, step: int | None = None) -> Trained:
 def _rebuild(
     folder: Path, settings: object, loss: object
 ) -> tuple[Settings, ava_jax.UnifiedLossConfig]:
-    """Makes settings and loss of what `config.json` says."""
+    """Rebuilds settings and loss from `config.json`."""
     try:
         fields = dict(settings) if isinstance(settings, dict) else {}
         fields["model"] = ModelConfig(**fields["model"])
