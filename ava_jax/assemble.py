@@ -65,12 +65,9 @@ def count_normalizers(
 
 def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
     """Computes the call's share of the loss, and its stats."""
-    total, sums = _passes(terms, call)
-    means = {
-        name: safe_divide(value, call.normalizers.tokens)
-        for name, value in sums.items()
-        if not value.ndim
-    }
+    per_token = safe_divide(as_float(1), call.normalizers.tokens)
+    total, sums = _passes(terms, call, per_token)
+    means = {k: per_token * value for k, value in sums.items() if not value.ndim}
     outputs = {term.name: _finish(term, call, means, sums) for term in terms}
     total += sum((o.outside for o in outputs.values()), start=jnp.zeros_like(total))
     tokens = call.tokens
@@ -109,15 +106,12 @@ def _parts(terms: Sequence[Term], outputs: Mapping[str, Output]) -> Aux:
 
 
 def _passes(
-    terms: Sequence[Term], call: Call
+    terms: Sequence[Term], call: Call, per_token: Scalar
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Runs the passes over the vocabulary: the terms' total, and all the sums."""
     token_terms = tuple(term for term in terms if isinstance(term, TokenTerm))
     groups = _main_groups(token_terms, call)
-    divisor = call.normalizers.tokens
-    coefficients = {
-        t.name: safe_divide(t.weight_at(call.step), divisor) for t in token_terms
-    }
+    coefficients = {t.name: t.weight_at(call.step) * per_token for t in token_terms}
     for term in terms:
         if isinstance(term, SequentialHeads) and (group := term.group(call)):
             groups.append(group)

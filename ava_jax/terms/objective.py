@@ -104,7 +104,8 @@ class TokenObjective:
         own = self._inputs_by_term(inputs, rows, shared.states)
         candidates = self._candidates(own)
         stats = self._statistics(logits, inputs, candidates, shared, kernel)
-        seen = _by_term(stats, candidates)
+        needs = any(t.needs_log_one_minus_p for t in self.terms)
+        seen = _by_term(stats, candidates, needs_log_one_minus_p=needs)
         values = {t.name: t(seen.get(t.name, stats), own[t.name]) for t in self.terms}
         if self.measures:
             values["nll"] = stats.nll
@@ -167,21 +168,45 @@ class TokenObjective:
         return token_statistics(logits, query, vocabulary, shared.temperature)
 
 
+@flax.struct.dataclass
+class _TermStats(TokenStats):
+    """The statistics that one term sees: its own candidates.
+
+    The unlikelihood of all terms' candidates is computed once, side by side.
+
+    Attributes:
+      own: of the term's candidates; None if no term asks for it.
+    """
+
+    own: Float[Array, "*n Q"] | None = None
+
+    def unlikelihood(self, name: str) -> Float[Array, "*n Q"]:
+        return super().unlikelihood(name) if self.own is None else self.own
+
+
 def _by_term(
-    stats: TokenStats, candidates: dict[str, Int[Array, "B C Q"]]
+    stats: TokenStats,
+    candidates: dict[str, Int[Array, "B C Q"]],
+    *,
+    needs_log_one_minus_p: bool,
 ) -> dict[str, TokenStats]:
     """Gives every term the statistics of its own candidates."""
+    if not candidates:
+        return {}
+    every = stats.unlikelihood(_CANDIDATES) if needs_log_one_minus_p else None
+    shared = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
+    logits = shared.pop("candidates")[_CANDIDATES]
+    is_top = shared.pop("candidate_is_top")[_CANDIDATES]
     seen, start = {}, 0
     for name, ids in candidates.items():
-        end = start + ids.shape[-1]
-        seen[name] = dataclasses.replace(
-            stats,
-            candidates={name: stats.candidates[_CANDIDATES][..., start:end]},
-            candidate_is_top={
-                name: stats.candidate_is_top[_CANDIDATES][..., start:end]
-            },
+        own = slice(start, start + ids.shape[-1])
+        seen[name] = _TermStats(
+            **shared,
+            candidates={name: logits[..., own]},
+            candidate_is_top={name: is_top[..., own]},
+            own=None if every is None else every[..., own],
         )
-        start = end
+        start = own.stop
     return seen
 
 

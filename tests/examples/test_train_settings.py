@@ -27,7 +27,7 @@ def test_every_preset_makes_a_loss_that_knows_the_model(preset: str) -> None:
 
 def test_the_demo_is_the_whole_deepseek_style() -> None:
     loss = loss_of([])
-    assert (loss.primary_loss_type, loss.mtp_type) == ("deepseek", "deepseek")
+    assert (loss.primary_loss_type, loss.mtp_type) == ("deepseek", "parallel")
     assert loss.use_mtp
     assert loss.use_ngram_penalty
     assert loss.use_immediate_repetition_penalty
