@@ -1,4 +1,4 @@
-"""A loss term of one's own: a frozen dataclass with `init` and `apply`.
+"""A loss term of your own: a frozen dataclass with `__call__`.
 
     python examples/add_a_term.py
 
@@ -25,23 +25,19 @@ OPTIMIZER = optax.adamw(3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
-class PolyLoss:
-    """`1 − p_y` of every token, which pulls on confident tokens longer than `−log p_y`.
+class PolyLoss(ava_jax.TokenTerm):
+    """`1 − p_y` of every token, the first term of the series of `−log p_y`.
 
     Attributes:
-      weight: ε, a number or a schedule of the step.
       name: the key in `aux`.
+      weight: ε, a number or a schedule of the step.
     """
 
-    weight: float | optax.Schedule = 1.0
     name: str = "poly_loss"
+    weight: float | optax.Schedule = 1.0
 
-    def init(self) -> tuple[()]:
-        """Returns the term's state: it has none."""
-        return ()
-
-    def apply(
-        self, state: tuple[()], stats: ava_jax.TokenStats, inputs: ava_jax.TokenInputs
+    def __call__(
+        self, stats: ava_jax.TokenStats, inputs: ava_jax.TokenInputs
     ) -> Float[Array, "B S"]:
         """Returns the value of every token, from the statistics of its logits."""
         return -jnp.expm1(-stats.nll)

@@ -178,7 +178,7 @@ class Run:
         self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
         self.share = RowShare(self.mesh, settings.batch_size)
         self.batches = text.batches(
-            settings.batch_size, settings.seed, self.share.places
+            settings.batch_size, settings.seed, self.share.row_ids
         )
         self.state = self._begin()
         self.start = self.step = int(self.state.step)
@@ -237,7 +237,7 @@ class Run:
         if from_first(lambda: int(self.step in steps_of(path))):
             return
         batches = self.text.heldout_batches(
-            settings.batch_size, settings.eval_batches, self.share.places
+            settings.batch_size, settings.eval_batches, self.share.row_ids
         )
         record = evaluate(
             self.model,

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax import losses
-from experiments.variants import Own, Report, Scene
+from experiments.variants import OwnParams, Report, StepContext
 from trainer.decode.decoder import generate
 from trainer.model.language_model import LanguageModel, hidden_and_head
 from trainer.model.layers import Batch
@@ -21,8 +21,8 @@ def _logits(
     bias: Float[Array, "L E"] | None,
 ) -> Float[Array, "B S V"]:
     """Logits of whole rows, each one segment."""
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    batch = Batch(ids, ids, jnp.ones_like(ids), places)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    batch = Batch(ids, ids, jnp.ones_like(ids), positions)
     hidden, head = hidden_and_head(model, params, batch, bias)
     return (hidden @ head)[..., : model.loss.vocab_size]
 
@@ -30,7 +30,7 @@ def _logits(
 class Untrained:
     """An addition without parameters of its own."""
 
-    def init(self) -> Own:
+    def init(self) -> OwnParams:
         """Nothing to train."""
         return {}
 
@@ -53,18 +53,18 @@ class RepetitionDecay(Untrained):
     name: str = "repetition_decay"
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Adds the loss of the repeated rows."""
         low, high = self.spans
-        text = scene.batch.inputs[: self.rows]
+        text = context.batch.inputs[: self.rows]
         rows, width = text.shape
-        size_key, start_key = jax.random.split(scene.key)
+        size_key, start_key = jax.random.split(context.key)
         size = jax.random.randint(size_key, (rows,), low, high + 1)
         start = jax.random.randint(start_key, (rows,), 0, width - high)
-        places = start[:, None] + jnp.arange(width + 1) % size[:, None]
-        ids = jnp.take_along_axis(text, places, axis=1)
-        logits = _logits(scene.model, scene.params, ids[:, :-1], scene.bias)
+        offsets = start[:, None] + jnp.arange(width + 1) % size[:, None]
+        ids = jnp.take_along_axis(text, offsets, axis=1)
+        logits = _logits(context.model, context.params, ids[:, :-1], context.bias)
         value = losses.repetition_decay_loss(
             logits, ids[:, 1:], span_length=size, decay=self.decay
         )
@@ -77,11 +77,11 @@ class SequenceUnlikelihood(Untrained):
 
     Attributes:
       weight: of the loss of the continuations.
-      rows: how many rows of the batch are gone on from, per step.
+      rows: how many rows of the batch are continued, per step.
       prompt: tokens of each that are read.
       count: tokens that are made.
       start: first step that does it; before, it costs nothing.
-      ngram_size: n of the repeats that are charged.
+      ngram_size: n of the repeats that are penalized.
     """
 
     weight: float
@@ -93,29 +93,29 @@ class SequenceUnlikelihood(Untrained):
     name: str = "sequence_unlikelihood"
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Adds the loss of the continuations."""
         value = jax.lax.cond(
-            scene.step >= self.start,
-            lambda: self._value(scene),
+            context.step >= self.start,
+            lambda: self._value(context),
             lambda: jnp.zeros((), loss.dtype),
         )
         return loss + self.weight * value, {self.name: value}
 
-    def _value(self, scene: Scene) -> Float[Array, ""]:
-        model, prompts = scene.model, scene.batch.inputs[: self.rows, : self.prompt]
+    def _value(self, context: StepContext) -> Float[Array, ""]:
+        model, prompts = context.model, context.batch.inputs[: self.rows, : self.prompt]
         made = generate(
             model,
-            jax.lax.stop_gradient(scene.params),
-            scene.bias,
+            jax.lax.stop_gradient(context.params),
+            context.bias,
             prompts,
             jnp.full(prompts.shape[0], self.prompt, jnp.int32),
-            scene.key,
+            context.key,
             count=self.count,
         )
         ids = jnp.concatenate([prompts, made], axis=1)
-        logits = _logits(model, scene.params, ids[:, :-1], scene.bias)
+        logits = _logits(model, context.params, ids[:, :-1], context.bias)
         own = logits[:, self.prompt - 1 :]
         return losses.sequence_unlikelihood(own, made, ngram_size=self.ngram_size)
 
@@ -132,12 +132,12 @@ class SequenceBalance(Untrained):
     name: str = "sequence_balance"
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Adds the balance loss."""
-        segments = scene.batch.segment_ids
-        logits = scene.inputs.get("gate_logits")
-        indices = scene.inputs.get("expert_indices")
+        segments = context.batch.segment_ids
+        logits = context.inputs.get("gate_logits")
+        indices = context.inputs.get("expert_indices")
         if logits is None or indices is None:
             raise ValueError("the sequence balance needs a model with experts")
         value = jax.vmap(
@@ -156,7 +156,7 @@ def first_drafts(
     logits: Float[Array, "B S V"],
     segments: Int[Array, "B S"],
 ) -> tuple[Bool[Array, "B S-1"], Bool[Array, "B S-1"]]:
-    """Says which drafts of the second next token the main head itself would make.
+    """Returns which drafts of the second next token the main head would accept.
 
     Args:
       ahead: logits of the first further head, without padding columns.
@@ -164,7 +164,7 @@ def first_drafts(
       segments: of the rows; 0 is padding.
 
     Returns:
-      Whether each is accepted, and whether it counts: not at the end of a segment.
+      Whether each is accepted, and whether it is unmasked: not at a segment's end.
     """
     accepted = jnp.argmax(ahead[:, :-1], -1) == jnp.argmax(logits[:, 1:], -1)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -183,23 +183,23 @@ class GateCalibration(Untrained):
     name: str = "gate_calibration"
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Adds the cross-entropy."""
-        confidence = scene.inputs.get("confidence_scores")
-        ahead = scene.inputs.get("additional_logits")
-        logits = scene.inputs.get("logits")
+        confidence = context.inputs.get("confidence_scores")
+        ahead = context.inputs.get("additional_logits")
+        logits = context.inputs.get("logits")
         if confidence is None or ahead is None or logits is None:
             raise ValueError("only adaptive heads have a gate")
-        real = scene.model.loss.vocab_size
-        segments = scene.batch.segment_ids
-        accepted, counted = first_drafts(
+        real = context.model.loss.vocab_size
+        segments = context.batch.segment_ids
+        accepted, unmasked = first_drafts(
             ahead[0][..., :real], logits[..., :real], segments
         )
         # A saturated sigmoid has no logarithm.
         sure = jnp.clip(confidence[:, :-1, 0], 1e-6, 1 - 1e-6)
         entropy = -jnp.where(accepted, jnp.log(sure), jnp.log1p(-sure))
-        mean = jnp.sum(entropy, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+        mean = jnp.sum(entropy, where=unmasked) / jnp.maximum(jnp.sum(unmasked), 1)
         return loss + self.weight * mean, {self.name: mean}
 
 
@@ -214,14 +214,14 @@ class LearnedWeights:
     terms: tuple[str, ...]
     name: str = "learned_weights"
 
-    def init(self) -> Own:
+    def init(self) -> OwnParams:
         """The log-variance of each term."""
         return {"bias": jnp.zeros(len(self.terms))}
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Replaces the loss by the weighted terms."""
-        parts = jnp.stack([scene.aux[term] for term in self.terms])
+        parts = jnp.stack([context.aux[term] for term in self.terms])
         weighed = losses.homoscedastic_weighting(parts, own["bias"])
         return weighed, {self.name: jnp.exp(-own["bias"])}

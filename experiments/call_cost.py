@@ -1,4 +1,4 @@
-"""What a call costs that checks drafts and makes new ones, in calls that do neither.
+"""The cost of a call that verifies drafts and makes new ones, in plain calls.
 
     python -m experiments.call_cost
 

@@ -1,4 +1,4 @@
-"""What heads that look ahead do to the main one, and what they save in decoding.
+"""What multi-token prediction heads do to the main head, and save in decoding.
 
 Decoding is timed one prompt at a time, plain and self-speculative in turns.
 """
@@ -93,7 +93,7 @@ def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
 
 
 def decoding(sizes: Sizes, trained: Trained, prompts: Int[Array, "N P"]) -> Numbers:
-    """Returns what speculation yields, and how fast it is, against plain decoding."""
+    """Returns the yield and the speed of speculation against plain decoding."""
     model = trained.model.clone(confidence_threshold=DRAFTING)
     params, bias = trained.params, trained.bias
     count = sizes.continuation
@@ -166,9 +166,9 @@ def gate_bins(
     )
     real = model.loss.vocab_size
     first = ahead[0].reshape(logits.shape)[..., :real]
-    accepted, counted = first_drafts(first, logits[..., :real], batch.segment_ids)
+    accepted, unmasked = first_drafts(first, logits[..., :real], batch.segment_ids)
     return metrics.calibration_bins(
-        confidence[:, :-1, 0], accepted, counted, num_bins=20
+        confidence[:, :-1, 0], accepted, unmasked, num_bins=20
     )
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 import ava_jax
 from ava_jax import metrics
 from experiments.sizes import Sizes
-from experiments.variants import Own, Scene, Variant
+from experiments.variants import OwnParams, StepContext, Variant
 from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.text import TextData, prepare_data
 from trainer.decode.decoder import Decoder
@@ -46,7 +46,7 @@ Paths = dict[str, list[object]]
 
 
 class Trained(NamedTuple):
-    """What training a variant gave.
+    """A trained variant.
 
     Attributes:
       model: the model.
@@ -129,10 +129,10 @@ def build(sizes: Sizes, variant: Variant, text: TextData) -> LanguageModel:
 
 
 class Params(NamedTuple):
-    """All that is trained: the model, and what the additions have of their own."""
+    """All trained parameters: of the model and of the additions."""
 
     model: optax.Params
-    own: dict[str, Own]
+    own: dict[str, OwnParams]
 
 
 class Learner(NamedTuple):
@@ -182,9 +182,9 @@ def make_advance(
         inputs = loss_inputs(model, params.model, batch, bias)
         loss, aux, state = loss_fn(state, **inputs)
         report = dict(aux)
-        scene = Scene(model, params.model, batch, inputs, aux, bias, step, key)
+        context = StepContext(model, params.model, batch, inputs, aux, bias, step, key)
         for addition in variant.additions:
-            loss, more = addition.apply(params.own[addition.name], loss, scene)
+            loss, more = addition.apply(params.own[addition.name], loss, context)
             report |= more
         choices = count_choices(inputs, sizes.model.experts)
         if choices is not None:
@@ -263,8 +263,8 @@ def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
         hidden, _ = hidden_and_head(model, params, batch, trained.bias)
         shares = jax.nn.softmax(decoder.logits(params, hidden))
         right = jnp.argmax(shares, -1) == batch.targets
-        counted = batch.segment_ids > 0
-        return metrics.calibration_bins(jnp.max(shares, -1), right, counted)
+        unmasked = batch.segment_ids > 0
+        return metrics.calibration_bins(jnp.max(shares, -1), right, unmasked)
 
     bins = add_up(calibrate(params, batch) for batch in batches)
     return found | {
@@ -273,7 +273,7 @@ def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
 
 
 class Prompts(NamedTuple):
-    """Held-out beginnings and how the text goes on; each within one document."""
+    """Held-out prompts and the text that follows; each within one document."""
 
     prompts: Int[Array, "N P"]
     continuations: Int[Array, "N C"]

@@ -143,7 +143,7 @@ def plot_loads(results: Results, path: Path) -> None:
 
 
 def plot_calibration(results: Results, name: str, path: Path) -> None:
-    """Draws confidence against what came true, a panel per variant that has bins of it.
+    """Draws confidence against accuracy, a panel per variant that has such bins.
 
     The bins are in `extra`, under the name.
     """

@@ -1,4 +1,4 @@
-"""What a results file holds, and the figures over the seeds."""
+"""Results files, and figures over the seeds."""
 
 import json
 import statistics

@@ -1,6 +1,6 @@
 """How much a model repeats itself when it decodes greedily, and what stops it.
 
-Held-out prompts are gone on from greedily; what follows an end of text does not count.
+Held-out prompts are continued greedily; what follows an end of text is left out.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def repetition(ids: Int[Array, "N C"], mask: Bool[Array, "N C"]) -> Numbers:
 
 
 def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
-    """Trains a variant and lets it go on from the prompts."""
+    """Trains a variant and continues the prompts with it."""
     text = load_text(sizes)
     trained = train(sizes, variant, seed, text)
     numbers = evaluate(sizes, trained, text)

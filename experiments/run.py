@@ -3,7 +3,7 @@
     python -m experiments.run repetition
     python -m experiments.run all --jobs 2
 
-A run that is there already is not made again, so a stopped command goes on where it
+A run that is there already is not made again, so a stopped command resumes where it
 was; `--again` forgets the old ones. On a CPU each job has one core, so that variants
 compare.
 """

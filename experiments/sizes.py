@@ -21,7 +21,7 @@ class Sizes:
       dtype: arithmetic of the model.
       heldout: share of the rows that training never sees.
       heldout_batches: batches of `rows` that are evaluated on.
-      prompts: held-out prompts that are gone on from.
+      prompts: held-out prompts that are continued.
       prompt_length: their tokens.
       continuation: tokens that are made after each.
     """

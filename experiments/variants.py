@@ -14,12 +14,12 @@ from trainer.model.language_model import LanguageModel
 from trainer.model.layers import Batch
 
 Fields = Mapping[str, object]
-Own = dict[str, Array]
+OwnParams = dict[str, Array]
 Report = dict[str, Array]
 
 
-class Scene(NamedTuple):
-    """One step, as an addition sees it.
+class StepContext(NamedTuple):
+    """One training step, as an addition sees it.
 
     Attributes:
       model: the model.
@@ -50,12 +50,12 @@ class Addition(Protocol):
         """The key of its trained parameters."""
         ...
 
-    def init(self) -> Own:
+    def init(self) -> OwnParams:
         """Returns parameters of its own to train, if it has any."""
         ...
 
     def apply(
-        self, own: Own, loss: Float[Array, ""], scene: Scene
+        self, own: OwnParams, loss: Float[Array, ""], context: StepContext
     ) -> tuple[Float[Array, ""], Report]:
         """Returns the new objective, and what to report."""
         ...
@@ -73,7 +73,7 @@ class Falling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is trained under.
+    """A training objective.
 
     Attributes:
       fields: of the loss, over those of the plain cross-entropy.

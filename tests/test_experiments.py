@@ -53,7 +53,7 @@ def text(tmp_path_factory) -> TextData:
     )
 
 
-def scene(text: TextData, variant: Variant, seed: int = 0) -> additions.Scene:
+def context(text: TextData, variant: Variant, seed: int = 0) -> additions.StepContext:
     """A first step of a variant."""
     model = lab.build(TINY, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
@@ -63,7 +63,7 @@ def scene(text: TextData, variant: Variant, seed: int = 0) -> additions.Scene:
     _, aux, _ = loss_fn(loss_fn.init(), **inputs)
     step = jnp.asarray(0, jnp.int32)
     key = jax.random.key(seed)
-    return additions.Scene(model, params, batch, inputs, aux, None, step, key)
+    return additions.StepContext(model, params, batch, inputs, aux, None, step, key)
 
 
 def test_variants_share_their_initial_weights_and_their_rows(text):
@@ -100,7 +100,7 @@ def test_rows_of_repetition_decay_repeat_a_span_of_the_text(text, monkeypatch):
         return jnp.sum(logits) * 0 + 2.0
 
     monkeypatch.setattr(additions.losses, "repetition_decay_loss", record)
-    found = scene(text, Variant())
+    found = context(text, Variant())
     addition = additions.RepetitionDecay(weight=0.5, rows=2, spans=(2, 5))
     loss, report = addition.apply({}, jnp.asarray(1.0), found)
     assert float(loss) == 2.0
@@ -120,7 +120,7 @@ def test_sequence_unlikelihood_waits_for_its_start(text):
     addition = additions.SequenceUnlikelihood(
         weight=2.0, rows=2, prompt=4, count=12, start=3, ngram_size=1
     )
-    found = scene(text, Variant())
+    found = context(text, Variant())
     before, report = addition.apply({}, jnp.asarray(1.0), found)
     assert float(before) == 1.0
     assert float(report["sequence_unlikelihood"]) == 0.0
@@ -136,7 +136,7 @@ def test_the_gate_is_taught_what_the_main_head_will_say(text):
         {"use_mtp": True, "mtp_type": "adaptive", "num_future_tokens": 1},
         confidence_threshold=0.0,
     )
-    found = scene(text, variant)
+    found = context(text, variant)
     later = jnp.roll(jnp.asarray(found.inputs.get("logits")), -1, axis=1)
     odd = (jnp.arange(TINY.length) % 2 == 1)[:, None]
     ahead = jnp.asarray(found.inputs.get("additional_logits"))
@@ -162,13 +162,13 @@ def test_the_gate_is_taught_what_the_main_head_will_say(text):
     )
     np.testing.assert_allclose(float(loss), 1 + 3 * np.mean(terms), rtol=1e-5)
     with pytest.raises(ValueError, match="only adaptive heads have a gate"):
-        additions.GateCalibration(weight=1.0).apply({}, loss, scene(text, Variant()))
+        additions.GateCalibration(weight=1.0).apply({}, loss, context(text, Variant()))
 
 
 def test_learned_weights_replace_the_sum(text):
     variant = Variant({"use_mtp": True, "num_future_tokens": 1})
     addition = additions.LearnedWeights(terms=("main_loss", "mtp_loss"))
-    found = scene(text, variant)
+    found = context(text, variant)
     own = {"bias": jnp.array([0.0, 1.0])}
     loss, report = addition.apply(own, jnp.asarray(99.0), found)
     main, ahead = float(found.aux["main_loss"]), float(found.aux["mtp_loss"])

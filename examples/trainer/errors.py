@@ -2,4 +2,4 @@
 
 
 class TrainingError(Exception):
-    """Something a user can put right: the message says what and how."""
+    """An error that the user can fix; the message says what is wrong and how."""

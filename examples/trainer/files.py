@@ -16,7 +16,7 @@ MANIFEST = "sha256.json"
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write into a message that names the file."""
+    """Turns an OSError into a message that names the file."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that nobody ever sees half of it."""
+    """Writes a file atomically."""
     part = path.with_name(f"{path.name}.part")
     raw = content.encode() if isinstance(content, str) else content
     with writing(path):
@@ -40,7 +40,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def make_empty(folder: Path) -> None:
-    """Makes a folder, or empties it."""
+    """Creates a folder, or empties it."""
     with writing(folder):
         if folder.exists():
             shutil.rmtree(folder)
@@ -49,7 +49,7 @@ def make_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets in one process of the machine at a time; a killed one makes way."""
+    """Holds a file lock; it is released when the process dies."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)

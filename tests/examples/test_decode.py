@@ -129,20 +129,20 @@ def test_drafts_are_what_the_heads_say_of_the_whole_row(kind):
     call = jax.jit(functools.partial(speculator.call, params, None))
     reference = jax.jit(functools.partial(heads_of_row, model, params))
     begin = jax.jit(functools.partial(speculator.begin, params, None, count=COUNT))
-    flight = begin(PROMPTS, LENGTHS)
+    state = begin(PROMPTS, LENGTHS)
     kinds = set()
     for _ in range(COUNT - 1):
-        said, trusted = map(np.asarray, reference(flight.rows))
-        for row in np.flatnonzero(~np.asarray(flight.is_done)):
-            newest = int(flight.read[row])
-            is_keen = bool(flight.keen[row])
-            assert is_keen == trusted[row, newest - 1]
-            if is_keen:
-                drafts = flight.rows[row, newest + 1 : newest + 1 + K].tolist()
+        said, trusted = map(np.asarray, reference(state.rows))
+        for row in np.flatnonzero(~np.asarray(state.is_done)):
+            newest = int(state.read[row])
+            is_confident = bool(state.confident[row])
+            assert is_confident == trusted[row, newest - 1]
+            if is_confident:
+                drafts = state.rows[row, newest + 1 : newest + 1 + K].tolist()
                 assert drafts == said[:, row, newest - 1].tolist()
-            kinds.add(is_keen)
-        before, (flight, calls) = flight, call(flight)
-        wanted = jnp.where(before.keen, K, 0)
+            kinds.add(is_confident)
+        before, (state, calls) = state, call(state)
+        wanted = jnp.where(before.confident, K, 0)
         np.testing.assert_array_equal(calls.drafted, wanted)
     assert kinds == ({True, False} if kind == "adaptive" else {True})
 

@@ -1,4 +1,4 @@
-"""The command that goes on from a prompt: its text, its flags, its errors."""
+"""The command that continues a prompt: its text, its flags, its errors."""
 
 import io
 import itertools
@@ -9,8 +9,10 @@ import jax
 import pytest
 from run_helpers import train
 
-from generate import load, main, parse, stream_drafts, stream_tokens, whole_characters
+from generate import main, parse
 from trainer.data.text import end_of_text
+from trainer.decode.stream import stream_drafts, stream_tokens, whole_characters
+from trainer.run.trained import load
 
 FLAGS = ("--loss.num-future-tokens", "2", "--checkpoint-every", "3")
 

@@ -45,12 +45,12 @@ def test_every_token_is_a_target_once_from_its_own_document(length: int) -> None
     targets: list[int] = []
     seen = 0
     for row in (rows[i] for i in range(len(rows))):
-        counted = row.segment_ids > 0
-        targets += row.targets[counted].tolist()
-        owners = owner[seen : seen + counted.sum()]
-        seen += counted.sum()
+        unmasked = row.segment_ids > 0
+        targets += row.targets[unmasked].tolist()
+        owners = owner[seen : seen + unmasked.sum()]
+        seen += unmasked.sum()
         # Equal segments within a row exactly where the owning document is equal.
-        same = row.segment_ids[counted][:, None] == row.segment_ids[counted]
+        same = row.segment_ids[unmasked][:, None] == row.segment_ids[unmasked]
         np.testing.assert_array_equal(same, owners[:, None] == owners)
     assert targets == whole[1:].tolist()
 
@@ -67,14 +67,14 @@ def test_heldout_rows_are_the_end_and_training_never_sees_them(tmp_path: Path) -
     data = prepare(corpus_of(*["a b c d e f g h"] * 20), tmp_path)
     total = len(data.train) + len(data.heldout)
     assert len(data.heldout) == round(total / 4)
-    counted = sum(
+    unmasked = sum(
         int((data.train[i].segment_ids > 0).sum()) for i in range(len(data.train))
     )
-    assert counted == len(data.train) * 8
+    assert unmasked == len(data.train) * 8
     held = sum(
         int((data.heldout[i].segment_ids > 0).sum()) for i in range(len(data.heldout))
     )
-    assert counted + held == data.tokens
+    assert unmasked + held == data.tokens
 
 
 def test_the_last_heldout_batch_is_filled_with_padding(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_iterator_goes_on_where_its_state_says(tmp_path: Path) -> None:
 def test_processes_read_their_own_rows_of_the_same_batches(tmp_path: Path) -> None:
     data = prepare(corpus_of(*["some words of text " * 9] * 20), tmp_path)
     whole = data.batches(4, seed=3)
-    parts = [data.batches(4, seed=3, places=places) for places in ([0, 1], [2], [3])]
+    parts = [data.batches(4, seed=3, row_ids=ids) for ids in ([0, 1], [2], [3])]
     for _ in range(30):
         rows = [next(part).targets for part in parts]
         np.testing.assert_array_equal(np.concatenate(rows), next(whole).targets)
@@ -109,7 +109,7 @@ def test_processes_read_their_own_rows_of_the_same_batches(tmp_path: Path) -> No
 def test_processes_share_the_heldout_rows_too(tmp_path: Path) -> None:
     data = prepare(corpus_of(*["a b c d e f g h"] * 20), tmp_path)
     whole = data.heldout_batches(4, limit=100)
-    parts = [data.heldout_batches(4, 100, places) for places in ([0, 1, 2], [3])]
+    parts = [data.heldout_batches(4, 100, ids) for ids in ([0, 1, 2], [3])]
     for batch, *shares in zip(whole, *parts, strict=True):
         for name in batch._fields:
             joined = np.concatenate([getattr(share, name) for share in shares])
@@ -131,8 +131,8 @@ def test_a_failure_waits_until_the_batches_before_it_are_used(tmp_path: Path) ->
     path = tmp_path / "tokens.bin"
     path.write_bytes(np.arange(1001, dtype="<i4").tobytes())
     rows = PackedRows(TokenFile(path), 0, 10)
-    sound, broken = Feed(rows, 2, 0, None), Feed(rows, 2, 0, None)
-    order = [next(sound).inputs[:, 0] // 10 for _ in range(50)]
+    valid, broken = Feed(rows, 2, 0, None), Feed(rows, 2, 0, None)
+    order = [next(valid).inputs[:, 0] // 10 for _ in range(50)]
     with path.open("r+b") as file:
         file.truncate(4 * 1000)
     bad = next(i for i, batch in enumerate(order) if batch.max() == 99)
@@ -144,9 +144,9 @@ def test_a_failure_waits_until_the_batches_before_it_are_used(tmp_path: Path) ->
     state = broken.get_state()
     with pytest.raises(TrainingError, match="shrunk"):
         next(broken)
-    sound.set_state(state)
+    valid.set_state(state)
     path.write_bytes(np.arange(1001, dtype="<i4").tobytes())
-    np.testing.assert_array_equal(next(sound).inputs[:, 0] // 10, order[bad])
+    np.testing.assert_array_equal(next(valid).inputs[:, 0] // 10, order[bad])
 
 
 def test_text_survives_the_tokenizer_and_cannot_spell_the_end(tmp_path: Path) -> None:

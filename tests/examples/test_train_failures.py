@@ -145,7 +145,7 @@ def test_checkpoints_without_a_config_are_not_trusted(
     assert "no config.json" in capsys.readouterr().err
 
 
-def test_a_log_damaged_in_its_middle_is_named(tmp_path: Path) -> None:
+def test_a_log_corrupt_in_its_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "seconds": 0.1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(TrainingError, match="line 2"):

@@ -37,18 +37,18 @@ KINDS: dict[str, LossFields] = {
 def test_choices_are_counted_per_layer_and_expert_without_padding() -> None:
     rng = np.random.default_rng(0)
     layers, experts, tokens, k = 2, 4, 15, 2
-    counted = rng.random((3, 5)) < 0.6
+    unmasked = rng.random((3, 5)) < 0.6
     chosen = rng.integers(0, experts, (layers, tokens, k)).astype(np.int32)
     # A dropped token chooses nobody.
     chosen[0, 0, 0] = experts
     expected = np.zeros((layers, experts), int)
     for layer, token, choice in itertools.product(*map(range, chosen.shape)):
-        if counted.reshape(-1)[token] and chosen[layer, token, choice] < experts:
+        if unmasked.reshape(-1)[token] and chosen[layer, token, choice] < experts:
             expected[layer, chosen[layer, token, choice]] += 1
     inputs: ava_jax.LossInputs = {
         "targets": jnp.zeros((3, 5), int),
         "expert_indices": jnp.asarray(chosen),
-        "attention_mask": jnp.asarray(counted),
+        "attention_mask": jnp.asarray(unmasked),
     }
     counts = count_choices(inputs, experts)
     np.testing.assert_array_equal(counts, expected)

@@ -132,7 +132,7 @@ def test_a_mean_per_process_would_be_seen(uneven: list[str], tmp_path: Path) -> 
 
 def test_each_process_reads_the_rows_of_its_devices() -> None:
     share = RowShare(make_mesh("data=4,tensor=2", 8), 8)
-    assert share.places == list(range(8)), "all devices are here"
+    assert share.row_ids == list(range(8)), "all devices are here"
 
 
 @pytest.mark.slow

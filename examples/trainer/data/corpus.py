@@ -25,7 +25,7 @@ SKIPPED_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents, and what identifies them."""
+    """Documents with their name and checksum."""
 
     name: str
     documents: tuple[str, ...]
@@ -46,7 +46,7 @@ def load_corpus(path: Path | None) -> Corpus:
     """Reads the documents of a file or folder; of the standard library for None.
 
     Documents come in an order that depends on their contents alone, shuffled with a
-    fixed seed, so that the held-out end is like the rest.
+    fixed seed, so that the held-out end resembles the training text.
 
     Raises:
       TrainingError: nothing there, not text, or a line of .jsonl without `text`.
@@ -83,7 +83,9 @@ def _identified(name: str, documents: list[str], skipped: int) -> Corpus:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in _walk(root, SKIPPED_FOLDERS) if file.suffix == ".py"]
+    files = [
+        file for file in _list_files(root, SKIPPED_FOLDERS) if file.suffix == ".py"
+    ]
     if not files:
         raise TrainingError(
             f"this Python has no source files in {root}: pass --data FILE_OR_FOLDER"
@@ -96,11 +98,11 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise TrainingError(f"no such file or folder: {path} (from --data)")
-    return _walk(path, set())
+    return _list_files(path, set())
 
 
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Every file that is not hidden, in an order that is the same everywhere."""
+def _list_files(root: Path, skipped: set[str]) -> list[Path]:
+    """Lists all files that are not hidden, in the same order on every machine."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in skipped and f[0] != "."]

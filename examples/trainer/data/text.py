@@ -33,12 +33,16 @@ class Rows(NamedTuple):
 
 
 class PackedRows:
-    """Rows cut out of one long stream `EOS doc EOS doc … EOS`.
+    """Rows cut from one long token stream `EOS doc EOS doc … EOS`.
 
     A document's first input is the EOS before it, and its last target the EOS after
     it, so that every token is predicted once, from its own document alone. Segments
     count from 1 in each row; positions count from 0 in each segment. Only the last row
     can have padding, which is segment 0.
+
+    Grain's packing transforms iterate over documents. Rows here are random access: they
+    are shuffled by number, the last ones are held out, and each process reads only its
+    own.
 
     Args:
       stream: the tokens; a row reads its own and no others.
@@ -59,28 +63,28 @@ class PackedRows:
         return len(self._rows)
 
     def part(self, rows: slice) -> "PackedRows":
-        """Returns some of these rows."""
+        """Returns a slice of these rows."""
         return PackedRows(self._stream, self._eos, self._length, self._rows[rows])
 
     def __getitem__(self, index: int) -> Rows:
         length, eos = self._length, self._eos
         start = self._rows[index] * length
         piece = self._stream[start : start + length + 1]
-        counted = np.arange(length) < len(piece) - 1
+        unpadded = np.arange(length) < len(piece) - 1
         padded = np.full(length + 1, eos, np.int32)
         padded[: len(piece)] = piece
         inputs, targets = padded[:-1], padded[1:]
-        starts = (inputs == eos) & counted
+        starts = (inputs == eos) & unpadded
         starts[0] = True
         slots = np.arange(length, dtype=np.int32)
         first = np.maximum.accumulate(np.where(starts, slots, 0))
-        segments = np.where(counted, np.cumsum(starts), 0)
+        segments = np.where(unpadded, np.cumsum(starts), 0)
         return Rows(
             inputs, targets, segments.astype(np.int32), (slots - first).astype(np.int32)
         )
 
     def read(self, indices: Sequence[int]) -> Rows:
-        """Returns rows side by side; an index past the end gives a row of padding."""
+        """Returns a batch of rows; an index past the end gives a row of padding."""
         blank = Rows(*(np.zeros(self._length, np.int32) for _ in Rows._fields))
         rows = [self[i] if i < len(self) else blank for i in indices]
         return Rows(*map(np.stack, zip(*rows, strict=True)))
@@ -99,14 +103,14 @@ class Feed:
     Args:
       rows: to draw from.
       size: rows of a batch (B), over all processes.
-      places: which of the batch's rows to read; by default all.
+      row_ids: which of the batch's rows to read; by default all.
       seed: of the order.
     """
 
     def __init__(
-        self, rows: PackedRows, size: int, seed: int, places: Sequence[int] | None
+        self, rows: PackedRows, size: int, seed: int, row_ids: Sequence[int] | None
     ) -> None:
-        own = np.arange(size) if places is None else np.array(places)
+        own = np.arange(size) if row_ids is None else np.array(row_ids)
         order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
         batches = order.batch(size, drop_remainder=True)
         reader = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -134,11 +138,11 @@ class Feed:
         return None
 
     def get_state(self) -> DataState:
-        """Returns where the batches go on after the last one that was handed out."""
+        """Returns the state after the last batch that was handed out."""
         return self._state
 
     def set_state(self, state: DataState) -> None:
-        """Goes on from a state that `get_state` returned."""
+        """Continues from a state that `get_state` returned."""
         self._batches.set_state(state)
         self._state, self._ahead, self.failure = state, None, None
 
@@ -163,18 +167,18 @@ class TextData:
         return end_of_text(self.tokenizer)
 
     def batches(
-        self, size: int, seed: int, places: Sequence[int] | None = None
+        self, size: int, seed: int, row_ids: Sequence[int] | None = None
     ) -> Feed:
         """Returns endless shuffled batches, whose state can be saved."""
-        return Feed(self.train, size, seed, places)
+        return Feed(self.train, size, seed, row_ids)
 
     def heldout_batches(
-        self, size: int, limit: int, places: Sequence[int] | None = None
+        self, size: int, limit: int, row_ids: Sequence[int] | None = None
     ) -> Iterator[Rows]:
         """Yields the first held-out rows; the last batch is filled with padding."""
-        own = range(size) if places is None else places
+        own = range(size) if row_ids is None else row_ids
         for batch in range(min(limit, -(-len(self.heldout) // size))):
-            yield self.heldout.read([batch * size + place for place in own])
+            yield self.heldout.read([batch * size + row for row in own])
 
 
 def prepare_data(
@@ -254,7 +258,7 @@ def tokenize(corpus: Corpus, folder: Path, vocab_size: int) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Returns a tokenizer that reads the end of text, spelled out, as ordinary text."""
+    """Returns a tokenizer that encodes a spelled-out end of text as ordinary text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -56,10 +56,10 @@ class TokenFile:
     def _unreadable(self, reason: str) -> TrainingError:
         return TrainingError(
             f"cannot read {self._path}: {reason}; the same command makes that file "
-            "again from --data and goes on from the last checkpoint"
+            "again from --data and resumes from the last checkpoint"
         )
 
 
 def tokens_to_bytes(pieces: list[np.ndarray]) -> bytes:
-    """Returns what a token file holds."""
+    """Returns the content of a token file."""
     return np.concatenate(pieces).astype(DTYPE).tobytes()

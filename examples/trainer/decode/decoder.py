@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values: read prompts, pick tokens, go on."""
+"""Decoding with a key-value cache: read prompts, then pick tokens one by one."""
 
 import dataclasses
 import functools
@@ -15,17 +15,17 @@ from trainer.model.layers import Batch
 
 
 def likeliest(logits: Float[Array, "*n V"]) -> Int[Array, "*n"]:
-    """Returns the first of the largest; XLA's argmax takes several times as long."""
+    """Returns the first argmax; XLA's own takes several times as long."""
     size = logits.shape[-1]
     best = jnp.max(logits, axis=-1, keepdims=True)
     ids = jnp.arange(size, dtype=jnp.int32)
     return jnp.min(jnp.where(logits < best, size, ids), axis=-1)
 
 
-def at_places(x: Shaped[Array, "B S *m"], places: Int[Array, "B *n"]) -> Array:
-    """Returns what each row holds at its own places."""
-    rows = jnp.arange(x.shape[0]).reshape(-1, *[1] * (places.ndim - 1))
-    return x[rows, places]
+def take_at(x: Shaped[Array, "B S *m"], positions: Int[Array, "B *n"]) -> Array:
+    """Returns the entries of each row at its own positions."""
+    rows = jnp.arange(x.shape[0]).reshape(-1, *[1] * (positions.ndim - 1))
+    return x[rows, positions]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ GREEDY = Sampling()
 
 
 class Cursor(NamedTuple):
-    """How far rows have been read.
+    """The rows as far as they have been read.
 
     Attributes:
-      cache: the keys and values of what was read.
+      cache: keys and values of the tokens that were read.
       hidden: hidden states of the last token of each row.
       length: how many tokens of each row were read.
     """
@@ -79,7 +79,7 @@ class Cursor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model that reads on where it stopped.
+    """A model that continues reading where it stopped.
 
     Args:
       model: with a `cache_length`.
@@ -97,7 +97,7 @@ class Decoder:
         return cls(model.clone(cache_length=length, dtype=jnp.float32))
 
     def empty_cache(self, rows: int) -> VariableDict:
-        """Returns the cache of rows that nothing was read of."""
+        """Returns the empty cache of a number of rows."""
         token = jnp.zeros((rows, 1), jnp.int32)
         batch = Batch(token, token, token, token)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), batch)["cache"]
@@ -131,8 +131,8 @@ class Decoder:
     ) -> tuple[Float[Array, "B S D"], VariableDict]:
         """Reads from the beginning; returns hidden states and the cache."""
         rows, width = prompts.shape
-        places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-        return self.read(params, bias, self.empty_cache(rows), prompts, places)
+        positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
+        return self.read(params, bias, self.empty_cache(rows), prompts, positions)
 
     def begin(
         self,
@@ -143,7 +143,7 @@ class Decoder:
     ) -> Cursor:
         """Reads the first `lengths` tokens, at least one, of each row."""
         hidden, cache = self.read_prompts(params, bias, prompts)
-        return Cursor(cache, at_places(hidden, lengths - 1), lengths)
+        return Cursor(cache, take_at(hidden, lengths - 1), lengths)
 
     def extend(
         self,
@@ -188,17 +188,17 @@ def generate(
     count: int,
     sampling: Sampling = GREEDY,
 ) -> Int[Array, "B C"]:
-    """Goes on after each prompt by `count` tokens, past an end of text as well.
+    """Continues each prompt by `count` tokens, past an end of text as well.
 
     Args:
       model: that was trained.
       params: its parameters.
       bias: of the routers, from the loss state.
-      prompts: one per row, from the left; what lies behind `lengths` is ignored.
-      lengths: of the prompts, at least 1.
-      key: of the sampling.
-      count: tokens to make.
-      sampling: how to pick.
+      prompts: one per row, left-aligned; tokens after `lengths` are ignored.
+      lengths: lengths of the prompts, at least 1.
+      key: random key of the sampling.
+      count: number of tokens to generate.
+      sampling: how to pick a token.
     """
     decoder = Decoder.of(model, prompts.shape[1] + count)
 
@@ -214,5 +214,5 @@ def generate(
 
 
 def before_end(ids: Int[Array, "B S"], eos: int) -> Bool[Array, "B S"]:
-    """Says which tokens come before the first end of text of their row."""
+    """Returns a mask of the tokens before the first end of text of each row."""
     return jnp.cumsum(ids == eos, axis=1) == 0

@@ -1,4 +1,4 @@
-"""The text that closes a run: the prompt and what the model makes of it."""
+"""The sample at the end of a run: the prompt, continued by the model."""
 
 import jax
 import numpy as np

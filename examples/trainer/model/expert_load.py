@@ -1,4 +1,4 @@
-"""How busy each expert is: its share of the choices, relative to an even one."""
+"""The load of each expert: its share of the routing choices, times E."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,7 +9,7 @@ import ava_jax
 def count_choices(inputs: ava_jax.LossInputs, experts: int) -> Int[Array, "L E"] | None:
     """Counts how often the tokens of a micro-batch chose each expert of each layer.
 
-    Integers, so that micro-batches and devices add up exactly. Padding does not count.
+    Integers, so that micro-batches and devices add up exactly. Padding is left out.
 
     Args:
       inputs: what the model hands to the loss.
@@ -18,11 +18,11 @@ def count_choices(inputs: ava_jax.LossInputs, experts: int) -> Int[Array, "L E"]
     Returns:
       The counts; None for a model without experts.
     """
-    chosen, counted = inputs.get("expert_indices"), inputs.get("attention_mask")
-    if chosen is None or counted is None:
+    chosen, unmasked = inputs.get("expert_indices"), inputs.get("attention_mask")
+    if chosen is None or unmasked is None:
         return None
     is_expert = chosen[..., None] == jnp.arange(experts, dtype=chosen.dtype)
-    counts = is_expert & counted.reshape(-1, 1, 1)
+    counts = is_expert & unmasked.reshape(-1, 1, 1)
     return jnp.sum(counts, axis=(1, 2), dtype=jnp.int32)
 
 

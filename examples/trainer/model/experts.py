@@ -12,7 +12,7 @@ from ava_jax.losses import route
 
 
 class Routing(NamedTuple):
-    """What the balance terms look at; `outputs` only where every expert ran."""
+    """Inputs of the balance terms; `outputs` only where every expert ran."""
 
     gate_logits: Float[Array, "N E"]
     indices: Int[Array, "N k"]
@@ -74,7 +74,7 @@ def _dispatch(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "N D"]:
-    """Send each token to its experts and add up their weighted answers."""
+    """Sends each token to its experts and adds up their weighted outputs."""
     per_token = indices.shape[-1]
     chosen = indices.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
@@ -93,7 +93,7 @@ def _run_all(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "E N D"]:
-    """Every expert's answer to every token."""
+    """Returns every expert's output for every token."""
     inner = nn.silu(jnp.einsum("nd,edf->enf", tokens, gate))
     inner = inner * jnp.einsum("nd,edf->enf", tokens, up)
     return jnp.einsum("enf,efd->end", inner, down)

@@ -1,8 +1,8 @@
 """The language model: tokens in, keyword arguments of the unified loss out.
 
-The model makes no logits of its own next-token head: the loss takes `hidden_states`
-and `lm_head`, and multiplies them chunk by chunk. Which heads look further ahead
-follows from the loss config.
+The model computes no logits of the next token: the loss takes `hidden_states` and
+`lm_head` and multiplies them chunk by chunk. The loss config determines the multi-token
+prediction heads.
 """
 
 import functools
@@ -24,8 +24,8 @@ from trainer.model.experts import Routing
 from trainer.model.layers import Batch, Block, ExpertBlock, ModelConfig
 
 # Which axes of a parameter lie along the mesh's "fsdp" and "tensor" axes, by the end of
-# its path; the first ending that fits counts. The optimizer's moments end in the same
-# names. Everything else is replicated.
+# its path; the first ending that matches applies. The optimizer's moments end in the
+# same names. Everything else is replicated.
 PARAMETER_AXES: dict[str, P] = {
     "embed/embedding": P("tensor", "fsdp"),
     "lm_head": P("fsdp", "tensor"),
@@ -46,7 +46,7 @@ PARAMETER_AXES: dict[str, P] = {
 
 
 def partition_spec(path: str, rank: int) -> P:
-    """Returns how the array at `path` (joined by slashes) lies on the mesh.
+    """Returns the partition spec of the array at `path` (joined by slashes).
 
     The stacked parameters of scanned blocks have an axis more, which is not split.
     """
@@ -71,10 +71,10 @@ class LanguageModel(nn.Module):
       loss: the loss it trains under.
       columns: V with padding: rows of the embedding, columns of `lm_head`.
       dtype: arithmetic of the matrix products; parameters stay float32.
-      fused: hand over `hidden_states` and `lm_head` rather than logits.
-      cache_length: positions that attention keeps, to read on; see `Attention`.
-      confidence_threshold: from where on adaptive heads run: in training for the mean
-        of the gate's confidences, in decoding for that of the row's last token.
+      fused: return `hidden_states` and `lm_head` rather than logits.
+      cache_length: positions that attention caches for decoding; see `Attention`.
+      confidence_threshold: confidence from which on adaptive heads run: in training the
+        mean over the gate's outputs, in decoding that of the row's last token.
     """
 
     config: ModelConfig
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
         self.mtp = self._make_heads()
 
     def _make_heads(self) -> nn.Module | None:
-        """The heads that look further ahead; their kind follows from the loss."""
+        """Returns the multi-token prediction heads that the loss asks for."""
         loss, dtype = self.loss, self.dtype
         count = loss.num_future_tokens
         if is_adaptive(loss):
@@ -172,12 +172,12 @@ class LanguageModel(nn.Module):
         return hidden, self.lm_head.astype(self.dtype)
 
     def is_confident(self, hidden: Float[Array, "B D"]) -> Bool[Array, "B"]:
-        """Says where the gate of the adaptive heads would run them."""
+        """Returns where the gate would run the adaptive heads."""
         gated = cast(heads.AdaptiveMTPHeads, self.mtp)
         return gated.gate(hidden[:, None])[:, 0, 0] >= self.confidence_threshold
 
     def parallel_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "K B V"]:
-        """Returns what the parallel heads make of one token per row, gate or not.
+        """Returns the parallel heads' logits for one token per row, without the gate.
 
         As `MTPHeads`, but as K products with K copies: of one product with all kernels
         side by side, XLA makes a copy of the kernels each time.
@@ -204,7 +204,7 @@ class LanguageModel(nn.Module):
         Args:
           depth: j, from 1.
           hidden: of the depth before; at depth 1 those of `hidden_states`.
-          ahead: the token j places on.
+          ahead: the token j positions later.
           batch: says by its positions where `hidden` lies in the row.
         """
         sequential = cast(heads.SequentialMTP, self.mtp)
@@ -255,10 +255,10 @@ class LanguageModel(nn.Module):
         embeddings: Float[Array, "B S D"],
         batch: Batch,
     ) -> ava_jax.LossInputs:
-        """What the multi-token terms need."""
-        counted = batch.segment_ids > 0
+        """Returns the inputs of the multi-token prediction terms."""
+        unmasked = batch.segment_ids > 0
         if isinstance(self.mtp, heads.AdaptiveMTPHeads):
-            out = self.mtp(hidden, counted)
+            out = self.mtp(hidden, unmasked)
             return {
                 "additional_logits": out.additional_logits,
                 "confidence_scores": out.confidence_scores,
@@ -305,5 +305,5 @@ def hidden_and_head(
 
 
 def with_params(params: optax.Params) -> VariableDict:
-    """The variables of a model that has parameters alone."""
+    """Returns the variables of a model that has only parameters."""
     return cast(VariableDict, {"params": params})

@@ -125,7 +125,7 @@ def attend(
     segments: Int[Array, "B S"],
     block: int,
 ) -> Float[Array, "B S H W"]:
-    """Mixes what each token may see, `block` tokens at a time, or all if it is 0."""
+    """Attends within segments, `block` queries at a time, or all at once if it is 0."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
     if not block:
         return jax.nn.dot_product_attention(
@@ -145,10 +145,10 @@ def attend(
 class Attention(nn.Module):
     """Causal attention that stays inside a segment.
 
-    With a `cache_length` it reads on where it stopped: keys and values are kept in the
-    collection "cache", each at its position, and a token sees all up to its own. What
-    lies at later positions is ignored, so going back is reading again from there. A row
-    is one segment then; positions past the cache are not kept.
+    With a `cache_length` it continues where it stopped: keys and values are kept in the
+    collection "cache", each at its position, and a token attends to all positions up to
+    its own. Later positions are ignored, so rewinding means reading again from there. A
+    row is then one segment; positions past the cache are dropped.
     """
 
     heads: int
@@ -172,15 +172,15 @@ class Attention(nn.Module):
         if self.cache_length is None:
             mixed = attend(query, key, value, batch.segment_ids, self.block)
         else:
-            places, shared = batch.positions, self.heads // self.key_heads
+            positions, shared = batch.positions, self.heads // self.key_heads
             key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
-            mixed = self._read_on(query, key, value, places, self.cache_length)
+            mixed = self._attend_cached(query, key, value, positions, self.cache_length)
         out = nn.Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=ZEROS, name="merge"
         )
         return out(mixed.reshape(x.shape))
 
-    def _read_on(
+    def _attend_cached(
         self,
         query: Float[Array, "B S H W"],
         key: Float[Array, "B S H W"],
@@ -188,10 +188,10 @@ class Attention(nn.Module):
         positions: Int[Array, "B S"],
         length: int,
     ) -> Float[Array, "B S H W"]:
-        """Keeps keys and values, and mixes what is kept up to each position.
+        """Writes keys and values to the cache and attends to it up to each position.
 
         Rows and heads share an axis, and keys have their positions last: XLA multiplies
-        a cache that lies so as it is, and copies any other at every token.
+        a cache of this layout in place, and copies any other at every token.
         """
         rows, _, heads, width = query.shape
         lies = (rows * heads, width, length), (rows * heads, length, width)
@@ -244,7 +244,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU; each behind an RMSNorm, each residual."""
+    """Attention, then SwiGLU; each after an RMSNorm, each residual."""
 
     config: ModelConfig
     dtype: DTypeLike

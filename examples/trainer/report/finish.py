@@ -1,4 +1,4 @@
-"""What ends a session: the curves, the table, and a sample of the model's text."""
+"""The end of a session: the curves, the table, and a sample of the model's text."""
 
 from rich.console import Console
 

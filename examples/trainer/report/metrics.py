@@ -1,4 +1,4 @@
-"""Metrics: off the device in one transfer, one step late, and into a file."""
+"""Metrics: fetched from the device in one transfer, one step late, and logged."""
 
 import contextlib
 import dataclasses
@@ -39,17 +39,17 @@ class Metrics:
         return cls(jnp.concatenate(values), tuple(itertools.chain(*names)))
 
     def fetch(self) -> Record:
-        """Returns numbers of the host; waits for the device if it must."""
+        """Returns Python floats; waits for the device if it must."""
         values = np.asarray(self.values).tolist()
         return dict(zip(self.names, values, strict=True))
 
 
 def _entry_names(name: str, shape: tuple[int, ...]) -> list[str]:
     letters = {0: (), 1: ("",), 2: ("L", "E")}[len(shape)]
-    places = itertools.product(*(range(1, size + 1) for size in shape))
+    indices = itertools.product(*(range(1, size + 1) for size in shape))
     return [
-        "_".join([name, *(f"{x}{i}" for x, i in zip(letters, place, strict=True))])
-        for place in places
+        "_".join([name, *(f"{x}{i}" for x, i in zip(letters, index, strict=True))])
+        for index in indices
     ]
 
 
@@ -58,8 +58,8 @@ class MetricsLog:
 
     Args:
       path: of the file.
-      start: the step that the run goes on from; later lines, which a run that was
-        killed may have left, are dropped.
+      start: the step that the run resumes from; later lines, which a killed run may
+        have left, are dropped.
       is_writer: False on all processes but the first.
     """
 
@@ -79,7 +79,7 @@ class MetricsLog:
         return self._base + time.perf_counter() - self._begun
 
     def write(self, step: int, tokens: int, record: Record) -> None:
-        """Appends one step; it has reached the system when this returns."""
+        """Appends one step and flushes it."""
         if self._file is None:
             return
         line = {"step": step, "tokens": tokens, "seconds": self.seconds()} | record
@@ -88,7 +88,7 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been said already."""
+        """Closes the file; errors in writing have been reported before."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

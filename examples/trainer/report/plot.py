@@ -110,7 +110,7 @@ def _draw(axis: Axes, title: str, names: list[str], records: list[Record]) -> No
 
 
 def smoothing_window(title: str, count: int) -> int:
-    """How many of a panel's records one point of its curves is the mean of."""
+    """Returns the number of records that a panel's curves are averaged over."""
     return 1 if title in SMOOTH_ALREADY else max(1, count // 50)
 
 

@@ -80,7 +80,7 @@ class ProgressReport:
             )
 
     def _measure(self, step: int, seconds: float) -> None:
-        """Takes the speed since the last mark; the first comes after compiling."""
+        """Measures the speed since the last mark; the first mark is after compiling."""
         if self._mark is None:
             self._mark = (step, seconds)
         elif step % self._stride == 0 or step == self._steps:

@@ -1,4 +1,4 @@
-"""What becomes of a step's metrics: checks, the log, TensorBoard, the screen."""
+"""Records the metrics of each step: checks, the log, TensorBoard, the screen."""
 
 import contextlib
 import types
@@ -52,10 +52,10 @@ class Recorder:
         self._open.close()
 
     def settle(self, step: int, metrics: Metrics | None) -> None:
-        """Waits for a step, checks it and writes it down; None is nothing to do.
+        """Waits for a step's metrics, checks and logs them; None does nothing.
 
         Raises:
-          TrainingError: the step says that going on makes no sense.
+          TrainingError: the run cannot continue after this step.
         """
         if metrics is None:
             return

@@ -1,4 +1,4 @@
-"""What a run has written into its folder, read back."""
+"""Reads back the files of a run."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from trainer.run.settings import DERIVED, Settings
 Config = Mapping[str, Mapping[str, object]]
 
 # Where a run is, not what it is.
-PLACES = ("settings.cache", "settings.out", "settings.preset")
+LOCATIONS = ("settings.cache", "settings.out", "settings.preset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parameter:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether somebody, or the preset, chose it."""
+        """Whether the user or the preset changed it."""
         return self.value != self.default
 
 
@@ -84,16 +84,16 @@ class RunFiles:
 
 
 def is_telling(parameter: Parameter) -> bool:
-    """Whether a parameter says what sets the run apart."""
+    """Whether a parameter distinguishes the run from others."""
     derived = {f"loss.{name}" for name in DERIVED}
-    return parameter.is_chosen and parameter.name not in derived | set(PLACES)
+    return parameter.is_chosen and parameter.name not in derived | set(LOCATIONS)
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads a run's folder; what is not there yet is empty.
+    """Reads a run's folder; files that do not exist yet are empty.
 
     Raises:
-      TrainingError: it is no run, or a file of it is damaged.
+      TrainingError: the folder is not a run, or one of its files is malformed.
     """
     path = folder / "config.json"
     config = _read_config(path)

@@ -1,4 +1,4 @@
-"""`samples.jsonl`: what the model made of a prompt, and after which step."""
+"""`samples.jsonl`: continuations of the prompt, with their steps."""
 
 import json
 from collections.abc import Mapping

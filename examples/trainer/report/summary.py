@@ -72,7 +72,7 @@ def _format(value: float | None) -> str:
 
 
 def show_paths(console: Console, out: Path) -> None:
-    """Prints where everything is."""
+    """Prints the paths of the run's files."""
     console.print("Written:")
     names = (
         "config.json",

@@ -26,8 +26,8 @@ class Board:
 
     Args:
       folder: where TensorBoard looks.
-      start: the step that the run goes on from; later events, which a run that was
-        killed may have left, are hidden.
+      start: the step that the run resumes from; later events, which a killed run may
+        have left, are hidden.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
@@ -56,6 +56,6 @@ class Board:
             self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file; what could not be written has been said already."""
+        """Closes the file; errors in writing have been reported before."""
         with contextlib.suppress(OSError):
             self._writer.close()

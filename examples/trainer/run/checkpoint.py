@@ -223,7 +223,7 @@ class Checkpoints:
 
 @functools.cache
 def _quieten_orbax() -> None:
-    """Leaves the message to us: every failure reaches us as an exception.
+    """Silences orbax's own logs: every failure reaches us as an exception.
 
     Orbax also logs its traceback; and when a write fails, its other writers outlive the
     loop that they report to, and each says so.
@@ -249,7 +249,7 @@ def _signatures(tree: object) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own words, out of a message of many lines."""
+    """Returns the system's error text from a message of many lines."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).splitlines()[0]

@@ -116,10 +116,10 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh) -> Batch:
 
 
 class RowShare:
-    """The rows of every batch that this process's devices need, and their way there.
+    """The rows of a batch that this process's devices need, and their placement.
 
     Attributes:
-      places: their numbers in the batch, rising. All rows, where the devices along the
+      row_ids: their numbers in the batch, rising. All rows, where the devices along the
         tensor axis belong to several processes.
     """
 
@@ -128,19 +128,19 @@ class RowShare:
         self._sharding = NamedSharding(mesh, P(ROWS))
         indices = self._sharding.addressable_devices_indices_map((size,)).values()
         owned = {row for index in indices for row in self._rows_of(index)}
-        self.places = sorted(owned)
+        self.row_ids = sorted(owned)
 
     def _rows_of(self, index: tuple[slice, ...] | None) -> range:
         rows = range(self._size)
         return rows if index is None else rows[index[0]]
 
     def put(self, rows: Rows) -> Batch:
-        """Gives each device its rows of those at `places`."""
+        """Puts the rows of `row_ids` on the devices that need them."""
 
         def put(array: np.ndarray) -> jax.Array:
             def pick(index: tuple[slice, ...] | None) -> np.ndarray:
                 rows = self._rows_of(index)
-                first = self.places.index(rows[0])
+                first = self.row_ids.index(rows[0])
                 return array[first : first + len(rows)]
 
             shape = (self._size, *array.shape[1:])

@@ -1,4 +1,4 @@
-"""Held-out metrics at temperature 1, and a sample of the model's text."""
+"""Held-out metrics at temperature 1."""
 
 from collections.abc import Iterable, Mapping
 from typing import cast
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def main_head(inputs: ava_jax.LossInputs, batch: Batch) -> ava_jax.LossInputs:
-    """What the next token is predicted by, as the inputs of a plain loss."""
+    """Returns the next-token head as the inputs of a plain loss."""
     return {
         "targets": batch.targets,
         "attention_mask": batch.segment_ids > 0,
@@ -96,9 +96,9 @@ def further_heads(
     inputs: ava_jax.LossInputs,
     batch: Batch,
 ) -> tuple[ava_jax.LossInputs, ava_jax.LossInputs]:
-    """What the heads of multi-token prediction predict by.
+    """Returns the multi-token prediction heads as the inputs of a plain loss.
 
-    The adaptive heads count too where their gate would not let them run.
+    Adaptive heads are evaluated even where their gate would not let them run.
 
     Returns:
       The inputs of a plain loss that the K heads share, and those that each has for
@@ -108,8 +108,8 @@ def further_heads(
         look_ahead(x, model.loss.num_future_tokens)
         for x in (batch.targets, batch.segment_ids)
     )
-    counted = (segments > 0) & (segments == batch.segment_ids)
-    own: ava_jax.LossInputs = {"targets": targets, "attention_mask": counted}
+    unmasked = (segments > 0) & (segments == batch.segment_ids)
+    own: ava_jax.LossInputs = {"targets": targets, "attention_mask": unmasked}
     depths = inputs.get("mtp_hidden_states")
     if depths is not None:
         return {"lm_head": inputs.get("lm_head")}, own | {"hidden_states": depths}
@@ -125,7 +125,7 @@ def further_heads(
 
 
 def look_ahead(x: Int[Array, "B S"], count: int) -> Int[Array, "K B S"]:
-    """Stacks x moved on by 1 to K tokens; zeros come in at the end of the row."""
+    """Stacks x shifted left by 1 to K tokens, with zeros at the end of the row."""
     length = x.shape[1]
     steps = [min(step, length) for step in range(1, count + 1)]
     return jnp.stack([jnp.pad(x[:, step:], ((0, 0), (0, step))) for step in steps])

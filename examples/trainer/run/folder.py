@@ -1,4 +1,4 @@
-"""The record of a run, `config.json`, and the refusal to go on as another run."""
+"""The record of a run, `config.json`, and the refusal to resume it as another run."""
 
 import dataclasses
 import json
@@ -36,14 +36,14 @@ FREE = {
 }
 
 
-# What processes may be told differently: folders of their own machine.
+# What may differ between processes: folders of their own machine.
 LOCAL = {"cache", "data", "loss_config"}
 
 
 def open_run(
     settings: Settings, loss: ava_jax.UnifiedLossConfig, corpus: Corpus
 ) -> None:
-    """Makes the folder and its config.json, or checks that they are of this run.
+    """Creates the folder and its config.json, or checks that they belong to this run.
 
     Raises:
       TrainingError: the folder holds a run with other settings, loss or data, or it
@@ -81,7 +81,7 @@ def _open(path: Path, config: dict[str, dict[str, object]]) -> int:
 
 
 def refuse_other_data(out: Path, corpus: Corpus) -> None:
-    """Refuses text that is not the run's, before any time is spent on it.
+    """Refuses text that is not the run's, before it is tokenized.
 
     Raises:
       TrainingError: the text has changed since the run began.
@@ -95,7 +95,7 @@ def refuse_other_data(out: Path, corpus: Corpus) -> None:
     if not same:
         raise TrainingError(
             f"the text of {corpus.name} is not that of the run in {out}: it had "
-            f"{size:,} bytes and now has {corpus.size:,}. Bring it back to go on, or "
+            f"{size:,} bytes and now has {corpus.size:,}. Bring it back to resume, or "
             "choose another --out; what was saved stays"
         )
 
@@ -125,7 +125,7 @@ def _refuse_changes(path: Path, config: dict[str, dict[str, object]]) -> None:
         parts = [(part, before[part], config[part]) for part in ("settings", "loss")]
         old_data = before["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged: {error!r}") from error
+        raise TrainingError(f"{path} is corrupt: {error!r}") from error
     changes = [
         f"{part}.{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for part, old, new in parts

@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped on the device, counted, explained on the host."""
+"""Non-finite steps: skipped and counted on the device, explained on the host."""
 
 import math
 from typing import NamedTuple, TypeVar
@@ -40,6 +40,7 @@ def is_finite(tree: optax.Params) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(leaves))
 
 
+# optax.apply_if_finite checks the gradient alone, and leaves out the loss state.
 def choose(is_good: Bool[Array, ""], new: T, old: T) -> T:
     """Returns the new tree after a good step, the old one after a skipped step."""
     return jax.tree.map(lambda a, b: jnp.where(is_good, a, b), new, old)
@@ -57,7 +58,7 @@ class SkipGuard:
         self._first: tuple[int, str] | None = None
 
     def check(self, step: int, record: Record) -> str | None:
-        """Returns what to say about a step; mostly nothing.
+        """Returns a warning about a step, or None.
 
         Raises:
           TrainingError: too many steps in a row were skipped.
@@ -92,7 +93,7 @@ def find_culprit(record: Record) -> str:
 
 
 def check_targets(step: int, record: Record) -> None:
-    """Refuses tokens that the model does not know.
+    """Refuses targets outside of the vocabulary.
 
     Raises:
       TrainingError: a target lies outside the vocabulary.

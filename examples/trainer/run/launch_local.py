@@ -2,7 +2,7 @@
 
     python -m trainer.run.launch_local 2 --preset demo --mesh data=2
 
-The first argument is the number of processes, the rest goes to train_tpu.py. Process 0
+The first argument is the number of processes, the others go to train_tpu.py. Process 0
 writes to the terminal; what the others say is kept, and shown if one of them is the
 first to fail. Ctrl-C and SIGTERM are passed on. Exit code: that of the first process
 that fails, which ends the others too.
@@ -67,7 +67,7 @@ def wait(processes: Sequence[subprocess.Popen]) -> tuple[int, int]:
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Gives the processes time to say what they have to, then kills them."""
+    """Gives the processes time to exit, then kills them."""
     deadline = time.monotonic() + SECONDS_TO_END
     for process in processes:
         try:

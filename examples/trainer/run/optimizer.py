@@ -13,7 +13,7 @@ from trainer.run.settings import Settings
 def make_optimizer(
     settings: Settings,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clipped gradient; a warm-up, then a cosine down to a tenth."""
+    """Returns AdamW with gradient clipping, and its warm-up and cosine schedule."""
     cosine = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,

@@ -1,4 +1,4 @@
-"""Several processes as one: joining, agreeing, waiting, and ending together."""
+"""Multi-process runs: joining, agreeing, waiting, and ending together."""
 
 import hashlib
 import os
@@ -18,14 +18,14 @@ MESSAGE_BYTES = 1024
 
 
 def join_pod() -> None:
-    """Connects the processes of a pod or cluster; alone, there is nothing to do.
+    """Connects the processes of a pod or cluster; does nothing for a single process.
 
     TPU pods, Slurm, Open MPI and others are recognised by JAX. Elsewhere, set
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
 
     Raises:
-      TrainingError: some of the three are set and the rest cannot be found out, or the
-        processes do not find each other.
+      TrainingError: some of the three are set and the others cannot be found out, or
+        the processes do not find each other.
     """
     given = [name for name in ADDRESS if name in os.environ]
     # Its handler would swallow a SIGTERM that comes before training.
@@ -79,7 +79,7 @@ def run_to_the_end(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
@@ -90,7 +90,7 @@ def wait_for_all(name: str) -> None:
 
 
 def from_first(decide: Callable[[], int]) -> int:
-    """Returns what the first process decides, for instance by looking into a folder.
+    """Returns the first process's answer on every process.
 
     Raises:
       TrainingError: the first process raised one; the others refer to its message.
@@ -128,7 +128,7 @@ def first_failure(failure: TrainingError | None) -> TrainingError:
 
 
 def check_same(parts: Mapping[str, str]) -> None:
-    """Refuses to begin where processes were started with different things.
+    """Refuses to start if processes were given different arguments.
 
     Args:
       parts: texts that must be equal everywhere, under names for the message.

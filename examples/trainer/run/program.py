@@ -73,7 +73,7 @@ def read_program(text: str, devices: int, scope: str = "loss") -> Program:
         backward belong to it; a fusion does if its result does.
     """
     reader = _Reader(text, devices, scope)
-    reader.walk(reader.entry, 1)
+    reader.visit(reader.entry, 1)
     traffic = {
         kind: Traffic(reader.counts[kind], reader.sent[kind])
         for kind in SENT
@@ -92,7 +92,7 @@ class _Reader:
         self.counts: collections.Counter[str] = collections.Counter()
         self.sent: collections.defaultdict[str, float] = collections.defaultdict(float)
 
-    def walk(self, name: str, times: int) -> None:
+    def visit(self, name: str, times: int) -> None:
         """Adds what a computation does, `times` times."""
         body = self._bodies.get(name, [])
         for line in body:
@@ -107,19 +107,19 @@ class _Reader:
             if kind.removesuffix("-start") in SENT:
                 self._add(name, line, shape, kind, times)
             elif kind == "while":
-                self._walk_loop(line, body, times)
+                self._visit_loop(line, body, times)
             elif kind == "custom-call" and 'call_target="tpu_custom_call"' in line:
                 self.kernels += times
             elif kind in ("call", "fusion", "conditional", "async-start"):
                 for called in _called(line):
-                    self.walk(called, times)
+                    self.visit(called, times)
 
-    def _walk_loop(self, line: str, body: list[str], times: int) -> None:
+    def _visit_loop(self, line: str, body: list[str], times: int) -> None:
         trips = self._trips(line, body)
         self.unknown_loops += trips is None
         inside = re.search(r"body=%?([\w.\-]+)", line)
         if inside:
-            self.walk(inside[1], times * (1 if trips is None else trips))
+            self.visit(inside[1], times * (1 if trips is None else trips))
 
     def _trips(self, line: str, body: list[str]) -> int | None:
         """How often a loop runs: as the compiler knows, or by a constant bound."""

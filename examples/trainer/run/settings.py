@@ -29,11 +29,11 @@ class Settings:
     """Train a language model under the unified loss.
 
     A run lives in its folder: called again with the same --out and more --steps, it
-    goes on exactly where it was. Ctrl-C saves and exits with code 0.
+    resumes exactly where it stopped. Ctrl-C saves and exits with code 0.
     """
 
     preset: Preset = "demo"
-    """Where the other defaults come from."""
+    """Preset that the other defaults come from."""
     out: Path = Path("runs/demo")
     """Folder of the run."""
     data: Path | None = None
@@ -48,17 +48,17 @@ class Settings:
     sequence_length: int = 128
     """Tokens per row (S)."""
     microbatches: int = 1
-    """Parts that a batch is worked through in; the result is the same."""
+    """Micro-batches per optimizer step; they do not change the result."""
     mesh: str = ""
-    """Devices per axis, such as data=4,fsdp=2,tensor=2; by default all lie along data.
-    The axes data and fsdp share the rows, fsdp and tensor the parameters."""
+    """Devices per axis, such as data=4,fsdp=2,tensor=2; by default all along data. The
+    axes data and fsdp share the rows, fsdp and tensor the parameters."""
     compile_for: str = ""
     """Train nothing: compile the step for these TPUs, such as v5p:4x4x4, and print what
     it needs and how long it should take. No TPU has to be there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model; parameters and the loss's statistics stay float32."""
     seed: int = 0
-    """Of the parameters and of the order of the rows."""
+    """Seed of the parameters and of the order of the rows."""
     fused: bool = True
     """Let the loss multiply by lm_head in chunks, so that no logits are stored."""
     vocab_size: int = 2048
@@ -71,7 +71,7 @@ class Settings:
     """Step at which the learning rate has fallen, by a cosine, to a tenth of its peak,
     where it stays. It does not follow --steps, so that a run can be prolonged."""
     weight_decay: float = 0.1
-    """Of AdamW, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     clip_norm: float = 1.0
     """Largest norm of a gradient."""
     max_skipped_steps: int = 5
@@ -82,7 +82,7 @@ class Settings:
     """On GPUs, use only operations that give the same bits every time (sets
     --xla_gpu_deterministic_ops=true): slower. CPUs and TPUs do so anyway."""
     heldout: float = 0.02
-    """Share of the rows that is held out for evaluation."""
+    """Fraction of the rows that is held out for evaluation."""
     eval_batches: int = 40
     """Evaluate on at most this many held-out batches."""
     log_every: int = 1
@@ -158,7 +158,7 @@ DEEPSEEK_STYLE: LossFields = {
 def _llama(
     preset: Preset, rows: int, *, layers: int, width: int, inner: int
 ) -> tuple[Settings, LossFields]:
-    """A model of the size of a Llama 3, but with an `lm_head` of its own."""
+    """Returns a model of the size of a Llama 3, but with an untied `lm_head`."""
     settings = Settings(
         preset=preset,
         out=Path("runs") / preset,
@@ -330,7 +330,7 @@ def _number(value: object) -> object:
 
 
 def _sized_by(settings: Settings, fields: LossFields) -> Settings:
-    """Sizes that the loss file names become the defaults of the model's."""
+    """Makes sizes in the loss file the defaults of the model's."""
     sizes = {
         name: value
         for name, value in fields.items()
@@ -372,7 +372,7 @@ def _loss_flags(fields: Mapping[str, object]) -> type:
 
 
 def _plain(hint: object) -> object:
-    """The part of a field's type that can be written on a command line."""
+    """Returns the part of a field's type that a command line can express."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     kept = [

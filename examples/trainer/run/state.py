@@ -1,4 +1,4 @@
-"""Everything that a training step changes: made, and laid out on a mesh."""
+"""The training state and its sharding."""
 
 import functools
 from typing import NamedTuple

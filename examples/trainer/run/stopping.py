@@ -13,11 +13,11 @@ from jaxtyping import Array, Int
 
 Handler = Callable[[int, types.FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GO_ON, STOP, FAILED = range(3)
+CONTINUE, STOP, FAILED = range(3)
 
 
 class StopRequest:
-    """Says whether to stop; a second signal stops at once.
+    """True when training should stop; a second signal stops at once.
 
     All processes must leave the loop at the same step, so each casts a vote before a
     step and reads the outcome after having started it: nobody waits for the others.
@@ -26,7 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = False
         self._before: dict[signal.Signals, Handler] = {}
-        self._outcome: Int[Array, ""] | int = GO_ON
+        self._outcome: Int[Array, ""] | int = CONTINUE
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
@@ -48,22 +48,22 @@ class StopRequest:
 
     def vote(self, *, failed: bool) -> None:
         """Casts the vote of this process on the step after the one about to start."""
-        own = FAILED if failed else STOP if self._asked else GO_ON
+        own = FAILED if failed else STOP if self._asked else CONTINUE
         self._outcome = own if jax.process_count() == 1 else _gather(own)
 
     @property
     def has_failed(self) -> bool:
-        """Whether a process voted that it cannot go on."""
+        """Whether a process voted that it has failed."""
         return int(self._outcome) == FAILED
 
     def __bool__(self) -> bool:
         if jax.process_count() == 1 and self._asked:
             return True
-        return int(self._outcome) != GO_ON
+        return int(self._outcome) != CONTINUE
 
 
 def _gather(vote: int) -> Int[Array, ""]:
-    """The largest vote of all processes; the devices are asked, the host goes on."""
+    """The largest vote of all processes, computed on the devices without waiting."""
     mesh = Mesh(np.array(jax.devices()), ("all",))
     votes = jax.make_array_from_callback(
         (jax.device_count(),),

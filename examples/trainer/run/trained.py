@@ -1,0 +1,96 @@
+"""Loads the model of a run from a checkpoint."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, Float
+from tokenizers import Tokenizer
+
+import ava_jax
+from trainer.data.text import end_of_text, load_tokenizer
+from trainer.errors import TrainingError
+from trainer.model.language_model import LanguageModel
+from trainer.model.layers import ModelConfig
+from trainer.report.run_files import read_run
+from trainer.run.checkpoint import Checkpoints
+from trainer.run.evaluate import routing_bias
+from trainer.run.settings import Settings
+from trainer.run.state import init_state, make_model
+
+
+class Trained(NamedTuple):
+    """The model of a run, with its tokenizer.
+
+    Attributes:
+      model: the model.
+      params: its parameters.
+      bias: of the routers.
+      tokenizer: of the run.
+      step: of the checkpoint.
+      length: tokens of the rows that it was trained on.
+    """
+
+    model: LanguageModel
+    params: optax.Params
+    bias: Float[Array, "L E"] | None
+    tokenizer: Tokenizer
+    step: int
+    length: int
+
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the prompt's tokens after an end of text, as in training."""
+        return [end_of_text(self.tokenizer), *self.tokenizer.encode(prompt).ids]
+
+
+def load(folder: Path, step: int | None = None) -> Trained:
+    """Loads a run's checkpoint, by default the newest.
+
+    Raises:
+      TrainingError: there is no run or no such checkpoint, or it is corrupt.
+    """
+    config = read_run(folder).config
+    settings, loss = _rebuild(folder, config["settings"], config["loss"])
+    model = make_model(settings, loss)
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    steps = checkpoints.steps()
+    if not steps:
+        raise TrainingError(f"{folder} has no checkpoint yet: train it longer")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise TrainingError(
+            f"{folder} has no checkpoint of step {step}, but of {known}"
+        )
+    chosen = steps[-1] if step is None else step
+    make = functools.partial(
+        init_state, settings, model, ava_jax.unified_loss(model.loss)
+    )
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: x.update(sharding=here), jax.eval_shape(make))
+    state, _ = checkpoints.restore(chosen, shapes)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    bias = routing_bias(state.loss)
+    length = settings.sequence_length
+    return Trained(model, state.params, bias, tokenizer, chosen, length)
+
+
+def _rebuild(
+    folder: Path, settings: object, loss: object
+) -> tuple[Settings, ava_jax.UnifiedLossConfig]:
+    """Rebuilds settings and loss from `config.json`."""
+    try:
+        fields = dict(settings) if isinstance(settings, dict) else {}
+        fields["model"] = ModelConfig(**fields["model"])
+        names = {field.name for field in dataclasses.fields(Settings)}
+        kept = {k: v for k, v in fields.items() if k in names}
+        config = ava_jax.UnifiedLossConfig(**loss) if isinstance(loss, dict) else None
+        if config is not None:
+            return Settings(**kept), config
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"{folder / 'config.json'} is of another version of the trainer: {error}"
+        ) from error
+    raise TrainingError(f"{folder / 'config.json'} has no loss")
