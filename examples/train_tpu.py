@@ -28,7 +28,7 @@ from trainer.data.text import prepare_data
 from trainer.errors import TrainingError
 from trainer.files import write_whole
 from trainer.model.expert_load import count_choices, relative_load
-from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.language_model import LanguageModel, loss_inputs, read_by
 from trainer.model.layers import Batch
 from trainer.report.finish import finish
 from trainer.report.metrics import Metrics, append_record, steps_of
@@ -82,7 +82,9 @@ def make_gradient(
     ) -> tuple[Array, StepSums]:
         inputs = loss_inputs(model, params, micro, routing_bias(state))
         with jax.named_scope("loss"):
-            loss, _, stats = loss_fn.accumulate(state, normalizers=given, **inputs)
+            loss, _, stats = loss_fn.accumulate(
+                state, normalizers=given, **read_by(loss_fn, inputs)
+            )
         return loss, StepSums(stats, count_choices(inputs, model.config.experts))
 
     def gradient(state: TrainState, batch: Batch) -> tuple[optax.Params, StepSums]:

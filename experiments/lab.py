@@ -26,7 +26,12 @@ from trainer.data.corpus import Corpus, load_corpus
 from trainer.data.text import TextData, prepare_data
 from trainer.decode.decoder import Decoder
 from trainer.model.expert_load import count_choices, relative_load
-from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
+from trainer.model.language_model import (
+    LanguageModel,
+    hidden_and_head,
+    loss_inputs,
+    read_by,
+)
 from trainer.model.layers import Batch
 from trainer.run.devices import make_mesh
 from trainer.run.evaluate import evaluate as evaluate_rows
@@ -180,7 +185,7 @@ def make_advance(
     ) -> tuple[Array, tuple[dict[str, Array], ava_jax.LossState]]:
         bias, key = routing_bias(state), jax.random.fold_in(jax.random.key(seed), step)
         inputs = loss_inputs(model, params.model, batch, bias)
-        loss, aux, state = loss_fn(state, **inputs)
+        loss, aux, state = loss_fn(state, **read_by(loss_fn, inputs))
         report = dict(aux)
         context = StepContext(model, params.model, batch, inputs, aux, bias, step, key)
         for addition in variant.additions:

@@ -204,7 +204,7 @@ def test_a_mesh_that_does_not_fit_says_so(
     assert message in capsys.readouterr().err
 
 
-def test_logits_and_the_fused_door_train_alike(tiny: list[str], tmp_path: Path) -> None:
+def test_logits_and_the_fused_path_train_alike(tiny: list[str], tmp_path: Path) -> None:
     fused = train(tiny, tmp_path / "a", "--fused")
     plain = train(tiny, tmp_path / "b", "--no-fused")
     assert_close(plain, fused, rtol=2e-4)
