@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ava_jax.checks import main_arguments
+from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, Normalizers, array
-from ava_jax.kernel.fused import token_sums
+from ava_jax.kernel.fused import Plan, token_sums
 from ava_jax.kernel.passes import Operands
+from ava_jax.kernel.sharding import Layout
 from ava_jax.reduce import as_float, float_dtype, safe_divide
 from ava_jax.terms.base import Aux, BatchTerm, Call, Output, Scalar, Term, TokenTerm
 from ava_jax.terms.listing import MEASUREMENTS
@@ -60,6 +62,27 @@ def count_normalizers(
         windows=counted.get("windows", zero),
         rows=as_float(tokens.targets.shape[0]),
         active_rows=jnp.sum(as_float(jnp.any(tokens.active, 1))),
+    )
+
+
+def plan_of(
+    settings: Settings, layout: Layout | None, inputs: LossInputs, tokens: Tokens
+) -> Plan:
+    """Returns how the passes over the tokens of a call go."""
+    batch, length = tokens.targets.shape
+    width = settings.vocab_size
+    if layout is not None:
+        batch, length, width = layout.local_shape(batch, length, width)
+    hidden = inputs.get("hidden_states")
+    return Plan(
+        batch,
+        length,
+        width,
+        4 if hidden is None else hidden.dtype.itemsize,
+        settings.chunk_size,
+        settings.block_size,
+        settings.implementation,
+        layout,
     )
 
 

@@ -123,14 +123,25 @@ def _check_main(settings: Settings, inputs: LossInputs) -> None:
         )
 
 
-def _check_unused(
-    terms: Sequence[Term], given: Iterable[str], main: tuple[str, ...]
-) -> None:
-    """Raises on an argument that nothing reads."""
+def read_arguments(terms: Sequence[Term], main: tuple[str, ...]) -> set[str]:
+    """Returns the arguments that a loss reads.
+
+    Args:
+      terms: its terms.
+      main: what the main logits are made of.
+    """
     read = {*_ALWAYS, *main}.union(*((*t.requires, *t.accepts) for t in terms))
     kinds = set(built_in())
     if any(type(term) not in kinds for term in terms):
         read.add("extra_inputs")
+    return read
+
+
+def _check_unused(
+    terms: Sequence[Term], given: Iterable[str], main: tuple[str, ...]
+) -> None:
+    """Raises on an argument that nothing reads."""
+    read, kinds = read_arguments(terms, main), set(built_in())
     for name in given:
         if name in read:
             continue

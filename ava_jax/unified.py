@@ -7,7 +7,7 @@ stats add up in between.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,16 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
-from ava_jax.assemble import StepStats, assemble, count_normalizers
-from ava_jax.checks import check_inputs
+from ava_jax.assemble import StepStats, assemble, count_normalizers, plan_of
+from ava_jax.checks import check_inputs, main_arguments, read_arguments
 from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
 from ava_jax.inputs import LossInputs, Normalizers, tokens_of
-from ava_jax.kernel.fused import Plan
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import LossState, states_of, with_states
 from ava_jax.terms.base import Aux, Call, Step, Term
 from ava_jax.terms.listing import distinct, not_reserved, terms_of
 from ava_jax.terms.user import TermLike, as_term
-from ava_jax.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +105,33 @@ class UnifiedLoss:
         )
         after = self.commit(state, stats) if train else state
         return loss, self.summary(after, stats), after
+
+    def select(self, inputs: LossInputs) -> LossInputs:
+        """Returns the arguments that this loss reads, out of all that a model offers.
+
+        A call refuses an argument that nothing in the loss reads. A training loop that
+        serves many losses passes its arguments through this first.
+
+        Args:
+          inputs: arguments of a call, see `LossInputs`.
+
+        Returns:
+          Those that the main logits are made of or that a term reads.
+
+        Raises:
+          ValueError: there is nothing to make the main logits of.
+
+        Example:
+          >>> import jax.numpy as jnp, ava_jax
+          >>> loss_fn = ava_jax.create_unified_loss({"vocab_size": 8})
+          >>> inputs = {"targets": jnp.array([[1]]), "logits": jnp.zeros((1, 1, 8)),
+          ...           "hidden_states": jnp.zeros((1, 1, 4))}
+          >>> list(loss_fn.select(inputs))
+          ['targets', 'logits']
+        """
+        read = read_arguments(self.terms, main_arguments(self.terms, inputs))
+        kept = {name: value for name, value in inputs.items() if name in read}
+        return cast(LossInputs, kept)
 
     def normalizers(
         self,
@@ -216,28 +241,9 @@ class UnifiedLoss:
             state.step,
             train,
             self.settings,
-            self._plan(inputs, tokens),
+            plan_of(self.settings, self.layout, inputs, tokens),
         )
         return assemble(self.terms, call)
-
-    def _plan(self, inputs: LossInputs, tokens: Tokens) -> Plan:
-        """How the passes over the tokens go."""
-        settings, layout = self.settings, self.layout
-        batch, length = tokens.targets.shape
-        width = settings.vocab_size
-        if layout is not None:
-            batch, length, width = layout.local_shape(batch, length, width)
-        hidden = inputs.get("hidden_states")
-        return Plan(
-            batch,
-            length,
-            width,
-            4 if hidden is None else hidden.dtype.itemsize,
-            settings.chunk_size,
-            settings.block_size,
-            settings.implementation,
-            layout,
-        )
 
     def commit(self, state: LossState, stats: StepStats) -> LossState:
         """Returns the state after an optimizer step.

@@ -28,7 +28,7 @@ from trainer.data.text import prepare_data
 from trainer.errors import TrainingError
 from trainer.files import write_whole
 from trainer.model.expert_load import count_choices, relative_load
-from trainer.model.language_model import LanguageModel, loss_inputs, read_by
+from trainer.model.language_model import LanguageModel, loss_inputs
 from trainer.model.layers import Batch
 from trainer.report.finish import finish
 from trainer.report.metrics import Metrics, append_record, steps_of
@@ -83,7 +83,7 @@ def make_gradient(
         inputs = loss_inputs(model, params, micro, routing_bias(state))
         with jax.named_scope("loss"):
             loss, _, stats = loss_fn.accumulate(
-                state, normalizers=given, **read_by(loss_fn, inputs)
+                state, normalizers=given, **loss_fn.select(inputs)
             )
         return loss, StepSums(stats, count_choices(inputs, model.config.experts))
 

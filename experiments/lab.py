@@ -30,7 +30,6 @@ from trainer.model.language_model import (
     LanguageModel,
     hidden_and_head,
     loss_inputs,
-    read_by,
 )
 from trainer.model.layers import Batch
 from trainer.run.devices import make_mesh
@@ -185,7 +184,7 @@ def make_advance(
     ) -> tuple[Array, tuple[dict[str, Array], ava_jax.LossState]]:
         bias, key = routing_bias(state), jax.random.fold_in(jax.random.key(seed), step)
         inputs = loss_inputs(model, params.model, batch, bias)
-        loss, aux, state = loss_fn(state, **read_by(loss_fn, inputs))
+        loss, aux, state = loss_fn(state, **loss_fn.select(inputs))
         report = dict(aux)
         context = StepContext(model, params.model, batch, inputs, aux, bias, step, key)
         for addition in variant.additions:

@@ -130,7 +130,9 @@ def all_aux_keys() -> frozenset[str]:
     for options in EVERYTHING:
         loss_fn = ava_jax.create_unified_loss(COMMON | options)
         _, aux, _ = jax.eval_shape(
-            lambda inputs, loss_fn=loss_fn: loss_fn(loss_fn.init(), **inputs),
+            lambda inputs, loss_fn=loss_fn: loss_fn(
+                loss_fn.init(), **loss_fn.select(inputs)
+            ),
             all_inputs(),
         )
         keys |= set(aux)

@@ -14,7 +14,7 @@ from experiments.sizes import Sizes
 from experiments.variants import Variant
 from trainer.data.corpus import Corpus
 from trainer.data.text import TextData, prepare_data
-from trainer.model.language_model import loss_inputs, read_by
+from trainer.model.language_model import loss_inputs
 from trainer.model.layers import ModelConfig
 
 TINY = Sizes(
@@ -60,7 +60,7 @@ def context(text: TextData, variant: Variant, seed: int = 0) -> additions.StepCo
     params = model.init(jax.random.key(seed), batch)["params"]
     inputs = loss_inputs(model, params, batch, None)
     loss_fn = ava_jax.unified_loss(model.loss)
-    _, aux, _ = loss_fn(loss_fn.init(), **read_by(loss_fn, inputs))
+    _, aux, _ = loss_fn(loss_fn.init(), **loss_fn.select(inputs))
     step = jnp.asarray(0, jnp.int32)
     key = jax.random.key(seed)
     return additions.StepContext(model, params, batch, inputs, aux, None, step, key)

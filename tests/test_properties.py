@@ -109,7 +109,8 @@ def package_call(scenario: Scenario) -> tuple[Any, Callable[..., Any]]:
     }
 
     def call(state: Any, arrays: dict[str, Any]) -> Any:
-        return loss_fn(state, **arrays, **fixed, train=scenario.train)
+        given: Any = {**arrays, **fixed}
+        return loss_fn(state, **loss_fn.select(given), train=scenario.train)
 
     return loss_fn.init(), call
 

@@ -281,7 +281,7 @@ def loss_inputs(
     batch: Batch,
     routing_bias: Float[Array, "L E"] | None,
 ) -> ava_jax.LossInputs:
-    """Applies the model to a batch; returns all that a loss may read: see `read_by`."""
+    """Applies the model to a batch; returns all that a loss may `select`."""
     out = model.apply(with_params(params), batch, routing_bias)
     inputs: ava_jax.LossInputs = {
         "targets": batch.targets,
@@ -289,18 +289,6 @@ def loss_inputs(
         "segment_ids": batch.segment_ids,
     }
     return inputs | cast(ava_jax.LossInputs, out)
-
-
-def read_by(
-    loss_fn: ava_jax.UnifiedLoss, inputs: ava_jax.LossInputs
-) -> ava_jax.LossInputs:
-    """Returns the inputs that a loss reads: it refuses any others."""
-    main = ("logits",) if "logits" in inputs else ("hidden_states", "lm_head")
-    read = {"targets", "attention_mask", "segment_ids", *main}.union(
-        *((*term.requires, *term.accepts) for term in loss_fn.terms)
-    )
-    kept = {name: value for name, value in inputs.items() if name in read}
-    return cast(ava_jax.LossInputs, kept)
 
 
 def hidden_and_head(
