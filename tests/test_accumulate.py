@@ -16,6 +16,8 @@ from support.scenes import (
     floats,
     integers,
     jitted,
+    through,
+    value_and_grads,
 )
 from support.trees import assert_trees_close
 
@@ -42,27 +44,12 @@ def cut(arrays, ints, rows):
     return part, {k: v[rows] for k, v in ints.items()}
 
 
-def through(door, arrays):
-    if door in ("given", "fused"):
-        return arrays
-    rest = {k: v for k, v in arrays.items() if k != "lm_head"}
-    return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}
-
-
 def whole_and_parts(config, arrays, ints, door, count):
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
     normalizers = loss_fn.normalizers(
         targets=ints["targets"], attention_mask=ints["attention_mask"]
     )
-
-    @jax.jit
-    def whole(arrays):
-        def loss(arrays: dict[str, Any]):
-            total, aux, after = loss_fn(state, **through(door, arrays), **ints)
-            return total, (aux, after)
-
-        return jax.value_and_grad(loss, has_aux=True)(arrays)
 
     @jax.jit
     def part(arrays, rows):
@@ -79,7 +66,8 @@ def whole_and_parts(config, arrays, ints, door, count):
     shares = [part(arrays, rows) for rows in parts]
     (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
     after = loss_fn.commit(state, stats)
-    return whole(arrays), ((total, (loss_fn.summary(after, stats), after)), grads)
+    whole = value_and_grads(loss_fn, state, arrays, ints, door)
+    return whole, ((total, (loss_fn.summary(after, stats), after)), grads)
 
 
 DEFAULT = [
