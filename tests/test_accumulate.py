@@ -124,12 +124,17 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
     }
     state = loss_fn.init()
     normalizers = loss_fn.normalizers(targets=jnp.ones((3, 6), int))
-    shares = [
-        loss_fn.accumulate(
-            state, **given, expert_indices=c[None, :, None], normalizers=normalizers
+
+    @jax.jit
+    def share(chosen):
+        return loss_fn.accumulate(
+            state,
+            **given,
+            expert_indices=chosen[None, :, None],
+            normalizers=normalizers,
         )[2]
-        for c in chosen
-    ]
+
+    shares = [share(c) for c in chosen]
     stats = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
 
     def bias(stats):
@@ -203,4 +208,6 @@ def test_too_few_normalizers_are_an_error():
     ints = integers(experts=False)
     normalizers = loss_fn.normalizers(targets=ints["targets"])
     with pytest.raises(ValueError, match="num_future_tokens"):
-        loss_fn(loss_fn.init(), normalizers=normalizers, **adaptive_floats(), **ints)
+        jitted(loss_fn)(
+            loss_fn.init(), {"normalizers": normalizers, **adaptive_floats(), **ints}
+        )

@@ -132,7 +132,7 @@ def test_the_loss_is_that_of_float64_on_the_same_inputs(dtype):
     kernel = (jax.random.normal(keys[1], (96, 1000)) / 10).astype(dtype)
     targets = jax.random.randint(keys[2], (2, 64), 0, 1000)
     loss_fn = ava_jax.create_unified_loss(vocab_size=1000, use_ngram_penalty=False)
-    _, aux, _ = loss_fn(
+    _, aux, _ = jax.jit(loss_fn)(
         loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=kernel
     )
     z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)

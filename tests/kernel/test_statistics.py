@@ -189,9 +189,13 @@ def test_gradient_comes_back_in_the_dtype_of_the_logits():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         logits = jnp.ones((2, 4), dtype)
         query = Query(targets=jnp.array([0, 1]), active=jnp.ones(2, bool))
-        grad = jax.grad(
-            lambda z, q=query: jnp.sum(token_statistics(z, q, Vocabulary(4)).nll)
-        )(logits)
+
+        @jax.jit
+        @jax.grad
+        def gradient(z, query=query):
+            return jnp.sum(token_statistics(z, query, Vocabulary(4)).nll)
+
+        grad = gradient(logits)
         assert grad.dtype == dtype
 
 
