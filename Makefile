@@ -30,11 +30,12 @@ help:
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
 
+# Work is stolen, not dealt: a worker keeps a module, whose tests share programs.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow" --doctest-modules ava_jax tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --doctest-modules ava_jax tests $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --doctest-modules ava_jax tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules ava_jax tests $(ARGS)
 
 # Each file on one worker: its tests share the runs that they compare with.
 test-models: $(VENV)/.models

@@ -16,6 +16,8 @@ from support.scenes import (
     floats,
     integers,
     jitted,
+    through,
+    value_and_grads,
 )
 from support.trees import assert_trees_close
 
@@ -42,27 +44,12 @@ def cut(arrays, ints, rows):
     return part, {k: v[rows] for k, v in ints.items()}
 
 
-def through(door, arrays):
-    if door in ("given", "fused"):
-        return arrays
-    rest = {k: v for k, v in arrays.items() if k != "lm_head"}
-    return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}
-
-
 def whole_and_parts(config, arrays, ints, door, count):
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
     normalizers = loss_fn.normalizers(
         targets=ints["targets"], attention_mask=ints["attention_mask"]
     )
-
-    @jax.jit
-    def whole(arrays):
-        def loss(arrays: dict[str, Any]):
-            total, aux, after = loss_fn(state, **through(door, arrays), **ints)
-            return total, (aux, after)
-
-        return jax.value_and_grad(loss, has_aux=True)(arrays)
 
     @jax.jit
     def part(arrays, rows):
@@ -79,7 +66,8 @@ def whole_and_parts(config, arrays, ints, door, count):
     shares = [part(arrays, rows) for rows in parts]
     (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
     after = loss_fn.commit(state, stats)
-    return whole(arrays), ((total, (loss_fn.summary(after, stats), after)), grads)
+    whole = value_and_grads(loss_fn, state, arrays, ints, door)
+    return whole, ((total, (loss_fn.summary(after, stats), after)), grads)
 
 
 DEFAULT = [
@@ -136,12 +124,17 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
     }
     state = loss_fn.init()
     normalizers = loss_fn.normalizers(targets=jnp.ones((3, 6), int))
-    shares = [
-        loss_fn.accumulate(
-            state, **given, expert_indices=c[None, :, None], normalizers=normalizers
+
+    @jax.jit
+    def share(chosen):
+        return loss_fn.accumulate(
+            state,
+            **given,
+            expert_indices=chosen[None, :, None],
+            normalizers=normalizers,
         )[2]
-        for c in chosen
-    ]
+
+    shares = [share(c) for c in chosen]
     stats = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
 
     def bias(stats):
@@ -215,4 +208,6 @@ def test_too_few_normalizers_are_an_error():
     ints = integers(experts=False)
     normalizers = loss_fn.normalizers(targets=ints["targets"])
     with pytest.raises(ValueError, match="num_future_tokens"):
-        loss_fn(loss_fn.init(), normalizers=normalizers, **adaptive_floats(), **ints)
+        jitted(loss_fn)(
+            loss_fn.init(), {"normalizers": normalizers, **adaptive_floats(), **ints}
+        )

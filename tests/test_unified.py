@@ -71,9 +71,8 @@ def test_aux_has_exactly_the_terms_that_are_on():
             "use_immediate_repetition_penalty": False,
         }
     )
-    _, aux, _ = plain(
-        plain.init(), logits=jnp.zeros((B, S, V)), targets=integers()["targets"]
-    )
+    inputs = {"logits": jnp.zeros((B, S, V)), "targets": integers()["targets"]}
+    _, aux, _ = jitted(plain)(plain.init(), inputs)
     assert set(aux) == always
 
 

@@ -1,6 +1,7 @@
 """What the unified loss promises whatever the batch holds."""
 
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -22,17 +23,21 @@ from support.scenes import (
     integers,
     jitted,
     through,
+    value_and_grads,
 )
 
 import ava_jax
 
-SOURCES = ("predictions", "targets")
 
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def with_filled_logits(loss_fn, state, arrays, ints, filler):
+    """Value and gradients, with a filler for the logits of masked positions."""
+    masked = ~ints["attention_mask"][..., None]
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "door"))
-def value_and_grads(loss_fn, state, arrays, ints, door="logits"):
     def loss(arrays: dict[str, Any]):
-        total, aux, after = loss_fn(state, **through(door, arrays), **ints)
+        given = through("logits", arrays)
+        given["logits"] = jnp.where(masked, filler, given["logits"])
+        total, aux, after = loss_fn(state, **given, **ints)
         return total, (aux, after)
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -53,17 +58,8 @@ def test_masked_positions_may_hold_anything(door, bad):
         "expert_outputs": clean["expert_outputs"].at[:, 1].set(bad),
     }
     if door == "logits":
-        masked = ~ints["attention_mask"][..., None]
-
-        def loss(arrays: dict[str, Any], filler):
-            given = through("logits", arrays)
-            given["logits"] = jnp.where(masked, filler, given["logits"])
-            total, aux, after = loss_fn(state, **given, **ints)
-            return total, (aux, after)
-
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        want, got = run(clean, 0.0), run(clean, bad)
-        chex.assert_trees_all_equal(got, want)
+        run = functools.partial(with_filled_logits, loss_fn, state, clean, ints)
+        chex.assert_trees_all_equal(run(bad), run(0.0))
     want = value_and_grads(loss_fn, state, clean, ints, "fused")
     got = value_and_grads(loss_fn, state, dirty, ints, "fused")
     chex.assert_trees_all_equal(got, want)
@@ -74,11 +70,11 @@ def test_masked_positions_may_hold_anything(door, bad):
 def test_masked_targets_may_hold_anything():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     ints = integers()
-    want = value_and_grads(loss_fn, loss_fn.init(), floats(), ints)
+    want = value_and_grads(loss_fn, loss_fn.init(), floats(), ints, "logits")
     for filler in (0, 3, -5, 10**6):
         targets = jnp.where(ints["attention_mask"], ints["targets"], filler)
         other = {**ints, "targets": targets}
-        got = value_and_grads(loss_fn, loss_fn.init(), floats(), other)
+        got = value_and_grads(loss_fn, loss_fn.init(), floats(), other, "logits")
         chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
@@ -123,33 +119,30 @@ def test_padded_columns_take_no_part_in_anything(door):
     assert (np.asarray(grads["mtp_params"]["heads"]["kernel"][..., V:]) == 0).all()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_batch_in_which_nothing_counts_changes_nothing(source):
-    for config, arrays in (
-        ({**EVERYTHING, "penalty_source": source}, through("logits", floats())),
-        (ADAPTIVE, adaptive_floats()),
-    ):
-        loss_fn = ava_jax.create_unified_loss(config)
-        ints = integers(experts="gate_logits" in arrays)
-        state = loss_fn.init()
-        _, _, state = jitted(loss_fn)(state, {**arrays, **ints})
-        ints["attention_mask"] = jnp.zeros((B, S))
-
-        def loss(arrays: dict[str, Any], state=state, ints=ints, loss_fn=loss_fn):
-            total, aux, after = loss_fn(state, **arrays, **ints)
-            return total, (aux, after)
-
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (total, (aux, after)), grads = run(arrays)
-        chex.assert_trees_all_equal(after, state)
-        assert float(total) == 0
-        assert float(aux["nll"]) == 0
-        assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
-        chex.assert_tree_all_finite(aux)
+@pytest.mark.parametrize(
+    ("config", "door"),
+    [
+        ({**EVERYTHING, "penalty_source": "predictions"}, "logits"),
+        ({**EVERYTHING, "penalty_source": "targets"}, "logits"),
+        (ADAPTIVE, "given"),
+    ],
+    ids=["predictions", "targets", "adaptive"],
+)
+def test_a_batch_in_which_nothing_counts_changes_nothing(config, door):
+    loss_fn = ava_jax.create_unified_loss(config)
+    arrays = adaptive_floats() if door == "given" else floats()
+    ints = integers(experts=door != "given")
+    (_, (_, state)), _ = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, door)
+    ints["attention_mask"] = jnp.zeros_like(ints["attention_mask"])
+    (total, (aux, after)), grads = value_and_grads(loss_fn, state, arrays, ints, door)
+    chex.assert_trees_all_equal(after, state)
+    assert float(total) == 0
+    assert float(aux["nll"]) == 0
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(aux)
 
 
-@pytest.mark.parametrize("gap", [50.0, 1e4])
-def test_saturated_predictions_have_finite_penalties_and_gradients(gap):
+def test_saturated_predictions_have_finite_penalties_and_gradients():
     """The model is certain of repeating, of EOS, and of being right."""
     config = {
         **{k: v for k, v in EVERYTHING.items() if "moe" not in k},
@@ -170,7 +163,7 @@ def test_saturated_predictions_have_finite_penalties_and_gradients(gap):
 
         return jax.value_and_grad(loss, has_aux=True)(logits)
 
-    for certain in (1, 2, 3, 5):
+    for certain, gap in itertools.product((1, 2, 3, 5), (50.0, 1e4)):
         logits = jnp.zeros((1, S, V)).at[:, :, certain].set(gap)
         (total, aux), grad = run(logits)
         chex.assert_tree_all_finite((total, aux["immediate_repetition_penalty"], grad))

@@ -48,12 +48,13 @@ def batch(scale=1.0, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str
     return arrays, integers
 
 
-def run(config, arrays, integers, fused, **options):
-    """Returns loss, aux, state and gradients of the fused path or the logits path."""
-    loss_fn = ava_jax.create_unified_loss(config, **options)
+@functools.cache
+def program(fused, **options):
+    """Returns the jitted loss, aux, state and gradients of one of the paths."""
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING, **options)
     state = loss_fn.init()
 
-    def loss(arrays: dict[str, Any]):
+    def loss(arrays: dict[str, Any], integers: dict[str, Any]):
         given = dict(arrays)
         if not fused:
             hidden, bias = given.pop("hidden_states"), given.pop("lm_head_bias")
@@ -68,22 +69,25 @@ def run(config, arrays, integers, fused, **options):
         total, aux, after = loss_fn(state, **given, **integers)
         return total, (aux, after)
 
-    (total, (aux, after)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        arrays
-    )
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def run(arrays, integers, fused, **options):
+    """Returns the values of `program` by name."""
+    (total, (aux, after)), grads = program(fused, **options)(arrays, integers)
     return {"loss": total, "aux": aux, "state": after, "grads": grads}
 
 
 @functools.cache
 def whole_logits(scale):
     """Returns the expected results: the logits path, whole rows at a time."""
-    return run(EVERYTHING, *batch(scale), fused=False, block_size=S)
+    return run(*batch(scale), fused=False, block_size=S)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0])
 @pytest.mark.parametrize("chunk", [None, 1, S // 2 + 1, S - 1, S, S + 5])
 def test_both_paths_agree_with_every_term_on(chunk, scale):
-    got = run(EVERYTHING, *batch(scale), fused=True, chunk_size=chunk)
+    got = run(*batch(scale), fused=True, chunk_size=chunk)
     assert_trees_close(got, whole_logits(scale), 2e-5)
 
 
@@ -91,27 +95,27 @@ def test_both_paths_agree_with_every_term_on(chunk, scale):
 @pytest.mark.parametrize("block", [1, S // 2 + 1, S - 1, S + 5])
 @pytest.mark.parametrize("fused", [False, True])
 def test_block_sizes_change_nothing(fused, block, scale):
-    got = run(EVERYTHING, *batch(scale), fused=fused, chunk_size=7, block_size=block)
+    got = run(*batch(scale), fused=fused, chunk_size=7, block_size=block)
     assert_trees_close(got, whole_logits(scale), 2e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_accelerator_computes_the_same(fused):
     """Other sizes, and ids compared with every class instead of scattered."""
-    got = run(EVERYTHING, *batch(), fused=fused, implementation="xla")
+    got = run(*batch(), fused=fused, implementation="xla")
     assert_trees_close(got, whole_logits(1.0), 2e-5)
 
 
 def test_tokens_of_two_chunks_are_summed_once():
     """A token that is summed twice would add log V at this scale."""
-    got = run(EVERYTHING, *batch(0.01), fused=True, chunk_size=4)
+    got = run(*batch(0.01), fused=True, chunk_size=4)
     assert_trees_close(got["aux"]["nll"], whole_logits(0.01)["aux"]["nll"], 1e-6)
 
 
 def test_bfloat16_operands_keep_a_float32_loss():
     arrays, integers = batch(dtype=jnp.bfloat16)
-    want = run(EVERYTHING, arrays, integers, fused=False)
-    got = run(EVERYTHING, arrays, integers, fused=True)
+    want = run(arrays, integers, fused=False)
+    got = run(arrays, integers, fused=True)
     assert got["loss"].dtype == jnp.float32
     assert_trees_close(got["loss"], want["loss"], 2e-6)
     assert {k: v.dtype for k, v in got["grads"].items()} == dict.fromkeys(
@@ -128,7 +132,7 @@ def test_the_loss_is_that_of_float64_on_the_same_inputs(dtype):
     kernel = (jax.random.normal(keys[1], (96, 1000)) / 10).astype(dtype)
     targets = jax.random.randint(keys[2], (2, 64), 0, 1000)
     loss_fn = ava_jax.create_unified_loss(vocab_size=1000, use_ngram_penalty=False)
-    _, aux, _ = loss_fn(
+    _, aux, _ = jax.jit(loss_fn)(
         loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=kernel
     )
     z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)

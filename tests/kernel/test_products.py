@@ -48,6 +48,48 @@ NEAR: dict[str, Any] = {
 
 
 @functools.cache
+def product_program(
+    options: Options,
+    *,
+    by_columns: bool,
+    axis: str | None,
+    is_near_given: bool,
+    may_round: bool,
+):
+    """Values, facts and gradients of a mixture of a product's statistics, under jit."""
+    vocabulary = Vocabulary(options.size, options.cap, axis, True, "xla")
+
+    def mixture(probe, temperature, hidden, kernel, near, query):
+        if not is_near_given:
+            columns = sample_columns(kernel, by_columns=by_columns)
+            near = near_largest(hidden, columns)
+        product = Product(
+            hidden,
+            kernel,
+            near,
+            probe,
+            query.targets.shape,
+            by_columns=by_columns,
+            may_round=may_round,
+        )
+        if may_round:
+            temperature = jax.lax.stop_gradient(temperature)
+        given = temperature if options.tempered else None
+        stats = token_statistics(product, query, vocabulary, given)
+        return mixed(stats, query, unknown(options))
+
+    run = jax.grad(mixture, argnums=(0, 1), has_aux=True)
+    if axis is not None:
+        run = jax.shard_map(
+            run,
+            mesh=MESH,
+            in_specs=(P(None, axis), P(), P(), P(None, axis), P(), P()),
+            out_specs=((P(None, axis), P()), P()),
+            check_vma=False,
+        )
+    return jax.jit(run)
+
+
 def measured_product(
     options: Options,
     *,
@@ -65,47 +107,26 @@ def measured_product(
       near: one of `NEAR`; what a pass takes if it is empty.
       may_round: see `Product`; the temperature then has no gradient.
     """
-    vocabulary = Vocabulary(options.size, options.cap, axis, True, "xla")
     _, z, query = batch(options)
     hidden = jnp.where(query.active[..., None], z, jnp.zeros_like(z))
     hidden = hidden.reshape(-1, WIDTH)
-
-    def mixture(probe, temperature, kernel, query):
-        if near:
-            given = NEAR[near](jnp.max(hidden[:, : options.size], -1))
-        else:
-            columns = sample_columns(kernel, by_columns=by_columns)
-            given = near_largest(hidden, columns)
-        product = Product(
-            hidden,
-            kernel,
-            given,
-            probe,
-            query.targets.shape,
-            by_columns=by_columns,
-            may_round=may_round,
-        )
-        if may_round:
-            temperature = jax.lax.stop_gradient(temperature)
-        given = temperature if options.tempered else None
-        stats = token_statistics(product, query, vocabulary, given)
-        return mixed(stats, query, unknown(options))
-
-    run = jax.grad(mixture, argnums=(0, 1), has_aux=True)
-    if axis is not None:
-        run = jax.shard_map(
-            run,
-            mesh=MESH,
-            in_specs=(P(None, axis), P(), P(None, axis), P()),
-            out_specs=((P(None, axis), P()), P()),
-            check_vma=False,
-        )
-    kernel = jnp.eye(WIDTH, dtype=z.dtype)
-    probe = jnp.zeros(hidden.shape, jnp.asarray(0.0).dtype)
-    temperature = jnp.asarray(TEMPERATURE)
-    (grad, slope), (values, found) = jax.jit(run)(probe, temperature, kernel, query)
-    grads = (grad.reshape(z.shape), slope)
-    return jax.tree.map(np.asarray, (values, found, grads))
+    largest = jnp.max(hidden[:, : options.size], -1)
+    run = product_program(
+        options,
+        by_columns=by_columns,
+        axis=axis,
+        is_near_given=bool(near),
+        may_round=may_round,
+    )
+    (grad, slope), (values, found) = run(
+        jnp.zeros(hidden.shape, jnp.asarray(0.0).dtype),
+        jnp.asarray(TEMPERATURE),
+        hidden,
+        jnp.eye(WIDTH, dtype=z.dtype),
+        NEAR[near](largest) if near else largest,
+        query,
+    )
+    return jax.tree.map(np.asarray, (values, found, (grad.reshape(z.shape), slope)))
 
 
 def assert_product_agrees(

@@ -1,5 +1,7 @@
 """Losses of plain logits: values, gradients, and ids outside the vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,17 @@ ORACLES = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="name")
+@functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+def sum_and_gradient(name, logits, targets):
+    """The losses' sum with the losses beside it, and its gradient."""
+    values = CALLS[name](logits, targets)
+    return jnp.sum(values), values
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_values_and_gradients(name):
-    got = CALLS[name](jnp.asarray(LOGITS), jnp.asarray(TARGETS))
+    (_, got), _ = sum_and_gradient(name, jnp.asarray(LOGITS), jnp.asarray(TARGETS))
     wide = LOGITS.astype(np.float64)
     want = [ORACLES[name](z, int(y)) for z, y in zip(wide, TARGETS, strict=True)]
     np.testing.assert_allclose(got, want, rtol=2e-5)
@@ -39,32 +49,30 @@ def test_values_and_gradients(name):
 @pytest.mark.parametrize("bad", [-1, V, -100])
 def test_an_id_outside_the_vocabulary_is_excluded(name, bad):
     targets = jnp.asarray(TARGETS).at[2].set(bad)
-
-    def loss(z):
-        value = CALLS[name](z, targets)
-        return jnp.sum(value), value
-
-    (_, value), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGITS))
+    (_, value), grad = sum_and_gradient(name, jnp.asarray(LOGITS), targets)
     assert float(value[2]) == 0
     assert (np.asarray(grad[2]) == 0).all()
     assert (np.asarray(value)[[0, 1, 3, 4, 5]] > 0).all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("gap", [40.0, 1e6])
-def test_focal_is_finite_where_the_target_is_certain(gamma, gap):
-    logits = jnp.zeros((1, V)).at[0, 3].set(gap)
-    value, grad = jax.value_and_grad(
-        lambda z: losses.focal_loss(z, jnp.array([3]), gamma=gamma)[0]
-    )(logits)
-    assert np.isfinite(value)
-    assert np.isfinite(grad).all()
+def test_focal_is_finite_where_the_target_is_certain(gamma):
+    @jax.jit
+    @jax.value_and_grad
+    def run(logits):
+        return losses.focal_loss(logits, jnp.array([3]), gamma=gamma)[0]
+
+    for gap in (40.0, 1e6):
+        value, grad = run(jnp.zeros((1, V)).at[0, 3].set(gap))
+        assert np.isfinite(value)
+        assert np.isfinite(grad).all()
 
 
 def test_focal_alpha_per_class():
     alpha = jnp.arange(1.0, V + 1)
-    got = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS), alpha=alpha)
-    plain = losses.focal_loss(jnp.asarray(LOGITS), jnp.asarray(TARGETS))
+    run = jax.jit(losses.focal_loss)
+    got = run(jnp.asarray(LOGITS), jnp.asarray(TARGETS), alpha=alpha)
+    plain = run(jnp.asarray(LOGITS), jnp.asarray(TARGETS))
     np.testing.assert_allclose(
         got, plain * jnp.asarray(1.0 + TARGETS, jnp.float32), rtol=1e-6
     )

@@ -1,5 +1,6 @@
 """Sequence unlikelihood, repetition decay and the anti-repetition loss."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,11 +33,10 @@ def decay_oracle(logits, ids, weights, span):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_sequence_unlikelihood_is_the_oracles(n):
+    run = jax.jit(functools.partial(losses.sequence_unlikelihood, ngram_size=n))
     for seed in range(4):
         logits, ids, weights = batch(seed)
-        got = losses.sequence_unlikelihood(
-            jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights), ngram_size=n
-        )
+        got = run(jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights))
         terms = oracle_terms.sequence_unlikelihood(logits, ids, weights, n)
         want = oracle_terms.weighted_mean(terms, weights)
         np.testing.assert_allclose(got, want, rtol=2e-5)
@@ -44,14 +44,10 @@ def test_sequence_unlikelihood_is_the_oracles(n):
 
 @pytest.mark.parametrize("span", [1, 3])
 def test_repetition_decay_is_the_oracles(span):
+    run = jax.jit(functools.partial(losses.repetition_decay_loss, span_length=span))
     for seed in range(4):
         logits, ids, weights = batch(seed)
-        got = losses.repetition_decay_loss(
-            jnp.asarray(logits),
-            jnp.asarray(ids),
-            jnp.asarray(weights),
-            span_length=span,
-        )
+        got = run(jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights))
         want = decay_oracle(logits, ids, weights, span)
         np.testing.assert_allclose(got, want, rtol=2e-5)
 
@@ -59,9 +55,8 @@ def test_repetition_decay_is_the_oracles(span):
 def test_spans_may_differ_by_row():
     logits, ids, _ = batch()
     spans = jnp.array([1, 4, 2])
-    got = losses.repetition_decay_loss(
-        jnp.asarray(logits), jnp.asarray(ids), span_length=spans
-    )
+    run = jax.jit(losses.repetition_decay_loss)
+    got = run(jnp.asarray(logits), jnp.asarray(ids), span_length=spans)
     ones = np.ones((1, S))
     rows = [
         decay_oracle(logits[b : b + 1], ids[b : b + 1], ones, span)
@@ -88,26 +83,30 @@ def test_gradients():
 def test_decay_has_a_gradient_through_the_later_repeat_only():
     rows = losses.repeat_spans(jnp.array([[1, 2]]), 4)
     logits = jnp.zeros((1, 4, V))
-    grad = jax.grad(lambda z: losses.repetition_decay_loss(z, rows, span_length=2))(
-        logits
-    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(z):
+        return losses.repetition_decay_loss(z, rows, span_length=2)
+
+    grad = gradient(logits)
     assert (np.asarray(grad[0, :2]) == 0).all()
     # At equal probabilities p > p/2, so the repeat is pushed down.
     assert float(grad[0, 2, 1]) > 0
 
 
-@pytest.mark.parametrize("gap", [30.0, 1e4])
-def test_a_certain_repeat_is_finite(gap):
+def test_a_certain_repeat_is_finite():
     ids = jnp.array([[1, 1, 1, 1]])
-    logits = jnp.zeros((1, 4, V)).at[:, 2:, 1].set(gap)
     for loss in (
         lambda z: losses.sequence_unlikelihood(z, ids, ngram_size=2),
         lambda z: losses.repetition_decay_loss(z, ids, span_length=2),
         lambda z: losses.repetition_decay_loss(z, ids, span_length=2, decay=0.0),
     ):
-        value, grad = jax.value_and_grad(loss)(logits)
-        assert np.isfinite(value)
-        assert np.isfinite(grad).all()
+        run = jax.jit(jax.value_and_grad(loss))
+        for gap in (30.0, 1e4):
+            value, grad = run(jnp.zeros((1, 4, V)).at[:, 2:, 1].set(gap))
+            assert np.isfinite(value)
+            assert np.isfinite(grad).all()
 
 
 def test_masked_tokens_may_hold_anything():
@@ -118,11 +117,11 @@ def test_masked_tokens_may_hold_anything():
         losses.sequence_unlikelihood,
         lambda z, y, w: losses.repetition_decay_loss(z, y, w, span_length=2),
     ):
-        want = jax.value_and_grad(loss)(logits, ids, weights)
-        got = jax.value_and_grad(loss)(dirty, other, weights)
+        run = jax.jit(jax.value_and_grad(loss))
+        want, got = run(logits, ids, weights), run(dirty, other, weights)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
-        assert float(loss(logits, ids, jnp.zeros_like(weights))) == 0
+        assert float(run(logits, ids, jnp.zeros_like(weights))[0]) == 0
 
 
 @pytest.mark.usefixtures("unannotated")
@@ -142,10 +141,12 @@ def test_bad_arguments():
 def test_anti_repetition_weights_may_be_schedules():
     logits, ids, _ = (jnp.asarray(x) for x in batch())
     schedule = optax.linear_schedule(0.2, 0.0, 10)
-    first, aux = losses.anti_repetition_loss(
-        logits, ids, repetition_penalty_weight=schedule
-    )
-    last, _ = losses.anti_repetition_loss(
-        logits, ids, repetition_penalty_weight=schedule, step=10
-    )
+
+    @jax.jit
+    def run(step):
+        return losses.anti_repetition_loss(
+            logits, ids, repetition_penalty_weight=schedule, step=step
+        )
+
+    (first, aux), (last, _) = run(0), run(10)
     np.testing.assert_allclose(first - last, 0.2 * aux["repetition_penalty"], rtol=1e-4)

@@ -185,21 +185,21 @@ def unified_steps(case: GoldenCase) -> list[Result]:
     """The steps of a unified case, which share one state."""
     loss_fn = ava_jax.create_unified_loss(case.config)
 
-    def call(floats: dict, fixed: dict, state: Any) -> tuple[jax.Array, Any]:
+    def call(floats: dict, fixed: dict, state: Any) -> tuple[Any, Any]:
         loss, aux, state = loss_fn(state, **floats, **fixed, train=True)
-        return loss, (aux, state)
-
-    def mtp_loss(floats: dict, fixed: dict, state: Any) -> jax.Array:
-        return loss_fn(state, **floats, **fixed, train=True)[1]["mtp_loss"]
+        return (loss, aux.get("mtp_loss", loss)), (aux, state)
 
     @jax.jit
     def run(floats: dict, fixed: dict, state: Any) -> tuple[Any, Any, Any]:
-        with_grad = jax.value_and_grad(call, has_aux=True)
-        (_, (aux, state)), grads = with_grad(floats, fixed, state)
+        losses, pull, (aux, after) = jax.vjp(
+            lambda floats: call(floats, fixed, state), floats, has_aux=True
+        )
+        one, nothing = jnp.ones_like(losses[0]), jnp.zeros_like(losses[0])
+        (grads,) = pull((one, nothing))
         if "mtp_params" in floats:
-            of_mtp = jax.grad(mtp_loss)(floats, fixed, state)
+            (of_mtp,) = pull((nothing, one))
             grads = {**grads, "mtp_params": of_mtp["mtp_params"]}
-        return aux, state, stored_gradients(grads)
+        return aux, after, stored_gradients(grads)
 
     state, results = loss_fn.init(), []
     for groups in case.arrays:
@@ -295,21 +295,21 @@ STATELESS: dict[str, Call] = {
 
 def stateless_steps(case: GoldenCase) -> list[Result]:
     """The steps of any other kind: out, and the gradient of `loss`."""
-    call, results = STATELESS[case.kind], []
-    for step, groups in enumerate(case.arrays):
-        floats, fixed = split_floats(on_device(dict(groups["in"])))
-        out = call(case, {**floats, **fixed})
-        grads: dict[str, Any] = {}
-        if step == 0 and floats:
-            scalar = functools.partial(loss_of, call, case, fixed)
-            grads = stored_gradients(jax.grad(scalar)(floats))
-        results.append((out, grads, {}))
-    return results
+    call = STATELESS[case.kind]
 
+    @jax.jit
+    def run(floats: dict, fixed: dict) -> tuple[Any, Any]:
+        def loss(floats: dict) -> tuple[jax.Array, Any]:
+            out = call(case, {**floats, **fixed})
+            return out["loss"], out
 
-def loss_of(call: Call, case: GoldenCase, fixed: dict, floats: dict) -> jax.Array:
-    """The differentiated output."""
-    return call(case, {**floats, **fixed})["loss"]
+        if not floats:
+            return call(case, fixed), {}
+        grads, out = jax.grad(loss, has_aux=True)(floats)
+        return out, stored_gradients(grads)
+
+    steps = (split_floats(on_device(dict(groups["in"]))) for groups in case.arrays)
+    return [(*run(*arrays), {}) for arrays in steps]
 
 
 def run_case(case: GoldenCase) -> list[Result]:

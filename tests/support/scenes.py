@@ -1,5 +1,6 @@
 """Small batches with everything on, shared by the tests of the unified loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,14 +80,35 @@ def adaptive_floats(key: int = 2) -> dict[str, Any]:
     }
 
 
-def jitted(loss_fn: ava_jax.UnifiedLoss, **options: Any) -> Callable[..., Any]:
-    """The loss call under jit, taking the state and one mapping of arguments."""
-    return jax.jit(lambda state, inputs: loss_fn(state, **options, **inputs))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "train"))
+def _call(loss_fn: ava_jax.UnifiedLoss, train: bool, state: Any, inputs: Any) -> Any:
+    return loss_fn(state, **inputs, train=train)
+
+
+def jitted(loss_fn: ava_jax.UnifiedLoss, train: bool = True) -> Callable[..., Any]:
+    """The loss call under jit, taking the state and one mapping of arguments.
+
+    Equal losses share a program.
+    """
+    return functools.partial(_call, loss_fn, train)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "door"))
+def value_and_grads(
+    loss_fn: ava_jax.UnifiedLoss, state: Any, arrays: Any, ints: Any, door: str
+) -> Any:
+    """(loss, (aux, state)) and gradients; equal losses share a program."""
+
+    def loss(arrays: dict[str, Any]) -> Any:
+        total, aux, after = loss_fn(state, **through(door, arrays), **ints)
+        return total, (aux, after)
+
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
 
 
 def through(door: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments for `"logits"` or `"fused"`."""
-    if door == "fused":
+    """The call's arguments for `"logits"` or `"fused"`; `"given"` takes all as is."""
+    if door in ("given", "fused"):
         return arrays
     rest = {k: v for k, v in arrays.items() if k != "lm_head"}
     return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}

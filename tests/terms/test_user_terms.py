@@ -186,6 +186,16 @@ def test_it_adds_its_weighted_mean_to_the_loss():
     np.testing.assert_allclose(aux["reward"], 0.5 * mean, rtol=1e-5)
 
 
+def test_masked_tokens_may_hold_anything():
+    given, loss_fn = rewarded(), ava_jax.unified_loss(CONFIG, (Reward(),))
+    want = two_steps(loss_fn, given)
+    reward = given["extra_inputs"]["reward"]
+    reward = jnp.where(given["attention_mask"], reward, jnp.nan)
+    assert jnp.isnan(reward).any()
+    got = two_steps(loss_fn, {**given, "extra_inputs": {"reward": reward}})
+    chex.assert_trees_all_equal(got, want)
+
+
 def test_its_weight_may_be_a_schedule():
     term = Reward(weight=optax.constant_schedule(0.0))
     loss_fn = ava_jax.unified_loss(CONFIG, (term,))
