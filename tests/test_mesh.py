@@ -126,9 +126,7 @@ def make_step(config, door, **layout):
             if door == "logits":
                 product = given["hidden_states"] @ given["lm_head"]
                 given["logits"] = product + given["lm_head_bias"]
-                if config.get("mtp_type") != "sequential":
-                    del given["lm_head"], given["lm_head_bias"]
-            total, aux, after = loss_fn(state, **given, **ints)
+            total, aux, after = loss_fn(state, **loss_fn.select({**given, **ints}))
             return total, (aux, after)
 
         return jax.value_and_grad(loss, has_aux=True)(arrays)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from ava_jax.config import Settings, Similarity, Weight, weight_at
 from ava_jax.inputs import LossInputs, array
@@ -19,36 +19,39 @@ from ava_jax.terms.base import Aux, BatchTerm, Call, Output, Scalar, Step
 Leaf = TypeVar("Leaf")
 
 
-def layered(
-    name: str, x: Array, shape: tuple[int, ...], num_layers: int | None = None
-) -> Shaped[Array, "L N K"]:
-    """Returns router inputs of any accepted shape as [L, N, ·].
+def layered_shape(
+    name: str,
+    given: tuple[int, ...],
+    tokens: tuple[int, ...],
+    num_layers: int | None = None,
+) -> tuple[int, int, int]:
+    """Returns the shape of a router's input as L layers of N tokens.
 
     Args:
       name: the argument, for the error.
-      x: [N, ·], [B, S, ·], [L, N, ·] or [L, B, S, ·].
-      shape: B and S.
+      given: its shape, [N, ·], [B, S, ·], [L, N, ·] or [L, B, S, ·].
+      tokens: B and S.
       num_layers: L, if it is fixed.
 
     Raises:
       ValueError: the shape is none of these.
     """
-    batch, length = shape
+    batch, length = tokens
     count = batch * length
     one = ((count,), (batch, length))
-    many = tuple((x.shape[0], *tokens) for tokens in one)
-    if x.ndim < 2 or x.shape[:-1] not in one + many:
+    many = tuple((*given[:1], *lead) for lead in one)
+    if len(given) < 2 or given[:-1] not in one + many:
         raise ValueError(
             f"{name} must be [N, ·], [B, S, ·], [L, N, ·] or [L, B, S, ·] with "
-            f"N = B·S = {count}, B = {batch}, S = {length}, got {x.shape}"
+            f"N = B·S = {count}, B = {batch}, S = {length}, got {given}"
         )
-    layers = 1 if x.shape[:-1] in one else x.shape[0]
+    layers = 1 if given[:-1] in one else given[0]
     if num_layers not in (None, layers):
         raise ValueError(
             f"{name} must have a leading axis of num_moe_layers={num_layers} layers, "
-            f"got {x.shape}"
+            f"got {given}"
         )
-    return x.reshape(layers, count, x.shape[-1])
+    return layers, count, given[-1]
 
 
 class RouterTerm(BatchTerm):
@@ -64,23 +67,26 @@ class RouterTerm(BatchTerm):
     requires = ("gate_logits", "expert_indices")
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
-        gates, choices = self.read(inputs)
-        if gates.shape[-1] != self.num_experts:
+        gates = self._shape("gate_logits", inputs)
+        choices = self._shape("expert_indices", inputs)
+        if gates[-1] != self.num_experts:
             raise ValueError(
                 f"gate_logits must have num_experts={self.num_experts} as its last "
                 f"axis, got {array(inputs, 'gate_logits').shape}"
             )
-        if gates.shape[0] != choices.shape[0]:
+        if gates[0] != choices[0]:
             raise ValueError(
-                f"gate_logits has {gates.shape[0]} layers, expert_indices "
-                f"{choices.shape[0]}"
+                f"gate_logits has {gates[0]} layers, expert_indices {choices[0]}"
             )
+
+    def _shape(self, name: str, inputs: LossInputs) -> tuple[int, int, int]:
+        tokens = array(inputs, "targets").shape
+        return layered_shape(name, array(inputs, name).shape, tokens, self.num_layers)
 
     def read(self, inputs: LossInputs) -> tuple[Array, Array]:
         """Returns gate logits [L, N, E] and chosen experts [L, N, k]."""
-        shape = array(inputs, "targets").shape
         gates, choices = (
-            layered(name, array(inputs, name), shape, self.num_layers)
+            array(inputs, name).reshape(self._shape(name, inputs))
             for name in ("gate_logits", "expert_indices")
         )
         return gates, choices
