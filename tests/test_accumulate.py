@@ -44,7 +44,7 @@ def cut(arrays, ints, rows):
     return part, {k: v[rows] for k, v in ints.items()}
 
 
-def whole_and_parts(config, arrays, ints, door, count):
+def whole_and_parts(config, arrays, ints, path, count):
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
     normalizers = loss_fn.normalizers(
@@ -56,7 +56,7 @@ def whole_and_parts(config, arrays, ints, door, count):
         def loss(arrays: dict[str, Any]):
             part, own = cut(arrays, ints, rows)
             total, _, stats = loss_fn.accumulate(
-                state, **through(door, part), **own, normalizers=normalizers
+                state, **through(path, part), **own, normalizers=normalizers
             )
             return total, stats
 
@@ -66,7 +66,7 @@ def whole_and_parts(config, arrays, ints, door, count):
     shares = [part(arrays, rows) for rows in parts]
     (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
     after = loss_fn.commit(state, stats)
-    whole = value_and_grads(loss_fn, state, arrays, ints, door)
+    whole = value_and_grads(loss_fn, state, arrays, ints, path)
     return whole, ((total, (loss_fn.summary(after, stats), after)), grads)
 
 
@@ -78,30 +78,30 @@ DEFAULT = [
     ("fused", "predictions", 8),
 ]
 REST = [
-    pytest.param(door, source, count, marks=pytest.mark.slow)
-    for door in ("logits", "fused")
+    pytest.param(path, source, count, marks=pytest.mark.slow)
+    for path in ("logits", "fused")
     for source in ("predictions", "targets")
     for count in (1, 2, 4, 8)
-    if (door, source, count) not in DEFAULT
+    if (path, source, count) not in DEFAULT
 ]
 
 
-@pytest.mark.parametrize(("door", "source", "count"), [*DEFAULT, *REST])
-def test_micro_batches_add_up(door, source, count):
+@pytest.mark.parametrize(("path", "source", "count"), [*DEFAULT, *REST])
+def test_micro_batches_add_up(path, source, count):
     ints = integers(rows=ROWS)
     ints["attention_mask"] = ints["attention_mask"].at[2:4].set(False)  # empty ones
     config = {**ADDITIVE, "penalty_source": source}
-    want, got = whole_and_parts(config, floats(rows=ROWS), ints, door, count)
+    want, got = whole_and_parts(config, floats(rows=ROWS), ints, path, count)
     assert_trees_close(got, want, 2e-5)
 
 
 @pytest.mark.parametrize(
-    ("door", "count"), [("fused", 4), pytest.param("logits", 8, marks=pytest.mark.slow)]
+    ("path", "count"), [("fused", 4), pytest.param("logits", 8, marks=pytest.mark.slow)]
 )
-def test_micro_batches_add_up_in_float64(door, count):
+def test_micro_batches_add_up_in_float64(path, count):
     with jax.enable_x64(True):
         arrays = jax.tree.map(lambda x: x.astype(float), floats(rows=ROWS))
-        want, got = whole_and_parts(ADDITIVE, arrays, integers(rows=ROWS), door, count)
+        want, got = whole_and_parts(ADDITIVE, arrays, integers(rows=ROWS), path, count)
         assert_trees_close(got, want, 1e-10)
 
 

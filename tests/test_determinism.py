@@ -19,8 +19,8 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("door", ["logits", "fused"])
-def test_twenty_runs_give_the_same_gradient(door):
+@pytest.mark.parametrize("path", ["logits", "fused"])
+def test_twenty_runs_give_the_same_gradient(path):
     """Large enough for several threads to share the work, with ids that repeat."""
     loss_fn = ava_jax.create_unified_loss(CONFIG)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -35,7 +35,7 @@ def test_twenty_runs_give_the_same_gradient(door):
     def gradient(arrays):
         hidden, head = arrays
         given: dict[str, Any] = {"hidden_states": hidden, "lm_head": head}
-        if door == "logits":
+        if path == "logits":
             given = {"logits": hidden @ head}
         return loss_fn(loss_fn.init(), targets=targets, **given)[0]
 

@@ -112,7 +112,7 @@ def placed(mesh, tree, columns):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def make_step(config, door, **layout):
+def make_step(config, path, **layout):
     """Loss, aux, state and gradients, the temperature's among them."""
     loss_fn = ava_jax.create_unified_loss(config, **layout)
 
@@ -123,10 +123,11 @@ def make_step(config, door, **layout):
             temperature = given.pop("temperature")
             if state.temperature is not None:
                 state = ava_jax.LossState(**vars(state) | {"temperature": temperature})
-            if door == "logits":
+            if path == "logits":
                 product = given["hidden_states"] @ given["lm_head"]
                 given["logits"] = product + given["lm_head_bias"]
-            total, aux, after = loss_fn(state, **loss_fn.select({**given, **ints}))
+            inputs: Any = {**given, **ints}
+            total, aux, after = loss_fn(state, **loss_fn.select(inputs))
             return total, (aux, after)
 
         return jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -135,37 +136,37 @@ def make_step(config, door, **layout):
 
 
 @functools.cache
-def alone(name, door, columns):
+def alone(name, path, columns):
     """What one device computes."""
-    return make_step(CONFIGS[name], door)(floats(columns), integers())
+    return make_step(CONFIGS[name], path)(floats(columns), integers())
 
 
-def check(name, door, sizes, types=AxisType.Auto, columns=COLUMNS, *, is_told=True):
+def check(name, path, sizes, types=AxisType.Auto, columns=COLUMNS, *, gets_mesh=True):
     """Compares a mesh with one device.
 
     Args:
       name: of the config.
-      door: `"logits"` or `"fused"`.
+      path: `"logits"` or `"fused"`.
       sizes: the mesh's axes and their sizes.
       types: of all the axes.
       columns: of lm_head and the logits.
-      is_told: whether the loss knows of the mesh.
+      gets_mesh: whether the loss knows of the mesh.
     """
     count = len(sizes)
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(types,) * count
     )
     layout: dict[str, Any] = {}
-    if is_told:
+    if gets_mesh:
         layout = {"mesh": mesh, "vocab_axis": "tensor"}
         layout["batch_axes"] = tuple(a for a in ROWS if a in sizes)
         layout["sequence_axis"] = "sequence" if "sequence" in sizes else None
-    step = make_step(CONFIGS[name], door, **layout)
+    step = make_step(CONFIGS[name], path, **layout)
     context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
     with context or contextlib.nullcontext():
         arrays = placed(mesh, floats(columns), columns)
         got = step(arrays, placed(mesh, integers(), columns))
-    want = alone(name, door, columns)
+    want = alone(name, path, columns)
     assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
     if types is AxisType.Explicit:
         for one, other in zip(*map(jax.tree.leaves, (got[1], arrays)), strict=True):
@@ -177,47 +178,47 @@ def over(data, tensor):
 
 
 @pytest.mark.parametrize(
-    ("door", "sizes", "types"),
+    ("path", "sizes", "types"),
     [
         ("fused", over(8, 1), AxisType.Auto),
         ("fused", over(4, 2), AxisType.Explicit),
         ("logits", over(2, 4), AxisType.Explicit),
     ],
 )
-def test_a_mesh_changes_no_number(door, sizes, types):
-    check("parallel", door, sizes, types)
+def test_a_mesh_changes_no_number(path, sizes, types):
+    check("parallel", path, sizes, types)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("sizes", [over(8, 1), over(4, 2), over(2, 4), over(1, 8)])
-@pytest.mark.parametrize("door", ["logits", "fused"])
-@pytest.mark.parametrize("is_told", [True, False])
-def test_every_mesh_changes_no_number(door, sizes, types, is_told):
-    check("parallel", door, sizes, types, is_told=is_told)
+@pytest.mark.parametrize("path", ["logits", "fused"])
+@pytest.mark.parametrize("gets_mesh", [True, False])
+def test_every_mesh_changes_no_number(path, sizes, types, gets_mesh):
+    check("parallel", path, sizes, types, gets_mesh=gets_mesh)
 
 
 @pytest.mark.parametrize(
-    ("door", "types"), [("logits", AxisType.Auto), ("fused", AxisType.Explicit)]
+    ("path", "types"), [("logits", AxisType.Auto), ("fused", AxisType.Explicit)]
 )
-def test_the_loss_need_not_be_told(door, types):
-    check("parallel", door, over(2, 4), types, is_told=False)
+def test_the_loss_needs_no_mesh(path, types):
+    check("parallel", path, over(2, 4), types, gets_mesh=False)
 
 
 @pytest.mark.parametrize(
-    ("door", "columns"),
+    ("path", "columns"),
     [
         ("fused", V),
         ("logits", V),
         pytest.param("fused", V + 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_vocabulary_that_the_devices_cannot_share_evenly(door, columns):
-    check("sequential", door, over(1, 8), columns=columns)
+def test_a_vocabulary_that_the_devices_cannot_share_evenly(path, columns):
+    check("sequential", path, over(1, 8), columns=columns)
 
 
 @pytest.mark.parametrize(
-    ("door", "types"),
+    ("path", "types"),
     [
         ("logits", AxisType.Explicit),
         ("fused", AxisType.Auto),
@@ -225,12 +226,12 @@ def test_a_vocabulary_that_the_devices_cannot_share_evenly(door, columns):
         pytest.param("fused", AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
-def test_rows_over_two_axes_and_sharded_parameters(door, types):
-    check("sequential", door, {"data": 2, "fsdp": 2, "tensor": 2}, types)
+def test_rows_over_two_axes_and_sharded_parameters(path, types):
+    check("sequential", path, {"data": 2, "fsdp": 2, "tensor": 2}, types)
 
 
 @pytest.mark.parametrize(
-    ("name", "door", "types"),
+    ("name", "path", "types"),
     [
         ("parallel", "logits", AxisType.Explicit),
         ("sequential", "fused", AxisType.Auto),
@@ -238,9 +239,9 @@ def test_rows_over_two_axes_and_sharded_parameters(door, types):
         pytest.param("sequential", "logits", AxisType.Explicit, marks=pytest.mark.slow),
     ],
 )
-def test_rows_that_devices_share(name, door, types):
+def test_rows_that_devices_share(name, path, types):
     """Shifts, windows, runs and segments reach over the edges of the shards."""
-    check(name, door, {"data": 2, "sequence": 2, "tensor": 2}, types)
+    check(name, path, {"data": 2, "sequence": 2, "tensor": 2}, types)
 
 
 def test_adaptive_heads():
@@ -273,7 +274,7 @@ def test_a_device_keeps_its_rows_of_the_projections_gradient(
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(types,) * len(sizes)
     )
-    told = projection_gradients(
+    sharded = projection_gradients(
         mesh=mesh,
         batch_axes=tuple(a for a in ROWS if a in sizes),
         sequence_axis="sequence" if "sequence" in sizes else None,
@@ -282,7 +283,7 @@ def test_a_device_keeps_its_rows_of_the_projections_gradient(
     arrays = {"hidden_states": hidden, "lm_head": head, "targets": targets}
     context = jax.set_mesh(mesh) if types is AxisType.Explicit else None
     with context or contextlib.nullcontext():
-        got = told(*placed(mesh, arrays, columns).values())
+        got = sharded(*placed(mesh, arrays, columns).values())
     assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
     if types is AxisType.Auto and columns == COLUMNS:
         shard = got[1].sharding.shard_shape(got[1].shape)
@@ -350,7 +351,7 @@ def test_micro_batches_on_a_mesh(types):
     alone = ava_jax.create_unified_loss(config)
     whole = {k: v[None] for k, v in rows.items()}
     want = jax.jit(window, static_argnums=0)(alone, head, whole)
-    told = ava_jax.create_unified_loss(
+    sharded = ava_jax.create_unified_loss(
         config, mesh=mesh, batch_axes="data", vocab_axis="tensor"
     )
     halves = {k: v.reshape(2, B // 2, *v.shape[1:]) for k, v in rows.items()}
@@ -358,7 +359,7 @@ def test_micro_batches_on_a_mesh(types):
     with context or contextlib.nullcontext():
         placed_head = jax.device_put(head, NamedSharding(mesh, P(None, "tensor")))
         halves = jax.device_put(halves, NamedSharding(mesh, P(None, "data")))
-        got = jax.jit(window, static_argnums=0)(told, placed_head, halves)
+        got = jax.jit(window, static_argnums=0)(sharded, placed_head, halves)
     assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
     assert jnp.any(want[2].moe_balancing.bias != 0)
 

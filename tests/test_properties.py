@@ -235,14 +235,14 @@ def check_zeros(scenario: Scenario, grads: dict[str, Any]) -> None:
 @PRECISIONS
 @examples(26)
 @given(scenario=scenarios(token_scenario, "logits"))
-def test_logits_door(wide: bool, scenario: Scenario) -> None:
+def test_logits_path(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
 @PRECISIONS
 @examples(14)
 @given(scenario=scenarios(token_scenario, "fused"))
-def test_passes_door(wide: bool, scenario: Scenario) -> None:
+def test_paths_of_one_pass(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
@@ -274,11 +274,11 @@ def test_contrastive(wide: bool, scenario: Scenario) -> None:
     check_steps(scenario, wide)
 
 
-@pytest.mark.parametrize("door", ["logits", "fused"])
+@pytest.mark.parametrize("path", ["logits", "fused"])
 @examples(10)
 @given(seed=SEEDS)
-def test_gradient_of_a_door(door: str, seed: int) -> None:
-    check_gradient(token_scenario(default_rng(seed), door))
+def test_gradient_of_a_path(path: str, seed: int) -> None:
+    check_gradient(token_scenario(default_rng(seed), path))
 
 
 @pytest.mark.parametrize(

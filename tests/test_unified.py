@@ -12,8 +12,8 @@ import optax
 import pytest
 from support.scenes import (
     ADAPTIVE,
-    DOORS,
     EVERYTHING,
+    PATHS,
     B,
     S,
     V,
@@ -256,17 +256,17 @@ class VariantsTest(chex.TestCase):
 
 
 def test_the_whole_loss_has_the_gradient_of_its_value():
-    """Numerical differentiation of everything at once, through both doors."""
+    """Numerical differentiation of everything at once, through both paths."""
     with jax.enable_x64(True):
         loss_fn = ava_jax.create_unified_loss(
             {**EVERYTHING, "use_moe_balancing": False}
         )
         arrays = jax.tree.map(lambda x: x.astype(jnp.float64), floats())
         ints, state = integers(), loss_fn.init()
-        for door in DOORS:
+        for path in PATHS:
 
-            def loss(arrays: dict[str, Any], door=door):
-                return loss_fn(state, **through(door, arrays), **ints)[0]
+            def loss(arrays: dict[str, Any], path=path):
+                return loss_fn(state, **through(path, arrays), **ints)[0]
 
             value = jax.jit(loss)
             grads = jax.jit(jax.grad(loss))(arrays)

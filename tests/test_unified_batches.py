@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support.scenes import (
     ADAPTIVE,
-    DOORS,
     EVERYTHING,
+    PATHS,
     B,
     D,
     K,
@@ -44,8 +44,8 @@ def with_filled_logits(loss_fn, state, arrays, ints, filler):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("door", DOORS)
-def test_masked_positions_may_hold_anything(door, bad):
+@pytest.mark.parametrize("path", PATHS)
+def test_masked_positions_may_hold_anything(path, bad):
     """The heads see targets ahead, so whole rows are masked for them."""
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     ints, state = integers(), loss_fn.init()
@@ -57,7 +57,7 @@ def test_masked_positions_may_hold_anything(door, bad):
         "gate_logits": clean["gate_logits"].at[1].set(bad),
         "expert_outputs": clean["expert_outputs"].at[:, 1].set(bad),
     }
-    if door == "logits":
+    if path == "logits":
         run = functools.partial(with_filled_logits, loss_fn, state, clean, ints)
         chex.assert_trees_all_equal(run(bad), run(0.0))
     want = value_and_grads(loss_fn, state, clean, ints, "fused")
@@ -79,28 +79,28 @@ def test_masked_targets_may_hold_anything():
 
 
 @pytest.mark.parametrize("target", [-1, V, 10**6, -100])
-@pytest.mark.parametrize("door", DOORS)
-def test_bad_ids_are_excluded_and_counted(door, target):
+@pytest.mark.parametrize("path", PATHS)
+def test_bad_ids_are_excluded_and_counted(path, target):
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     ints, arrays = integers(), floats()
     ints["attention_mask"] = jnp.ones((B, S), bool)
     hidden = {**ints, "attention_mask": ints["attention_mask"].at[2, 4].set(False)}
-    want = value_and_grads(loss_fn, loss_fn.init(), arrays, hidden, door)
+    want = value_and_grads(loss_fn, loss_fn.init(), arrays, hidden, path)
     ints["targets"] = ints["targets"].at[2, 4].set(target)
     (loss, (aux, _)), grads = value_and_grads(
-        loss_fn, loss_fn.init(), arrays, ints, door
+        loss_fn, loss_fn.init(), arrays, ints, path
     )
     assert int(aux["num_invalid_targets"]) == (target != -100)
     assert int(aux["num_tokens"]) == B * S - 1
     chex.assert_trees_all_close((loss, grads), (want[0][0], want[1]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_padded_columns_take_no_part_in_anything(door):
+@pytest.mark.parametrize("path", PATHS)
+def test_padded_columns_take_no_part_in_anything(path):
     """They are as large as they can be; smoothing and entropy use the true V."""
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     arrays, ints = floats(), integers()
-    want = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, door)
+    want = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, path)
     padded = jax.tree.map(lambda x: x, arrays)
     padded["lm_head"] = jnp.pad(
         arrays["lm_head"], ((0, 0), (0, 3)), constant_values=50.0
@@ -112,7 +112,7 @@ def test_padded_columns_take_no_part_in_anything(door):
         ),
         "bias": jnp.pad(heads["bias"], ((0, 0), (0, 3)), constant_values=50.0),
     }
-    (values, grads) = value_and_grads(loss_fn, loss_fn.init(), padded, ints, door)
+    (values, grads) = value_and_grads(loss_fn, loss_fn.init(), padded, ints, path)
     cut = jax.tree.map(lambda g, x: g[tuple(map(slice, x.shape))], grads, arrays)
     chex.assert_trees_all_close((values, cut), want, rtol=1e-5, atol=1e-6)
     assert (np.asarray(grads["lm_head"][:, V:]) == 0).all()
@@ -120,7 +120,7 @@ def test_padded_columns_take_no_part_in_anything(door):
 
 
 @pytest.mark.parametrize(
-    ("config", "door"),
+    ("config", "path"),
     [
         ({**EVERYTHING, "penalty_source": "predictions"}, "logits"),
         ({**EVERYTHING, "penalty_source": "targets"}, "logits"),
@@ -128,13 +128,13 @@ def test_padded_columns_take_no_part_in_anything(door):
     ],
     ids=["predictions", "targets", "adaptive"],
 )
-def test_a_batch_in_which_nothing_counts_changes_nothing(config, door):
+def test_a_batch_without_an_unmasked_token_changes_nothing(config, path):
     loss_fn = ava_jax.create_unified_loss(config)
-    arrays = adaptive_floats() if door == "given" else floats()
-    ints = integers(experts=door != "given")
-    (_, (_, state)), _ = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, door)
+    arrays = adaptive_floats() if path == "given" else floats()
+    ints = integers(experts=path != "given")
+    (_, (_, state)), _ = value_and_grads(loss_fn, loss_fn.init(), arrays, ints, path)
     ints["attention_mask"] = jnp.zeros_like(ints["attention_mask"])
-    (total, (aux, after)), grads = value_and_grads(loss_fn, state, arrays, ints, door)
+    (total, (aux, after)), grads = value_and_grads(loss_fn, state, arrays, ints, path)
     chex.assert_trees_all_equal(after, state)
     assert float(total) == 0
     assert float(aux["nll"]) == 0
@@ -196,9 +196,9 @@ def test_short_rows(length):
     arrays["expert_outputs"] = arrays["expert_outputs"][:, :, :length]
     ints = {k: v[:, :length] for k, v in ints.items()}
     loss_fn = ava_jax.create_unified_loss(config)
-    for door in DOORS:
+    for path in PATHS:
         (_, (aux, _)), grads = value_and_grads(
-            loss_fn, loss_fn.init(), arrays, ints, door
+            loss_fn, loss_fn.init(), arrays, ints, path
         )
         chex.assert_tree_all_finite((aux, grads))
         assert aux["mtp_head_losses"].shape == (length - 1,)

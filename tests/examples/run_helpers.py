@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
+from support import compiling
 
 from train_tpu import main
 from trainer.report.metrics import Record, read_records
@@ -63,11 +64,19 @@ def assert_close(
                 )
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """That of a process of its own: its devices, and compiled programs from `cache`."""
+def environment(
+    cache: Path, devices: int = 1, *, is_quick: bool = True
+) -> dict[str, str]:
+    """That of a process of its own: its devices, and compiled programs from `cache`.
+
+    Unless `is_quick`, it compiles as users do where that is not switched off otherwise.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if is_quick and compiling.QUICK in os.environ["XLA_FLAGS"]:
+        flags += f" {compiling.QUICK}"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

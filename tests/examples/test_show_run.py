@@ -347,7 +347,7 @@ def test_corrupt_metrics_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_the_page_goes_where_it_is_told(
+def test_the_page_goes_where_it_gets_mesh(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")

@@ -64,7 +64,7 @@ def test_fresh_processes_give_the_same_gradient(
             f"print(*tests.gradients({arguments!r}, {RUNS // 4}))"
         )
         path = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
-        own = environment(programs) | {
+        own = environment(programs, is_quick=False) | {
             "PYTHONPATH": path,
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         }

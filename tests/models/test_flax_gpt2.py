@@ -27,7 +27,7 @@ from support.model_checks import (
     by_path,
     check_everything_learns,
     check_plain_is_optax,
-    check_smoothing_is_told_apart,
+    check_smoothing_gets_mesh_apart,
     mtp_params,
     optax_line,
     run_of,
@@ -69,7 +69,7 @@ def outputs_of(
     )
     hidden = {"hidden_states": output.hidden_states[-1]}
     mtp = hidden | {"mtp_params": params["mtp"]} if setting.mtp else {}
-    if setting.door == "logits":
+    if setting.path == "logits":
         return {"logits": output.logits} | mtp
     if setting.tied:
         head = params["model"]["transformer"]["wte"]["embedding"].T
@@ -96,10 +96,10 @@ def train(line: Line, state: Any, setting: Setting) -> Run:
 
     opt_state, history = optimizer.init(params), []
     for number in range(STEPS):
-        params, opt_state, state, told = step(
+        params, opt_state, state, reported = step(
             params, opt_state, state, batch_of(number, setting), jax.random.key(number)
         )
-        history.append(told)
+        history.append(reported)
     return run_of(history, params, state)
 
 
@@ -108,8 +108,8 @@ def test_plain_is_optax(setting: Setting) -> None:
     check_plain_is_optax(train, setting)
 
 
-def test_smoothing_is_told_apart() -> None:
-    check_smoothing_is_told_apart(train)
+def test_smoothing_gets_mesh_apart() -> None:
+    check_smoothing_gets_mesh_apart(train)
 
 
 @EVERYTHING_SETTINGS
@@ -141,9 +141,9 @@ def test_the_gradient_of_a_keys_bias_is_rounding(dtype: Any, bound: float) -> No
     assert abs(value).max() > 1e-4
 
 
-@pytest.mark.parametrize(("door", "made"), [("logits", True), ("fused", False)])
-def test_unread_logits_are_not_made(door: Any, made: bool) -> None:
-    setting = Setting(door, tied=True)
+@pytest.mark.parametrize(("path", "made"), [("logits", True), ("fused", False)])
+def test_unread_logits_are_not_made(path: Any, made: bool) -> None:
+    setting = Setting(path, tied=True)
     model, params = make(setting)
     loss_fn = ava_jax.create_unified_loss(PLAIN, chunk_size=4)
     line = ava_line(loss_fn)

@@ -20,7 +20,7 @@ from support.model_checks import (
     batch_of,
     check_everything_learns,
     check_plain_is_optax,
-    check_smoothing_is_told_apart,
+    check_smoothing_gets_mesh_apart,
     mtp_params,
     run_of,
 )
@@ -63,7 +63,7 @@ def outputs_of(model: dict[str, Any], ids: jax.Array, setting: Setting) -> Any:
     named = pz.nn.Sequential(body)(tokens, token_positions=positions)
     hidden = {"hidden_states": named.unwrap("batch", "seq", "embedding")}
     mtp = hidden | {"mtp_params": model["mtp"].value} if setting.mtp else {}
-    if setting.door == "logits":
+    if setting.path == "logits":
         logits = model["model"](tokens).unwrap("batch", "seq", "vocabulary")
         return {"logits": logits} | mtp
     table = last.table.embeddings if setting.tied else last.weights
@@ -95,8 +95,8 @@ def test_plain_is_optax(setting: Setting) -> None:
     check_plain_is_optax(train, setting)
 
 
-def test_smoothing_is_told_apart() -> None:
-    check_smoothing_is_told_apart(train)
+def test_smoothing_gets_mesh_apart() -> None:
+    check_smoothing_gets_mesh_apart(train)
 
 
 @EVERYTHING_SETTINGS

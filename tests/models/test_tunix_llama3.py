@@ -22,7 +22,7 @@ from support.model_checks import (
     batch_of,
     check_everything_learns,
     check_plain_is_optax,
-    check_smoothing_is_told_apart,
+    check_smoothing_gets_mesh_apart,
     run_of,
 )
 
@@ -78,7 +78,7 @@ def outputs_of(model: Any, batch: Batch, setting: Setting) -> dict[str, Any]:
     if setting.mtp:
         params = nnx.to_pure_dict(nnx.state(model.mtp, nnx.Param))
         mtp = hidden | {"mtp_params": params}
-    if setting.door == "logits":
+    if setting.path == "logits":
         return {"logits": model(ids, positions, None, attention)[0]} | mtp
     if setting.tied:
         head = model.embedder.input_embedding[...].T
@@ -105,8 +105,8 @@ def train(line: Line, state: Any, setting: Setting) -> Run:
 
     history = []
     for number in range(STEPS):
-        state, told = step(model, optimizer, state, batch_of(number, setting))
-        history.append(told)
+        state, reported = step(model, optimizer, state, batch_of(number, setting))
+        history.append(reported)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return run_of(history, params, state)
 
@@ -116,8 +116,8 @@ def test_plain_is_optax(setting: Setting) -> None:
     check_plain_is_optax(train, setting)
 
 
-def test_smoothing_is_told_apart() -> None:
-    check_smoothing_is_told_apart(train)
+def test_smoothing_gets_mesh_apart() -> None:
+    check_smoothing_gets_mesh_apart(train)
 
 
 @EVERYTHING_SETTINGS

@@ -66,7 +66,7 @@ class Setting:
     """How a model is trained.
 
     Attributes:
-      door: what the loss line gets: the model's logits, or its hidden states and head.
+      path: what the loss line gets: the model's logits, or its hidden states and head.
       masked: whether rows end in padding, from which nothing is learnt.
       dtype: of the weights and of the computation.
       tied: whether the head is the embedding.
@@ -74,7 +74,7 @@ class Setting:
       learning_rate: Adam's.
     """
 
-    door: Literal["logits", "fused"] = "logits"
+    path: Literal["logits", "fused"] = "logits"
     masked: bool = False
     dtype: Literal["float32", "float64"] = "float32"
     tied: bool = False
@@ -112,7 +112,7 @@ EVERYTHING_SETTINGS = pytest.mark.parametrize(
         ),
     ],
 )
-# What Tunix calls, JAX and Flax deprecate. The second is laid at Flax's own door.
+# What Tunix calls, JAX and Flax deprecate. The second is Flax's own doing.
 TUNIX_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:tunix",
     "ignore:'sharding' is deprecated:DeprecationWarning:flax",
@@ -139,7 +139,7 @@ class Trainer(Protocol):
     """Trains a fresh model for `STEPS` steps.
 
     `line(state, ids, mask, **outputs)` is the loss line. Its outputs are the loss's
-    arguments, by the door, with `mtp_params` where the setting has them.
+    arguments, by the path, with `mtp_params` where the setting has them.
     """
 
     def __call__(self, line: Line, state: Any, setting: Setting) -> Run: ...
@@ -170,7 +170,9 @@ def by_path(params: Any) -> dict[str, NDArray]:
 def run_of(history: list[tuple[Any, Any]], params: Any, state: Any) -> Run:
     """Gathers a run from the steps' (loss, aux)."""
     losses = np.array([float(loss) for loss, _ in history])
-    aux = [{name: np.asarray(x) for name, x in told.items()} for _, told in history]
+    aux = [
+        {name: np.asarray(x) for name, x in reported.items()} for _, reported in history
+    ]
     return Run(losses, aux, by_path(params), state)
 
 
@@ -206,7 +208,7 @@ def train_with(
 def train_with_optax(train: Trainer, setting: Setting) -> Run:
     """Trains as usual: the reference."""
     with jax.enable_x64(setting.dtype == "float64"):
-        return train(optax_line, None, dataclasses.replace(setting, door="logits"))
+        return train(optax_line, None, dataclasses.replace(setting, path="logits"))
 
 
 # The checks ----------------------------------------------------------------------
@@ -228,7 +230,7 @@ def check_plain_is_optax(train: Trainer, setting: Setting) -> None:
         assert gap < 1e-6, name
 
 
-def check_smoothing_is_told_apart(train: Trainer) -> None:
+def check_smoothing_gets_mesh_apart(train: Trainer) -> None:
     """The comparison is not blind: label smoothing alone is far off."""
     run = train_with(train, PLAIN, Setting(), label_smoothing=0.1)
     reference = train_with_optax(train, Setting())

@@ -163,7 +163,7 @@ def project(hidden: Floats, inputs: Mapping[str, Any]) -> Floats:
 
 
 def read_tokens(cfg: OracleConfig, inputs: Mapping[str, Any]) -> Tokens:
-    """Logits through whichever door, weights and segments."""
+    """Logits through whichever path, weights and segments."""
     targets = np.asarray(inputs["targets"], np.int64)
     mask, segments = inputs.get("attention_mask"), inputs.get("segment_ids")
     if segments is not None:

@@ -119,8 +119,8 @@ TOKEN_OPTIONS: dict[str, list[Any]] = {
 }
 
 
-def token_scenario(rng: Generator, door: str) -> Scenario:
-    """Everything that one vocabulary pass serves, through the given door."""
+def token_scenario(rng: Generator, path: str) -> Scenario:
+    """Everything that one vocabulary pass serves, through the given path."""
     rows, length, vocab = pick(rng, SHAPES)
     config = {
         "vocab_size": vocab,
@@ -140,9 +140,9 @@ def token_scenario(rng: Generator, door: str) -> Scenario:
         inputs["segment_ids"] = draw_segments(rng, targets.shape)
     extra = pick(rng, [0, 0, 3])
     scale = pick(rng, [1.0, 6.0])
-    if door == "logits":
+    if path == "logits":
         allow_inf = pick(rng, [True, False])
-        inputs["logits"] = door_logits(rng, config, inputs, extra, scale, allow_inf)
+        inputs["logits"] = path_logits(rng, config, inputs, extra, scale, allow_inf)
     else:
         inputs |= fused_inputs(rng, config, inputs, extra, scale)
         if pick(rng, [True, False]):
@@ -166,7 +166,7 @@ def poison(rng: Generator, values: Any, keep: Any) -> Any:
     return np.where(keep[..., None], values, junk).astype(np.float32)
 
 
-def door_logits(
+def path_logits(
     rng: Generator,
     config: dict[str, Any],
     inputs: dict[str, Any],
@@ -263,7 +263,7 @@ def deepseek_heads(rng: Generator, heads: int, vocab: int) -> dict[str, Any]:
 
 
 def plain_mtp_scenario(rng: Generator) -> Scenario:
-    """Parallel and sequential heads beside either door."""
+    """Parallel and sequential heads beside either path."""
     config, inputs = draw_tokens(rng)
     kind = pick(rng, ["parallel", "sequential"])
     heads = int(rng.integers(1, 4 + 1))
@@ -281,7 +281,7 @@ def plain_mtp_scenario(rng: Generator) -> Scenario:
         inputs |= shared
         config["chunk_size"] = pick(rng, [None, 3])
     if not fused:
-        inputs["logits"] = door_logits(rng, config, inputs, 1, 2.0, False)
+        inputs["logits"] = path_logits(rng, config, inputs, 1, 2.0, False)
         inputs.pop("hidden_states", None)
     places = [pair_places(config, inputs, j) for j in range(1, heads + 1)]
     if kind == "parallel":
@@ -324,7 +324,7 @@ def adaptive_mtp_scenario(rng: Generator) -> Scenario:
     else:
         config |= {"use_mtp": True, "mtp_type": "adaptive"}
     name = pick(rng, ["logits", "primary_logits"]) if primary else "logits"
-    inputs[name] = door_logits(rng, config, inputs, 1, 2.0, False)
+    inputs[name] = path_logits(rng, config, inputs, 1, 2.0, False)
     places = [pair_places(config, inputs, j) for j in range(1, heads + 1)]
     shape = (*np.shape(places), config["vocab_size"] + 2)
     stacked = draw_logits(rng, shape, 2.0)
@@ -371,7 +371,7 @@ def expert_inputs(rng: Generator, keep: Any, leading: str, top: int) -> dict[str
 def expert_scenario(rng: Generator) -> Scenario:
     """Balancing, auxiliary losses and diversity."""
     config, inputs = draw_tokens(rng)
-    inputs["logits"] = door_logits(rng, config, inputs, 0, 1.0, False)
+    inputs["logits"] = path_logits(rng, config, inputs, 0, 1.0, False)
     config |= {
         "num_experts": EXPERTS,
         "use_moe_balancing": pick(rng, [True, True, False]),
@@ -390,7 +390,7 @@ def expert_scenario(rng: Generator) -> Scenario:
 def contrastive_scenario(rng: Generator) -> Scenario:
     """The four contrastive kinds."""
     config, inputs = draw_tokens(rng)
-    inputs["logits"] = door_logits(rng, config, inputs, 0, 1.0, False)
+    inputs["logits"] = path_logits(rng, config, inputs, 0, 1.0, False)
     kind = pick(rng, ["infonce", "margin", "triplet", "simctg"])
     config |= {"use_contrastive_loss": True, "contrastive_type": kind}
     if kind == "simctg":

@@ -9,7 +9,7 @@ import jax
 import ava_jax
 
 B, S, D, V, K, E = 4, 9, 5, 13, 2, 3
-DOORS = ("logits", "fused")
+PATHS = ("logits", "fused")
 
 EVERYTHING: dict[str, Any] = {
     "vocab_size": V,
@@ -52,7 +52,7 @@ def integers(key: int = 0, rows: int = B, *, experts: bool = True) -> dict[str, 
 
 
 def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
-    """The differentiable inputs of `EVERYTHING`, both doors' among them."""
+    """The differentiable inputs of `EVERYTHING`, both paths' among them."""
     keys = iter(jax.random.split(jax.random.key(key), 8))
 
     def normal(*shape: int) -> jax.Array:
@@ -93,22 +93,22 @@ def jitted(loss_fn: ava_jax.UnifiedLoss, train: bool = True) -> Callable[..., An
     return functools.partial(_call, loss_fn, train)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "door"))
+@functools.partial(jax.jit, static_argnames=("loss_fn", "path"))
 def value_and_grads(
-    loss_fn: ava_jax.UnifiedLoss, state: Any, arrays: Any, ints: Any, door: str
+    loss_fn: ava_jax.UnifiedLoss, state: Any, arrays: Any, ints: Any, path: str
 ) -> Any:
     """(loss, (aux, state)) and gradients; equal losses share a program."""
 
     def loss(arrays: dict[str, Any]) -> Any:
-        total, aux, after = loss_fn(state, **through(door, arrays), **ints)
+        total, aux, after = loss_fn(state, **through(path, arrays), **ints)
         return total, (aux, after)
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
 
 
-def through(door: str, arrays: dict[str, Any]) -> dict[str, Any]:
+def through(path: str, arrays: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments for `"logits"` or `"fused"`; `"given"` takes all as is."""
-    if door in ("given", "fused"):
+    if path in ("given", "fused"):
         return arrays
     rest = {k: v for k, v in arrays.items() if k != "lm_head"}
     return {**rest, "logits": arrays["hidden_states"] @ arrays["lm_head"]}

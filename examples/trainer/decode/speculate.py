@@ -128,17 +128,17 @@ class Speculator:
         """Reads the prompts, generates one token each, and drafts."""
         decoder, width = self.decoder, prompts.shape[1]
         hidden, cache = decoder.read_prompts(params, bias, prompts)
-        room = ((0, 0), (0, count + 2 * self.drafts))
+        padding = ((0, 0), (0, count + 2 * self.drafts))
         last = take_at(hidden, lengths - 1)
         token = likeliest(decoder.logits(params, last))
         state = DraftState(
             cache=cache,
-            rows=write_at(jnp.pad(prompts, room), lengths[:, None], token[:, None]),
+            rows=write_at(jnp.pad(prompts, padding), lengths[:, None], token[:, None]),
             read=lengths,
             stop=lengths + count - 1,
             confident=jnp.ones_like(lengths, bool),
             settled=lengths,
-            hidden=jnp.pad(hidden, (*room, (0, 0))) if self.is_sequential else None,
+            hidden=jnp.pad(hidden, (*padding, (0, 0))) if self.is_sequential else None,
         )
         return self._draft(params, state, last, jnp.zeros_like(lengths), width)
 

@@ -174,15 +174,15 @@ class Checkpoints:
         return 0
 
     def _failed(self, step: int, error: Exception) -> TrainingError:
-        """The message for a save that failed; its rest is removed to make room."""
+        """Returns the message for a save that failed, and removes what it wrote."""
         for partial in self._folder.glob(PARTIAL):
             shutil.rmtree(partial, ignore_errors=True)
         last = max((s for s in self.steps() if s != step), default=None)
         kept = "there is none yet" if last is None else f"that of step {last} stays"
         return TrainingError(
             f"cannot write the checkpoint of step {step} to {self._folder} "
-            f"({_reason(error)}); {kept}: make room or make it writable, and the same "
-            "command resumes"
+            f"({_reason(error)}); {kept}: free some space or make it writable, and the "
+            "same command resumes"
         )
 
     def _verify(self, step: int) -> int:

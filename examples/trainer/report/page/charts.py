@@ -155,8 +155,8 @@ def _range(values: np.ndarray) -> list[float] | None:
     """Room around what differs by rounding alone; None leaves the range to plotly."""
     if not values.size or np.ptp(values) > 1e-6 * (size := np.abs(values).max()):
         return None
-    room = 0.5 * size or 0.5
-    return [float(values.min() - room), float(values.max() + room)]
+    margin = 0.5 * size or 0.5
+    return [float(values.min() - margin), float(values.max() + margin)]
 
 
 def _traces(curve: Curve) -> list[go.Scatter]:
