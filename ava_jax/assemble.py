@@ -140,14 +140,13 @@ def _passes(
             groups.append(group)
             coefficients[term.name] = term.coefficient(call)
     rows = {t.name: t.rows(call.tokens) for t in token_terms}
+    shared = _shared(token_terms, call)
     total, sums = jnp.zeros((), float_dtype()), {}
     # Groups that share the matrix share the pass.
     for is_projected in (True, False):
         own = [group for group in groups if group.is_projected == is_projected]
         if own:
-            value, more = _run(
-                own, rows, _shared(token_terms, call), coefficients, call
-            )
+            value, more = _run(own, rows, shared, coefficients, call)
             total, sums = total + value, sums | more
     return total, sums
 

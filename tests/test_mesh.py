@@ -311,6 +311,28 @@ def projection_gradients(**layout):
     return gradients
 
 
+def window(loss_fn, head, rows):
+    """Gradient, aux and state of a step over micro-batches."""
+    masks = {k: rows[k] for k in ("targets", "attention_mask")}
+    normalizers = loss_fn.normalizers(**masks)
+    state = loss_fn.init()
+
+    def loss(head, micro):
+        total, _, stats = loss_fn.accumulate(
+            state, lm_head=head, normalizers=normalizers, **micro
+        )
+        return total, stats
+
+    def add(grads, micro):
+        more, stats = jax.grad(loss, has_aux=True)(head, micro)
+        return grads + more, stats
+
+    grads, stats = jax.lax.scan(add, jnp.zeros_like(head), rows)
+    stats = jax.tree.map(lambda x: jnp.sum(x, 0), stats)
+    after = loss_fn.commit(state, stats)
+    return grads, loss_fn.summary(after, stats), after
+
+
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_micro_batches_on_a_mesh(types):
     """The routing bias moves by the loads of all devices and micro-batches, once."""
@@ -327,26 +349,6 @@ def test_micro_batches_on_a_mesh(types):
     ints = {k: v for k, v in integers().items() if k != "segment_ids"}
     rows = {**arrays, **ints}
     head = floats(COLUMNS)["lm_head"]
-
-    def window(loss_fn, head, rows):
-        masks = {k: rows[k] for k in ("targets", "attention_mask")}
-        normalizers = loss_fn.normalizers(**masks)
-        state = loss_fn.init()
-
-        def loss(head, micro):
-            total, _, stats = loss_fn.accumulate(
-                state, lm_head=head, normalizers=normalizers, **micro
-            )
-            return total, stats
-
-        def add(grads, micro):
-            more, stats = jax.grad(loss, has_aux=True)(head, micro)
-            return grads + more, stats
-
-        grads, stats = jax.lax.scan(add, jnp.zeros_like(head), rows)
-        stats = jax.tree.map(lambda x: jnp.sum(x, 0), stats)
-        after = loss_fn.commit(state, stats)
-        return grads, loss_fn.summary(after, stats), after
 
     alone = ava_jax.create_unified_loss(config)
     whole = {k: v[None] for k, v in rows.items()}
