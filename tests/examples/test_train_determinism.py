@@ -63,7 +63,8 @@ def test_fresh_processes_give_the_same_gradient(
             "import test_train_determinism as tests\n"
             f"print(*tests.gradients({arguments!r}, {RUNS // 4}))"
         )
-        path = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
+        folders = (EXAMPLES, Path(__file__).parent, Path(__file__).parents[1])
+        path = os.pathsep.join(map(str, folders))
         own = environment(programs, is_quick=False) | {
             "PYTHONPATH": path,
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
