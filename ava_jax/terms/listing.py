@@ -159,7 +159,8 @@ def built_in(base: type[Term] = Term) -> Iterator[type[Term]]:
     """Lists the classes of the built-in terms."""
     for kind in base.__subclasses__():
         if kind.__module__.startswith("ava_jax.terms."):
-            yield kind
+            if not kind.__name__.startswith("_"):
+                yield kind
             yield from built_in(kind)
 
 

@@ -62,7 +62,6 @@ class _Adapted(TokenTerm):
     """An object of one of the two forms that is not derived from `TokenTerm`."""
 
     term: Any
-    accepts = ("extra_inputs",)
 
     def __post_init__(self) -> None:
         for name in ("name", *_OPTIONAL):

@@ -69,6 +69,17 @@ class PlainReward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A plain term that reads `labels`, beside `extra_inputs` that any term may."""
+
+    name: str = "labelled"
+    accepts: tuple[str, ...] = ("labels",)
+
+    def __call__(self, stats, inputs):
+        return inputs.extra["reward"] * stats.nll
+
+
+@dataclasses.dataclass(frozen=True)
 class Unlikelihood(ava_jax.TokenTerm):
     """Token unlikelihood without anything of the built-in one."""
 
@@ -289,6 +300,14 @@ def test_an_object_that_is_no_term_is_an_error(term, error, words):
 def test_two_terms_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="'reward' is taken"):
         ava_jax.unified_loss(CONFIG, (Reward(), Reward(weight=1.0)))
+
+
+def test_a_plain_term_may_accept_more_arguments():
+    loss_fn = ava_jax.unified_loss(CONFIG, (Labelled(),))
+    given: Any = {**rewarded(), "labels": jnp.zeros((B,), jnp.int32)}
+    assert set(loss_fn.select(given)) == set(given)
+    _, aux, _ = jitted(loss_fn)(loss_fn.init(), given)
+    assert float(aux["labelled"]) != 0
 
 
 def test_what_it_requires_is_required():
