@@ -133,12 +133,10 @@ def _passes(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Runs the passes over the vocabulary: the terms' total, and all the sums."""
     token_terms = tuple(term for term in terms if isinstance(term, TokenTerm))
-    groups = _main_groups(token_terms, call)
-    coefficients = {t.name: t.weight_at(call.step) * per_token for t in token_terms}
+    groups = _main_groups(token_terms, call, per_token)
     for term in terms:
         if isinstance(term, SequentialHeads) and (group := term.group(call)):
             groups.append(group)
-            coefficients[term.name] = term.coefficient(call)
     rows = {t.name: t.rows(call.tokens) for t in token_terms}
     shared = _shared(token_terms, call)
     total, sums = jnp.zeros((), float_dtype()), {}
@@ -146,12 +144,14 @@ def _passes(
     for is_projected in (True, False):
         own = [group for group in groups if group.is_projected == is_projected]
         if own:
-            value, more = _run(own, rows, shared, coefficients, call)
+            value, more = _run(own, rows, shared, call)
             total, sums = total + value, sums | more
     return total, sums
 
 
-def _main_groups(terms: tuple[TokenTerm, ...], call: Call) -> list[Group]:
+def _main_groups(
+    terms: tuple[TokenTerm, ...], call: Call, per_token: Scalar
+) -> list[Group]:
     """Returns the main tokens, once for each array that terms take logits from."""
     inputs, settings = call.inputs, call.settings
     main = main_arguments(terms, inputs)[0]
@@ -173,6 +173,7 @@ def _main_groups(terms: tuple[TokenTerm, ...], call: Call) -> list[Group]:
             array(inputs, source)[None],
             block,
             source == "hidden_states",
+            {t.name: t.weight_at(call.step) * per_token for t in own},
         )
         for source, own in by_source.items()
     ]
@@ -189,7 +190,6 @@ def _run(
     groups: Sequence[Group],
     rows: dict[str, Any],
     shared: Shared,
-    coefficients: Mapping[str, Array],
     call: Call,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Runs one pass over groups that all have logits, or all share the matrix."""
@@ -205,6 +205,7 @@ def _run(
         bias=bias if is_projected else None,
     )
     objectives = tuple(group.objective for group in groups)
-    names = {name for objective in objectives for name in objective.names}
-    own = {name: value for name, value in coefficients.items() if name in names}
-    return token_sums(objectives, operands, own, call.plan)
+    coefficients: dict[str, Array] = {}
+    for group in groups:
+        coefficients |= group.coefficients
+    return token_sums(objectives, operands, coefficients, call.plan)

@@ -181,14 +181,14 @@ class SequentialHeads(_Heads):
         if count < 1:
             return None
         hidden = call.array("mtp_hidden_states")[:count]
-        inputs = head_inputs(call.tokens, count)
-        return Group(self._objective(call, count), hidden, inputs, True)
-
-    def coefficient(self, call: Call) -> Float[Array, "K"]:
-        """Returns the weight of each depth's sum."""
-        count = usable_heads(self.num_heads, call.tokens)
         weight = self.weight_at(call.step) / count
-        return safe_divide(weight, head_denominators(call, count))
+        return Group(
+            self._objective(call, count),
+            hidden,
+            head_inputs(call.tokens, count),
+            True,
+            {self.name: safe_divide(weight, head_denominators(call, count))},
+        )
 
     def finish(self, call: Call, sums: Float[Array, "K"] | None) -> Output:
         """Returns what the depths add to the call, given their sums."""

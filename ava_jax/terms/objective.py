@@ -41,12 +41,14 @@ class Group(NamedTuple):
       source: logits, or hidden states if `is_projected`, [G, B, S, ·].
       inputs: the tokens, [G, B, S, ...].
       is_projected: whether `lm_head` makes the logits.
+      coefficients: the weight of each sum in the loss, by name.
     """
 
     objective: "TokenObjective | HeadObjective"
     source: Float[Array, "G B S X"]
     inputs: TokenInputs
     is_projected: bool
+    coefficients: dict[str, Float[Array, "..."]]
 
 
 def token_inputs(
@@ -104,19 +106,13 @@ class TokenObjective:
         own = self._inputs_by_term(inputs, rows, shared.states)
         candidates = self._candidates(own)
         stats = self._statistics(logits, inputs, candidates, shared, kernel)
-        needs = any(t.needs_log_one_minus_p for t in self.terms)
-        seen = _by_term(stats, candidates, needs_log_one_minus_p=needs)
+        seen = _by_term(stats, candidates)
         values = {t.name: t(seen.get(t.name, stats), own[t.name]) for t in self.terms}
         if self.measures:
             values["nll"] = stats.nll
             values["accuracy"] = as_float(stats.is_top)
             values["entropy"] = stats.entropy
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sums that the loss is made of."""
-        return tuple(term.name for term in self.terms)
 
     def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
         """Returns for how many ids of a token it wants logits; None for all of them.
@@ -185,15 +181,13 @@ class _TermStats(TokenStats):
 
 
 def _by_term(
-    stats: TokenStats,
-    candidates: dict[str, Int[Array, "B C Q"]],
-    *,
-    needs_log_one_minus_p: bool,
+    stats: TokenStats, candidates: dict[str, Int[Array, "B C Q"]]
 ) -> dict[str, TokenStats]:
     """Gives every term the statistics of its own candidates."""
     if not candidates:
         return {}
-    every = stats.unlikelihood(_CANDIDATES) if needs_log_one_minus_p else None
+    is_known = stats.second_log_sum is not None
+    every = stats.unlikelihood(_CANDIDATES) if is_known else None
     shared = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
     logits = shared.pop("candidates")[_CANDIDATES]
     is_top = shared.pop("candidate_is_top")[_CANDIDATES]
@@ -249,11 +243,6 @@ class HeadObjective:
         kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))
         axes = tuple(range(weights.ndim - 1))
         return {self.name: jnp.sum(weights * kept, axes)}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sums that the loss is made of."""
-        return (self.name,)
 
     def num_ids(self, inputs: TokenInputs, rows: Any) -> int | None:
         """Returns that it wants one logit of a token; None, all, with a soft-cap."""

@@ -9,7 +9,7 @@ import dataclasses
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.config import Weight
 from ava_jax.inputs import LossInputs
@@ -116,7 +116,7 @@ class EarlyEOSPenalty(UnlikelihoodTerm):
     keys = ("eos_penalty",)
 
     def prepare(self, tokens: Tokens) -> Penalized:
-        early = tokens.active & (tokens.positions < self.min_length)
+        early = _early(tokens, self.min_length)
         amounts = as_float(early & (tokens.targets != self.eos_token_id))
         ids = jnp.full((*tokens.targets.shape, 1), self.eos_token_id, jnp.int32)
         return Penalized(ids, amounts[..., None])
@@ -136,6 +136,11 @@ class TokenUnlikelihood(UnlikelihoodTerm):
     def penalized(self, inputs: TokenInputs) -> Penalized:
         ids, found = earlier_ids(inputs.rows, inputs.segments, inputs.row_positions)
         return Penalized(ids, as_float(found & (ids != inputs.targets[..., None])))
+
+
+def _early(tokens: Tokens, min_length: int) -> Bool[Array, "B S"]:
+    """Returns the unmasked tokens at early positions of their segment."""
+    return tokens.active & (tokens.positions < min_length)
 
 
 class _OfTargets(BatchTerm):
@@ -198,7 +203,7 @@ class TargetEarlyEOS(_OfTargets):
 
     def __call__(self, call: Call) -> Scalar:
         tokens = call.tokens
-        early = tokens.active & (tokens.positions < self.min_length)
+        early = _early(tokens, self.min_length)
         found = as_float(early & (tokens.targets == self.eos_token_id))
         total = weighted_sum(found, tokens.weights)
         return safe_divide(total, call.normalizers.tokens)

@@ -201,7 +201,7 @@ def test_a_full_disk_loses_nothing(
     free: int,
     notices: bool,
 ) -> None:
-    # Room for some log lines alone; for one checkpoint. That a second one does not fit
+    # Space for some log lines alone; for one checkpoint. That a second one does not fit
     # is seen before, or, as under a quota, only when it is written.
     if not notices:
         plenty = shutil.disk_usage("/")

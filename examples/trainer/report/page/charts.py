@@ -152,7 +152,7 @@ def line_chart(title: str, curves: Sequence[Curve]) -> go.Figure:
 
 
 def _range(values: np.ndarray) -> list[float] | None:
-    """Room around what differs by rounding alone; None leaves the range to plotly."""
+    """Returns a wider range for values that differ by rounding alone, or None."""
     if not values.size or np.ptp(values) > 1e-6 * (size := np.abs(values).max()):
         return None
     margin = 0.5 * size or 0.5
