@@ -24,6 +24,7 @@ from ava_jax.kernel.blocks import (
 )
 from ava_jax.kernel.passes import Objective, Operands, Pass, Sums
 from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
+from ava_jax.kernel.unmasked import fold_unmasked
 from ava_jax.reduce import as_float, float_dtype
 
 
@@ -39,22 +40,21 @@ def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
             own = pass_.evaluate(objective, z, inputs, bias, operands.shared)
             return _merge(sums, own)
 
-        def of_chunk(sums, h, given, of_block=of_block):
-            inputs, active = given
-            h = _masked(h, active)
+        def of_chunk(sums, h, inputs, of_block=of_block):
             if not pass_.on_cpu:
-                return of_block(sums, pass_.logits(h), inputs)
+                return of_block(sums, pass_.logits(h), inputs), None
             z = pass_.project(h)
             z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
-            return fold_rows(of_block, sums, z, inputs, sizes.block)
+            return fold_rows(of_block, sums, z, inputs, sizes.block), None
 
         sums = _no_sums(pass_, objective, source, inputs)
         if kernel is None:
             sums = fold_rows(of_block, sums, source, inputs, sizes.block)
         else:
+            assert active is not None  # given with a kernel
             # Without a gradient, no array larger than a block is needed.
             size = sizes.chunk if pass_.on_cpu else sizes.block
-            sums = fold_rows(of_chunk, sums, source, (inputs, active), size)
+            sums, _ = fold_unmasked(of_chunk, sums, source, inputs, active, size)
         totals = _merge(totals, sums)
     return totals
 
@@ -118,25 +118,26 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
     """
     sizes = pass_.sizes
     (carry, d_kernel), (source, inputs, active) = carry, group
-    iterate = functools.partial(transform, on_cpu=pass_.on_cpu)
     if pass_.operands.kernel is None:
-        carry, d_source, d_inputs = iterate(
+        carry, d_source, d_inputs = transform(
             of_block,
             carry,
             source,
             inputs,
             sizes.block,
             writes_blocks=needs.logits,
+            on_cpu=pass_.on_cpu,
         )
         return (carry, d_kernel), d_source, d_inputs
     of_chunk = functools.partial(_chunk_gradient, pass_, needs, of_block)
-    (carry, d_kernel, _), d_source, d_inputs = iterate(
+    (carry, d_kernel, _), (d_source, d_inputs) = fold_unmasked(
         of_chunk,
         (carry, d_kernel, _buffer(pass_, needs, source)),
         source,
-        (inputs, active),
+        inputs,
+        active,
         sizes.chunk,
-        writes_blocks=needs.source,
+        like=(_only(needs.source, source), _only(needs.inputs, inputs)),
     )
     return (carry, d_kernel), d_source, d_inputs
 
@@ -164,11 +165,6 @@ def _groups(objectives, operands: Operands):
     """Lists each objective with its source, its inputs and its active tokens."""
     arrays = operands.sources, operands.inputs, operands.active
     return list(zip(objectives, *arrays, strict=True))
-
-
-def _masked(h, active):
-    """Zeroes the hidden states of masked tokens, which may hold NaN."""
-    return jnp.where(active[..., None], h, jnp.zeros_like(h))
 
 
 def _no_sums(pass_: Pass, objective, source, inputs) -> Sums:
@@ -225,11 +221,10 @@ def _buffer(pass_: Pass, needs: _Needs, source) -> Array | None:
     return lax.empty(shape, source.dtype)
 
 
-def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, given):
+def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
     """Computes the gradient of one chunk of hidden states."""
     kernel, sizes = pass_.operands.kernel, pass_.sizes
-    (carry, d_kernel, buffer), (inputs, active) = carry, given
-    h = _masked(h, active)
+    carry, d_kernel, buffer = carry
     if pass_.on_cpu:
         carry, dz, d_inputs = _at_once(pass_, needs, of_block, carry, h, inputs)
         rows = h
@@ -251,7 +246,7 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, given):
             dh = join_rows(dh, h.shape, dh.shape[2])
     if needs.kernel:
         d_kernel = _add_product(d_kernel, rows, dz, sizes.parts)
-    return (carry, d_kernel, buffer), dh, d_inputs
+    return (carry, d_kernel, buffer), (dh, d_inputs)
 
 
 def _at_once(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):

@@ -59,6 +59,46 @@ class Plan(NamedTuple):
         return by_platform(self.implementation, platform, function, *operands)
 
 
+def _flattened(plan: Plan, operands: Operands) -> tuple[Plan, Operands]:
+    """Joins a device's rows to one, so that its unmasked tokens are brought together.
+
+    Without a layout the rows may be those of many devices, and stay as they are; so do
+    rows that a term needs whole, and logits, which are not moved.
+    """
+    is_joined = plan.layout is not None and operands.kernel is not None
+    if not is_joined or jax.tree.leaves(operands.rows) or plan.batch == 1:
+        return plan, operands
+    length = plan.batch * plan.length
+
+    def join(x):
+        return x.reshape(x.shape[0], 1, length, *x.shape[3:])
+
+    tokens = operands.sources, operands.inputs, operands.active
+    sources, inputs, active = jax.tree.map(join, tokens)
+    chunk, block = plan.chunk, plan.block
+    plan = plan._replace(
+        batch=1,
+        length=length,
+        chunk=None if chunk is None else chunk * plan.batch,
+        block=None if block is None else block * plan.batch,
+    )
+    joined = dataclasses.replace(
+        operands, sources=sources, inputs=inputs, active=active
+    )
+    return plan, joined
+
+
+def _in_rows(plan: Plan, gradients: Operands) -> Operands:
+    """Splits gradients of joined rows into the rows."""
+
+    def split(x):
+        return x.reshape(x.shape[0], plan.batch, plan.length, *x.shape[3:])
+
+    tokens = gradients.sources, gradients.inputs
+    sources, inputs = jax.tree.map(split, tokens)
+    return dataclasses.replace(gradients, sources=sources, inputs=inputs)
+
+
 def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     axis = None if plan.layout is None else plan.layout.vocab_axis
     # Masked hidden states are zeros; but given logits, or a bias, may hold −inf.
@@ -212,7 +252,8 @@ def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
     layout = plan.layout
 
     def run(target, operands):
-        return local_sums(objectives, _make_pass(plan, target, operands))
+        flat, own = _flattened(plan, operands)
+        return local_sums(objectives, _make_pass(flat, target, own))
 
     if layout is None:
         return plan.run(run, operands)
@@ -236,9 +277,10 @@ def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums)
     layout = plan.layout
 
     def run(target, operands, wanted):
-        return local_gradients(
-            objectives, _make_pass(plan, target, operands), needed, wanted
-        )
+        flat, own = _flattened(plan, operands)
+        pass_ = _make_pass(flat, target, own)
+        sums, gradients = local_gradients(objectives, pass_, needed, wanted)
+        return sums, _in_rows(plan, gradients)
 
     def on_this_device(operands, wanted):
         if operands.kernel is None:

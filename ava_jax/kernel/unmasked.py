@@ -1,0 +1,185 @@
+"""Iterating over the unmasked tokens of rows, a chunk of each row at a time.
+
+The unmasked tokens of a row are visited first, in their order, and the chunks that hold
+none of any row are not visited at all. How many those are is known at run time only:
+the program is the same for every mask.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Carry = TypeVar("Carry")
+
+
+def fold_unmasked(
+    body: Callable[[Carry, Array, Any], tuple[Carry, Any]],
+    carry: Carry,
+    source: Float[Array, "G B S X"],
+    inputs: Any,
+    active: Bool[Array, "G B S"],
+    size: int,
+    like: Any = None,
+) -> tuple[Carry, Any]:
+    """Folds `body(carry, chunk, inputs)` over chunks of the unmasked tokens.
+
+    Args:
+      body: called with a chunk [B, C, X], whose masked tokens are zeros, and its inputs
+        [B, C, ...]; returns the carry and outputs [B, C, ...]. Inputs of positions that
+        no token fills are zeros.
+      carry: the initial carry.
+      source: the array to iterate over; masked tokens may hold anything.
+      inputs: a pytree of [G, B, S, ...] arrays.
+      active: marks the unmasked tokens.
+      size: C; the whole row if that is shorter.
+      like: a pytree of arrays [G, B, S, ...] with the dtypes of the outputs, if any.
+
+    Returns:
+      The last carry, and the outputs [G, B, S, ...], zeros for masked tokens.
+    """
+    groups, _, length = active.shape
+    size = min(size, length)
+    if groups == 1 and size == length:
+        first = jax.tree.map(lambda x: x[0], (source, inputs, active))
+        carry, outputs = body(carry, _only(first[2], first[0]), first[1])
+        return carry, jax.tree.map(lambda x: x[None], outputs)
+    order = _order(active, size)
+    inputs = jax.tree.map(order.bring_together, inputs)
+
+    def visit(state, group, start):
+        carry, written = state
+        own = lax.dynamic_slice_in_dim(order.tokens[group], start, size, 1)
+        is_active = start + jnp.arange(size) < order.counts[group][:, None]
+        chunk = _only(is_active, _take(source[group], own))
+        given = jax.tree.map(lambda x: _read(x, group, start, size), inputs)
+        carry, outputs = body(carry, chunk, given)
+        written = jax.tree.map(
+            lambda x, new: _write(x, group, start, new), written, outputs
+        )
+        return carry, written
+
+    def skip(state, *_):
+        return state
+
+    def step(state, offset):
+        group, start, is_visited = offset
+        return lax.cond(is_visited, visit, skip, state, group, start), None
+
+    def buffer(x):
+        return lax.empty((*x.shape[:2], order.tokens.shape[2], *x.shape[3:]), x.dtype)
+
+    start = (carry, jax.tree.map(buffer, like))
+    carry, written = lax.scan(step, start, order.chunks())[0]
+    return carry, jax.tree.map(order.put_back, written)
+
+
+@flax.struct.dataclass
+class _Order:
+    """In which order the tokens of each row are visited.
+
+    Attributes:
+      tokens: the position of the token at each place, unmasked ones first, [G, B, P]
+        with P a multiple of the chunk's size.
+      places: the place of each token.
+      active: marks the unmasked tokens.
+      counts: the number of unmasked tokens of each row.
+      size: tokens of a row per chunk.
+    """
+
+    tokens: Int[Array, "G B P"]
+    places: Int[Array, "G B S"]
+    active: Bool[Array, "G B S"]
+    counts: Int[Array, "G B"]
+    size: int = flax.struct.field(pytree_node=False)
+
+    def chunks(self) -> tuple[Int[Array, "_"], Int[Array, "_"], Bool[Array, "_"]]:
+        """Returns each chunk's group, first place, and whether it has a token."""
+        groups, _, places = self.tokens.shape
+        group, start = jnp.divmod(
+            jnp.arange(groups * (places // self.size), dtype=jnp.int32),
+            places // self.size,
+        )
+        start *= self.size
+        return group, start, start < jnp.max(self.counts, 1)[group]
+
+    def bring_together(self, x: Shaped[Array, "G B S *n"]) -> Shaped[Array, "G B P *n"]:
+        """Returns values in the order of visit, zeros where there is no token."""
+        length = self.active.shape[2]
+        values = jax.vmap(_take)(x, self.tokens)
+        exists = jnp.arange(self.tokens.shape[2]) < length
+        exists = exists.reshape(-1, *[1] * (x.ndim - 3))
+        return jnp.where(exists, values, jnp.zeros_like(values))
+
+    def put_back(self, x: Shaped[Array, "G B P *n"]) -> Shaped[Array, "G B S *n"]:
+        """Returns values in the order of the rows, zeros for masked tokens."""
+        return _only(self.active, jax.vmap(_take)(x, self.places))
+
+
+def _order(active: Bool[Array, "G B S"], size: int) -> _Order:
+    length = active.shape[2]
+    total = -(-length // size) * size
+    masked = (~active).astype(jnp.int32)
+    unmasked = active.astype(jnp.int32)
+    counts = jnp.sum(unmasked, -1)
+    places = jnp.where(
+        active,
+        jnp.cumsum(unmasked, -1) - 1,
+        counts[..., None] + jnp.cumsum(masked, -1) - 1,
+    )
+    return _Order(
+        tokens=_inverse(places, total),
+        places=places,
+        active=active,
+        counts=counts,
+        size=size,
+    )
+
+
+def _inverse(places: Int[Array, "G B S"], total: int) -> Int[Array, "G B P"]:
+    """Returns the token at each place; any token where there is none."""
+
+    @jax.vmap
+    @jax.vmap
+    def invert(places):
+        tokens = lax.iota(jnp.int32, places.shape[0])
+        return (
+            jnp.zeros(total, jnp.int32)
+            .at[places]
+            .set(tokens, unique_indices=True, mode="promise_in_bounds")
+        )
+
+    return invert(places)
+
+
+def _take(x: Shaped[Array, "B S *n"], tokens: Int[Array, "B C"]):
+    """Returns the values of tokens of each row."""
+
+    @jax.vmap
+    def take(x, tokens):
+        return x.at[tokens].get(mode="promise_in_bounds")
+
+    return take(x, tokens)
+
+
+def _only(active: Bool[Array, "*n"], x: Shaped[Array, "..."]):
+    """Zeroes what belongs to masked tokens, which may hold NaN."""
+    active = active.reshape(*active.shape, *[1] * (x.ndim - active.ndim))
+    return jnp.where(active, x, jnp.zeros_like(x))
+
+
+def _read(x, group, start, size):
+    zeros = [jnp.zeros_like(start)] * (x.ndim - 3)
+    shape = (1, x.shape[1], size, *x.shape[3:])
+    at = (group, jnp.zeros_like(start), start, *zeros)
+    return lax.dynamic_slice(x, at, shape)[0]
+
+
+def _write(x, group, start, new):
+    zeros = [jnp.zeros_like(start)] * (x.ndim - 3)
+    at = (group, jnp.zeros_like(start), start, *zeros)
+    return lax.dynamic_update_slice(x, new[None], at)
