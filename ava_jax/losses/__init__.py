@@ -34,6 +34,12 @@ from ava_jax.losses.policy import policy_loss as policy_loss
 from ava_jax.losses.policy import sampler_weights as sampler_weights
 from ava_jax.losses.policy_tokens import PolicyValues as PolicyValues
 from ava_jax.losses.policy_tokens import policy_values as policy_values
+from ava_jax.losses.preference import cpo_loss as cpo_loss
+from ava_jax.losses.preference import dpo_loss as dpo_loss
+from ava_jax.losses.preference import kto_loss as kto_loss
+from ava_jax.losses.preference import orpo_loss as orpo_loss
+from ava_jax.losses.preference import sequence_log_probs as sequence_log_probs
+from ava_jax.losses.preference import simpo_loss as simpo_loss
 from ava_jax.losses.repetition import anti_repetition_loss as anti_repetition_loss
 from ava_jax.losses.repetition import repeat_spans as repeat_spans
 from ava_jax.losses.repetition import repetition_decay_loss as repetition_decay_loss
