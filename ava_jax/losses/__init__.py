@@ -29,6 +29,17 @@ from ava_jax.losses.moe import update_gradient_balance as update_gradient_balanc
 from ava_jax.losses.mtp import confidence_regularizer as confidence_regularizer
 from ava_jax.losses.mtp import effective_mtp_weight as effective_mtp_weight
 from ava_jax.losses.mtp import layer_norm as layer_norm
+from ava_jax.losses.policy import group_advantages as group_advantages
+from ava_jax.losses.policy import policy_loss as policy_loss
+from ava_jax.losses.policy import sampler_weights as sampler_weights
+from ava_jax.losses.policy_tokens import PolicyValues as PolicyValues
+from ava_jax.losses.policy_tokens import policy_values as policy_values
+from ava_jax.losses.preference import cpo_loss as cpo_loss
+from ava_jax.losses.preference import dpo_loss as dpo_loss
+from ava_jax.losses.preference import kto_loss as kto_loss
+from ava_jax.losses.preference import orpo_loss as orpo_loss
+from ava_jax.losses.preference import sequence_log_probs as sequence_log_probs
+from ava_jax.losses.preference import simpo_loss as simpo_loss
 from ava_jax.losses.repetition import anti_repetition_loss as anti_repetition_loss
 from ava_jax.losses.repetition import repeat_spans as repeat_spans
 from ava_jax.losses.repetition import repetition_decay_loss as repetition_decay_loss

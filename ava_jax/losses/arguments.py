@@ -1,0 +1,81 @@
+"""Checks that the losses of log-probabilities share."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, Shaped
+
+Number = Num[Array, ""] | float | int
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises unless a value is one of the choices, and names the nearest of them."""
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown {name} {value!r}; did you mean {near!r}? There are {', '.join(known)}"
+    )
+
+
+def check_floating(name: str, value: Float[Array, "..."]) -> None:
+    """Raises unless an array holds floating-point numbers."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+
+
+def check_same_shape(
+    like: str, shape: tuple[int, ...], **arrays: Shaped[Array, "..."] | None
+) -> None:
+    """Raises unless every given array has the shape of the one that `like` names."""
+    for name, value in arrays.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape} of {like}, got {value.shape}"
+            )
+
+
+def check_range(
+    name: str,
+    value: Number | None,
+    low: float | int,
+    high: float | int = float("inf"),
+    *,
+    inclusive: bool = True,
+) -> None:
+    """Raises on a Python number below `low`, at it unless inclusive, or from `high` on.
+
+    A traced number passes: its value is not known yet.
+    """
+    if not isinstance(value, int | float):
+        return
+    above = value >= low if inclusive else value > low
+    if above and value < high:
+        return
+    opening = "[" if inclusive else "("
+    raise ValueError(f"{name} must be in {opening}{low:g}, {high:g}), got {value}")
+
+
+def check_read(
+    kind: str, readers: Mapping[str, tuple[str, ...]], options: Mapping[str, object]
+) -> None:
+    """Raises on a given option that the kind does not read.
+
+    Args:
+      kind: the kind of loss.
+      readers: the kinds that read an option, by name; all do where it is not listed.
+      options: their values; None is not given.
+    """
+    for name, kinds in readers.items():
+        if options.get(name) is not None and kind not in kinds:
+            raise ValueError(
+                f"{name} is given, but kind={kind!r} does not read it: leave it out, "
+                f"or use a kind that does: {', '.join(kinds)}"
+            )
+
+
+def is_on(weight: Number) -> bool:
+    """Whether a number may differ from 0; a traced one may."""
+    return not isinstance(weight, int | float) or weight != 0

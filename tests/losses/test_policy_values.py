@@ -1,0 +1,119 @@
+"""Policy losses token by token, advantages of groups, weights of the sampler."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.policy_batches import ARRAYS, EVERYTHING, B, S, batch, on_device
+from support.post_training_oracles import (
+    PolicyOracle,
+    group_advantages,
+    sampler_weights,
+)
+
+from ava_jax import losses
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_values_are_the_oracles(kind: str) -> None:
+    x = batch()
+    spread = np.repeat(x["advantages"][:, None], S, axis=1)
+    oracle = PolicyOracle(x, kind=kind, **EVERYTHING)
+    arrays: dict[str, Any] = {name: jnp.asarray(x[name]) for name in ARRAYS}
+    values = losses.policy_values(
+        jnp.asarray(x["log_probs"]),
+        jnp.asarray(spread),
+        jnp.asarray(x["mask"]),
+        kind=kind,
+        **arrays,
+        **EVERYTHING,
+    )
+    assert values.kl is not None
+    for b in range(B):
+        for t in oracle.tokens(b):
+            policy, is_clipped = oracle.policy(b, t)
+            want = [oracle.loss_at(b, t), policy, oracle.kl(b, t), oracle.ratio(b, t)]
+            got = [values.loss, values.policy_loss, values.kl, values.ratio]
+            np.testing.assert_allclose([y[b, t] for y in got], want, rtol=2e-5)
+            assert values.is_clipped[b, t] == is_clipped
+
+
+def test_values_of_a_block_are_those_of_the_whole() -> None:
+    x = on_device(batch())
+    spread = x["advantages"][:, None] + jnp.zeros((B, S))
+    whole = losses.policy_values(x["log_probs"], spread)
+    block = losses.policy_values(
+        x["log_probs"].reshape(-1)[3:9], spread.reshape(-1)[3:9]
+    )
+    np.testing.assert_array_equal(block.loss, whole.loss.reshape(-1)[3:9])
+    assert block.kl is None
+
+
+def test_values_do_not_see_rows() -> None:
+    x = jnp.zeros((B, S))
+    for kind in ("luspo", "vespo"):
+        with pytest.raises(ValueError, match=f"kind='{kind}' sees whole rows"):
+            losses.policy_values(x, x, kind=kind)
+    with pytest.raises(ValueError, match="did you mean 'cispo'"):
+        losses.policy_values(x, x, kind="cipso")
+
+
+# Helpers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_group_advantages(scale: bool) -> None:
+    rewards = np.array([1, 0, 4, 3, 3, 3, -1, 2, 5], np.float32)
+    got = losses.group_advantages(jnp.asarray(rewards), 3, scale=scale, eps=1e-2)
+    want = group_advantages(rewards, 3, scale, 1e-2)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    whole = losses.group_advantages(jnp.array([1, 1, 0, 1]), 2, scale=scale, eps=0)
+    assert whole[0] == whole[1] == 0
+    assert np.isfinite(whole).all()
+
+
+def test_group_advantages_errors() -> None:
+    for size, rows in ((1, 4), (3, 4)):
+        message = rf"group_size must be at least 2.* {size} and \({rows},\)"
+        with pytest.raises(ValueError, match=message):
+            losses.group_advantages(jnp.zeros(rows), size)
+    with pytest.raises(ValueError, match="eps must be"):
+        losses.group_advantages(jnp.zeros(4), 2, eps=-1.0)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sampler_weights(level: str) -> None:
+    x = batch()
+    own, other, mask = x["log_probs"], x["old_log_probs"], x["mask"]
+    want = sampler_weights(own, other, mask, 1.2, level)
+    assert np.max(want) > 1.19
+    other = np.where(mask == 0, np.nan, other)
+    own = np.where(mask == 0, -np.inf, own)
+    got, grad = jax.jit(
+        lambda own, other: jax.value_and_grad(
+            lambda own: jnp.sum(
+                losses.sampler_weights(
+                    own, other, jnp.asarray(mask), cap=1.2, level=level
+                )
+            )
+        )(own)
+    )(jnp.asarray(own), jnp.asarray(other))
+    np.testing.assert_allclose(got, np.sum(want), rtol=1e-5)
+    assert not np.any(grad)
+    full = losses.sampler_weights(
+        jnp.asarray(own), jnp.asarray(other), jnp.asarray(mask), cap=1.2, level=level
+    )
+    np.testing.assert_allclose(full, want, rtol=1e-5)
+    far = jnp.full((1, 2), 1e4)
+    ends = losses.sampler_weights(far, -far, jnp.ones((1, 2)), level=level)
+    np.testing.assert_allclose(ends, 2, rtol=1e-6)
+
+
+def test_sampler_weights_errors() -> None:
+    x = jnp.zeros((B, S))
+    with pytest.raises(ValueError, match="unknown level 'row'"):
+        losses.sampler_weights(x, x, x, level="row")
+    with pytest.raises(ValueError, match="cap must be in"):
+        losses.sampler_weights(x, x, x, cap=0.0)

@@ -1,0 +1,90 @@
+"""The reference numbers of post-training: loading and comparing.
+
+`golden/posttrain.json` lists the cases and `golden/posttrain.npz` holds their arrays as
+`NAME/GROUP/KEY`; the groups are `in`, `out` and `grad`. What each kind calls is the
+business of the tests.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from support.golden_cases import FOLDER, assert_close, on_device
+
+FLOAT32 = 2e-5
+FLOAT64 = 1e-8
+
+Arrays = Mapping[str, Any]
+# From `in` and `config` to `out`; the gradient of `loss` is compared.
+Call = Callable[[Arrays, dict[str, Any]], Mapping[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class PostTrainingCase:
+    """One case; `arrays[group][key]`."""
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    arrays: dict[str, dict[str, NDArray]]
+
+
+@functools.cache
+def post_training_cases() -> tuple[PostTrainingCase, ...]:
+    """All 111 cases, in the order of the list."""
+    listed = json.loads((FOLDER / "posttrain.json").read_text())
+    arrays: dict[str, dict[str, dict[str, NDArray]]] = {}
+    with np.load(FOLDER / "posttrain.npz") as stored:
+        for path in stored.files:
+            name, group, key = path.split("/", 2)
+            arrays.setdefault(name, {}).setdefault(group, {})[key] = stored[path]
+    return tuple(
+        PostTrainingCase(**case, arrays=arrays[case["name"]]) for case in listed
+    )
+
+
+def post_training_cases_of(*kinds: str) -> list[PostTrainingCase]:
+    """The cases of the given kinds."""
+    return [case for case in post_training_cases() if case.kind in kinds]
+
+
+def run(case: PostTrainingCase, call: Call) -> tuple[Arrays, Arrays]:
+    """(out, grad) of a case: what `call` returns, and the gradient of its `loss`."""
+    inputs = on_device(case.arrays["in"])
+    trained = {key: inputs[key] for key in case.arrays["grad"]}
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def both(trained: Arrays, inputs: Arrays) -> tuple[jax.Array, Arrays]:
+        out = call({**inputs, **trained}, dict(case.config))
+        return out["loss"], out
+
+    grad, out = both(trained, inputs)
+    return out, grad
+
+
+def compare(case: PostTrainingCase, group: str, got: Arrays, tolerance: float) -> None:
+    """Every stored entry of the group against `got`."""
+    for key, want in case.arrays[group].items():
+        assert_close(got[key], want, tolerance, f"{case.name} {group}/{key}")
+
+
+def check(case: PostTrainingCase, call: Call, tolerance: float) -> None:
+    """Runs a case, and compares values and gradients."""
+    out, grad = run(case, call)
+    compare(case, "out", out, tolerance)
+    compare(case, "grad", grad, tolerance)
+
+
+def plain_log_probs(inputs: Arrays, temperature: float = 1.0) -> jax.Array:
+    """The targets' log-probabilities, with the logits as one array."""
+    logits = jnp.matmul(inputs["hidden_states"], inputs["lm_head"], precision="highest")
+    every = jax.nn.log_softmax(logits / temperature)
+    return jnp.take_along_axis(every, inputs["targets"][..., None], -1)[..., 0]
