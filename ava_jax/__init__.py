@@ -13,6 +13,8 @@ from ava_jax.kernel.statistics import token_statistics as token_statistics
 from ava_jax.kernel.stats import Query as Query
 from ava_jax.kernel.stats import TokenStats as TokenStats
 from ava_jax.kernel.stats import Vocabulary as Vocabulary
+from ava_jax.log_probs import TokenLogProbs as TokenLogProbs
+from ava_jax.log_probs import token_log_probs as token_log_probs
 from ava_jax.losses.moe import BiasBalanceState as BiasBalanceState
 from ava_jax.losses.moe import GradientBalanceState as GradientBalanceState
 from ava_jax.state import LossState as LossState

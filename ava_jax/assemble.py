@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from ava_jax.checks import main_arguments
 from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, Normalizers, array
-from ava_jax.kernel.fused import Plan, token_sums
+from ava_jax.kernel.execute import Plan
+from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.sharding import Layout
 from ava_jax.reduce import as_float, float_dtype, safe_divide
@@ -83,6 +84,7 @@ def plan_of(
         settings.block_size,
         settings.implementation,
         layout,
+        settings.precision,
     )
 
 

@@ -7,8 +7,11 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.platforms import Implementation
@@ -43,6 +46,7 @@ class Settings:
       chunk_size: see `UnifiedLossConfig`.
       block_size: likewise.
       implementation: likewise.
+      precision: likewise.
     """
 
     vocab_size: int
@@ -54,6 +58,7 @@ class Settings:
     chunk_size: int | None
     block_size: int | None
     implementation: Implementation | None
+    precision: PrecisionLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,8 @@ class UnifiedLossConfig:
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
       implementation: of the kernel, `"reference"`, `"cpu"` or `"xla"` (TPUs and GPUs);
         `None` follows the platform that the program is lowered for.
+      precision: of the three products with `lm_head`, see `jax.lax.Precision`; by
+        default a TPU multiplies float32 in bfloat16.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -202,6 +209,7 @@ class UnifiedLossConfig:
     chunk_size: int | None = None
     block_size: int | None = None
     implementation: Implementation | None = None
+    precision: PrecisionLike = None
 
     def __post_init__(self) -> None:
         if self.mtp_type == "deepseek":
@@ -293,6 +301,9 @@ def _check_type(name: str, value: object) -> None:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         return
+    if name == "precision":
+        _check_precision(value)
+        return
     if name in _fields_of("bool"):
         good, wanted = isinstance(value, bool), "True or False"
     elif name in _OPTIONAL_INTS:
@@ -313,6 +324,19 @@ def _check_type(name: str, value: object) -> None:
         raise TypeError(
             f"{name} must be {wanted}, got {value!r} ({type(value).__name__})"
         )
+
+
+def _check_precision(value: Any) -> None:
+    """Raises on what `jax.lax.dot` does not take, or what cannot be hashed."""
+    one = jnp.ones((1, 1))
+    try:
+        hash(value)
+        jax.eval_shape(lambda x: lax.dot(x, x, precision=value), one)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            'precision must be None, "default", "high", "highest" or another value '
+            f"that jax.lax.dot takes, got {value!r}"
+        ) from error
 
 
 _RANGES: dict[str, tuple[float, float]] = {

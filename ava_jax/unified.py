@@ -12,6 +12,7 @@ from typing import Any, Unpack, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
@@ -341,6 +342,7 @@ def compose(
     chunk_size: int | None = None,
     block_size: int | None = None,
     implementation: Implementation | None = None,
+    precision: PrecisionLike = None,
     mesh: Mesh | None = None,
     batch_axes: str | Sequence[str] = (),
     sequence_axis: str | None = None,
@@ -358,9 +360,10 @@ def compose(
       pad_token_id: target id that is padding where no attention mask is given.
       eos_token_id: the end-of-sequence id, if it is the padding too.
       logit_soft_cap: every logit z becomes cap·tanh(z/cap).
-      chunk_size: as in `UnifiedLossConfig`, like the two that follow.
+      chunk_size: as in `UnifiedLossConfig`, like the three that follow.
       block_size: tokens of a row whose logits are reduced at a time.
       implementation: of the kernel.
+      precision: of the products with `lm_head`.
       mesh: as for `unified_loss`, like the axes that follow.
       batch_axes: axes that share the rows.
       sequence_axis: the axis that shares each row's tokens.
@@ -395,6 +398,7 @@ def compose(
         chunk_size=chunk_size,
         block_size=block_size,
         implementation=implementation,
+        precision=precision,
     )
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     return UnifiedLoss(config.settings, distinct(tuple(map(as_term, terms))), layout)

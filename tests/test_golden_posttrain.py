@@ -20,23 +20,15 @@ from support.post_training_cases import (
 from ava_jax import losses
 
 Out = dict[str, jax.Array]
-# Some cases give a bound to a kind that has none; the package refuses it.
-UNREAD = {
-    "cispo": ("clip_low",),
-    "sapo": ("clip_low", "clip_high"),
-    "vespo": ("clip_low", "clip_high"),
-}
 
 
 def policy(inputs: Arrays, config: dict[str, Any]) -> Out:
     log_probs = plain_log_probs(inputs, config.pop("temperature"))
-    unread = UNREAD.get(config["kind"], ())
-    options = {key: value for key, value in config.items() if key not in unread}
     names = ("old_log_probs", "ref_log_probs", "sampler_weights")
     arrays = {name: inputs[name] for name in names if name in inputs}
     mask = inputs["attention_mask"]
     loss, _ = losses.policy_loss(
-        log_probs, inputs["advantages"], mask, **arrays, **options
+        log_probs, inputs["advantages"], mask, **arrays, **config
     )
     return {"loss": loss}
 

@@ -22,7 +22,7 @@ from ava_jax.kernel.blocks import (
     split_rows,
     transform,
 )
-from ava_jax.kernel.passes import Objective, Operands, Pass, Sums
+from ava_jax.kernel.passes import Objective, Operands, Pass, Sums, TokenFunction
 from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
 from ava_jax.kernel.unmasked import fold_unmasked
 from ava_jax.reduce import as_float, float_dtype
@@ -107,6 +107,43 @@ def local_gradients(
         kernel=d_kernel,
         bias=d_bias,
     )
+
+
+def local_values(function: TokenFunction, pass_: Pass) -> dict[str, Array]:
+    """Computes a function's values of one device's tokens, without a gradient.
+
+    Returns:
+      The values, [G, B, S]; 0 for masked tokens, where they are computed from hidden
+      states.
+    """
+    operands, sizes = pass_.operands, pass_.sizes
+    (source,), (inputs,) = operands.sources, operands.inputs
+    (active,) = operands.active
+    in_blocks = functools.partial(
+        transform, size=sizes.block, writes_blocks=False, on_cpu=pass_.on_cpu
+    )
+
+    def values_of(z, inputs):
+        return pass_.evaluate(function, z, inputs, operands.bias, operands.shared)
+
+    def of_block(nothing, z, inputs):
+        return nothing, None, values_of(z, inputs)
+
+    if operands.kernel is None:
+        return in_blocks(of_block, (), source, inputs)[2]
+    assert active is not None  # given with a kernel
+
+    def of_chunk(nothing, h, inputs):
+        if not pass_.on_cpu:
+            return nothing, values_of(pass_.logits(h), inputs)
+        z, inputs = jax.tree.map(lambda x: x[None], (pass_.project(h), inputs))
+        values = in_blocks(of_block, nothing, z, inputs)[2]
+        return nothing, jax.tree.map(lambda x: x[0], values)
+
+    size = sizes.chunk if pass_.on_cpu else sizes.block
+    one = jax.ShapeDtypeStruct(active.shape, float_dtype())
+    like = dict.fromkeys(function.names, one)
+    return fold_unmasked(of_chunk, (), source, inputs, active, size, like)[1]
 
 
 def _group_gradient(pass_: Pass, needs, of_block, carry, group):
@@ -223,7 +260,7 @@ def _buffer(pass_: Pass, needs: _Needs, source) -> Array | None:
 
 def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
     """Computes the gradient of one chunk of hidden states."""
-    kernel, sizes = pass_.operands.kernel, pass_.sizes
+    kernel = pass_.operands.kernel
     carry, d_kernel, buffer = carry
     if pass_.on_cpu:
         carry, dz, d_inputs = _at_once(pass_, needs, of_block, carry, h, inputs)
@@ -236,7 +273,11 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
     dh = None
     if needs.source:
         dh = jnp.einsum(
-            "...v,dv->...d", dz, kernel, preferred_element_type=float_dtype()
+            "...v,dv->...d",
+            dz,
+            kernel,
+            precision=pass_.precision,
+            preferred_element_type=float_dtype(),
         )
         if pass_.kernel.axis is not None:
             dh = lax.psum(dh, pass_.kernel.axis)
@@ -245,7 +286,7 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
             dh = dh.reshape(*dh.shape[:1], h.shape[0], -1, h.shape[-1])
             dh = join_rows(dh, h.shape, dh.shape[2])
     if needs.kernel:
-        d_kernel = _add_product(d_kernel, rows, dz, sizes.parts)
+        d_kernel = _add_product(pass_, d_kernel, rows, dz)
     return (carry, d_kernel, buffer), (dh, d_inputs)
 
 
@@ -307,8 +348,9 @@ def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
     return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
 
-def _add_product(d_kernel, h, dz, parts: int):
+def _add_product(pass_: Pass, d_kernel, h, dz):
     """Adds hᵀ·dz to the sum, in parts of D so that the product needs little memory."""
+    parts = pass_.sizes.parts
     width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
 
     def product(part):
@@ -316,7 +358,11 @@ def _add_product(d_kernel, h, dz, parts: int):
         tokens = tuple(range(dz.ndim - 1))
         over_tokens = ((tokens, tokens), ((), ()))
         return lax.dot_general(
-            part, dz, over_tokens, preferred_element_type=float_dtype()
+            part,
+            dz,
+            over_tokens,
+            precision=pass_.precision,
+            preferred_element_type=float_dtype(),
         )
 
     if width == h.shape[-1]:

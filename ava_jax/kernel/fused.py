@@ -1,130 +1,31 @@
-"""The pass over all tokens, from logits or from hidden states.
+"""The pass over all tokens, from logits or from hidden states, with its derivative.
 
 Its gradient is computed in the forward pass, see `chunks`; only the derivative of the
-loop is written by hand, in this module. On a mesh, every device iterates over its own
-tokens and its own slice of the vocabulary.
+loop is written by hand, in this module.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.lax import optimization_barrier
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ava_jax.kernel.chunks import local_gradients, local_sums
+from ava_jax.kernel.execute import (
+    Plan,
+    largest,
+    map_gradients,
+    run_gradients,
+    run_sums,
+    run_values,
+    with_equal_shards,
+)
 from ava_jax.kernel.gradient import is_zero_cotangent
-from ava_jax.kernel.passes import Objective, Operands, Pass, Sums
-from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
-from ava_jax.kernel.product import sample_columns
-from ava_jax.kernel.sharding import Layout
-from ava_jax.kernel.sizes import choose_sizes, fuses_gradient
-from ava_jax.kernel.stats import Kernel
-from ava_jax.reduce import as_float, float_dtype
-
-# As precise as the exponentials that may be saved instead of the logits.
-ROUNDED_OPERANDS = "bfloat16"
-
-
-class Plan(NamedTuple):
-    """The static options of a pass.
-
-    Attributes:
-      batch: rows per device, B.
-      length: tokens per row and device, S.
-      width: logits per token and device.
-      itemsize: bytes of a hidden state's element.
-      chunk: the user's choice of `Sizes.chunk`.
-      block: the user's choice of `Sizes.block`.
-      implementation: the kernel's; None selects it by platform.
-      layout: how tokens and vocabulary are sharded; None leaves that to XLA.
-    """
-
-    batch: int
-    length: int
-    width: int
-    itemsize: int = 4
-    chunk: int | None = None
-    block: int | None = None
-    implementation: Implementation | None = None
-    layout: Layout | None = None
-
-    def run(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """Calls `function(target, *operands)` with the target of the platform."""
-        platform = None if self.layout is None else platform_of(self.layout.mesh)
-        return by_platform(self.implementation, platform, function, *operands)
-
-
-def _flattened(plan: Plan, operands: Operands) -> tuple[Plan, Operands]:
-    """Joins a device's rows to one, so that its unmasked tokens are brought together.
-
-    Without a layout the rows may be those of many devices, and stay as they are; so do
-    rows that a term needs whole, and logits, which are not moved.
-    """
-    is_joined = plan.layout is not None and operands.kernel is not None
-    if not is_joined or jax.tree.leaves(operands.rows) or plan.batch == 1:
-        return plan, operands
-    length = plan.batch * plan.length
-
-    def join(x):
-        return x.reshape(x.shape[0], 1, length, *x.shape[3:])
-
-    tokens = operands.sources, operands.inputs, operands.active
-    sources, inputs, active = jax.tree.map(join, tokens)
-    chunk, block = plan.chunk, plan.block
-    plan = plan._replace(
-        batch=1,
-        length=length,
-        chunk=None if chunk is None else chunk * plan.batch,
-        block=None if block is None else block * plan.batch,
-    )
-    joined = dataclasses.replace(
-        operands, sources=sources, inputs=inputs, active=active
-    )
-    return plan, joined
-
-
-def _in_rows(plan: Plan, gradients: Operands) -> Operands:
-    """Splits gradients of joined rows into the rows."""
-
-    def split(x):
-        return x.reshape(x.shape[0], plan.batch, plan.length, *x.shape[3:])
-
-    tokens = gradients.sources, gradients.inputs
-    sources, inputs = jax.tree.map(split, tokens)
-    return dataclasses.replace(gradients, sources=sources, inputs=inputs)
-
-
-def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
-    axis = None if plan.layout is None else plan.layout.vocab_axis
-    # Masked hidden states are zeros; but given logits, or a bias, may hold −inf.
-    is_finite = operands.kernel is not None and operands.bias is None
-    choose = functools.partial(
-        choose_sizes,
-        target,
-        plan.batch,
-        plan.length,
-        plan.width,
-        itemsize=plan.itemsize,
-        is_projected=operands.kernel is not None,
-        chunk=plan.chunk,
-        block=plan.block,
-    )
-    pass_ = Pass(operands, Kernel(axis, is_finite, target.implementation), choose())
-    if not is_finite or target.implementation != "xla":
-        return pass_
-    assert operands.kernel is not None
-    by_columns = target.platform == "tpu"
-    sample = sample_columns(operands.kernel, by_columns=by_columns)
-    pass_ = pass_._replace(sample=sample, by_columns=by_columns)
-    if not by_columns or operands.kernel.dtype != ROUNDED_OPERANDS:
-        return pass_
-    is_one_block = fuses_gradient(operands.kernel.shape[0])
-    return pass_._replace(rounded_sizes=choose(is_one_block=is_one_block))
+from ava_jax.kernel.passes import Objective, Operands, Sums, TokenFunction
+from ava_jax.reduce import as_float, float_dtype, weighted_sum
 
 
 def token_sums(
@@ -148,21 +49,46 @@ def token_sums(
     Returns:
       The total and the sums.
     """
-    operands = _with_equal_shards(plan.layout, operands)
-    kernel = operands.kernel
-    if kernel is not None:
-        dtype = jnp.promote_types(operands.sources[0].dtype, kernel.dtype)
-        operands = dataclasses.replace(
-            operands,
-            sources=tuple(h.astype(dtype) for h in operands.sources),
-            kernel=kernel.astype(dtype),
-        )
+    operands = _ready(plan, operands)
     return _token_sums(objectives, plan, operands, dict(coefficients))
+
+
+def token_values(
+    function: TokenFunction, operands: Operands, plan: Plan
+) -> dict[str, Float[Array, "G B S"]]:
+    """Computes values per token; from hidden states, the logits never exist whole.
+
+    2·N·D·V flops. Their gradient computes the logits again: 8·N·D·V in all, or 6 if
+    the hidden states or the projection are not differentiated.
+
+    Args:
+      function: what is computed of a block of logits.
+      operands: the arrays, of one source.
+      plan: the static options.
+
+    Returns:
+      The values by name; those of masked tokens have no meaning.
+    """
+    return _token_values(function, plan, _ready(plan, operands))
+
+
+def _ready(plan: Plan, operands: Operands) -> Operands:
+    """Gives all devices equal shards, and both factors of the product one dtype."""
+    operands = with_equal_shards(plan.layout, operands)
+    kernel = operands.kernel
+    if kernel is None:
+        return operands
+    dtype = jnp.promote_types(operands.sources[0].dtype, kernel.dtype)
+    return dataclasses.replace(
+        operands,
+        sources=tuple(h.astype(dtype) for h in operands.sources),
+        kernel=kernel.astype(dtype),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_sums(objectives, plan: Plan, operands, coefficients):
-    sums = _sums(objectives, plan, operands)
+    sums = run_sums(objectives, plan, operands)
     return _weigh(coefficients, sums), sums
 
 
@@ -171,7 +97,7 @@ def _forward(objectives, plan: Plan, operands, coefficients):
     operands, coefficients = jax.tree.map(
         lambda primal: primal.value, (operands, coefficients)
     )
-    sums, gradients = _gradients(objectives, plan, needed, operands, coefficients)
+    sums, gradients = run_gradients(objectives, plan, needed, operands, coefficients)
     residuals = (operands, coefficients, sums, gradients)
     return (_weigh(coefficients, sums), sums), residuals
 
@@ -189,17 +115,12 @@ def _backward(objectives, plan: Plan, residuals, cotangents):
         for name, cotangent in of_sums.items():
             if not is_zero_cotangent(cotangent):
                 wanted[name] = wanted.get(name, jnp.zeros_like(cotangent)) + cotangent
-        needed = _map_gradients(lambda g, _: g is not None, gradients, operands)
-        _, gradients = _gradients(objectives, plan, needed, operands, wanted)
-    gradients = _map_gradients(
+        needed = map_gradients(lambda g, _: g is not None, gradients, operands)
+        _, gradients = run_gradients(objectives, plan, needed, operands, wanted)
+    gradients = map_gradients(
         lambda g, x: None if g is None else g.astype(x.dtype), gradients, operands
     )
     return gradients, by_name
-
-
-def _map_gradients(function, gradients, operands):
-    """Maps over pairs of a gradient, which may be None, and its operand."""
-    return jax.tree.map(function, gradients, operands, is_leaf=lambda g: g is None)
 
 
 _token_sums.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -210,133 +131,73 @@ def _weigh(coefficients: Mapping[str, Array], sums: Sums) -> Float[Array, ""]:
     return sum(parts, start=jnp.zeros((), float_dtype()))
 
 
-def _with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
-    """Pads the vocabulary so that every device holds equally many columns."""
-    kernel, bias = operands.kernel, operands.bias
-    width = (operands.sources[0] if kernel is None else kernel).shape[-1]
-    missing = 0 if layout is None else -width % layout.vocab_shards
-    if not missing:
-        return operands
-
-    def pad(x):
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-
-    if kernel is None:
-        return dataclasses.replace(operands, sources=tuple(map(pad, operands.sources)))
-    bias = None if bias is None else pad(bias)
-    return dataclasses.replace(operands, kernel=pad(kernel), bias=bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_values(function, plan: Plan, operands):
+    return run_values(function, plan, operands)
 
 
-def _specs(
-    layout: Layout, operands: Operands, *, of_gradients: bool = False
-) -> Operands:
-    """Returns the partition specs of the operands or of their gradients."""
-    columns, kernel = layout.vocab_axis, operands.kernel
-    rows = ()
-    if of_gradients and kernel is not None:
-        rows = layout.row_axes(kernel.shape[0])
-    specs: dict[str, Any] = {
-        "sources": layout.tokens(None if kernel is not None else columns),
-        "inputs": layout.tokens(),
-        "active": layout.tokens(),
-        "rows": layout.rows(),
-        "shared": P(),
-        "kernel": P(rows or None, columns),
-        "bias": P(columns),
-    }
-    return Operands(**specs)
+def _values_forward(function, plan: Plan, operands):
+    # An empty tuple or None: a static fact is passed on as pytree structure.
+    needed = jax.tree.map(lambda primal: () if primal.perturbed else None, operands)
+    operands = jax.tree.map(lambda primal: primal.value, operands)
+    return run_values(function, plan, operands), (operands, needed)
 
 
-def _sums(objectives, plan: Plan, operands: Operands) -> Sums:
-    """Computes the sums in a forward pass without a gradient."""
-    layout = plan.layout
-
-    def run(target, operands):
-        flat, own = _flattened(plan, operands)
-        return local_sums(objectives, _make_pass(flat, target, own))
-
-    if layout is None:
-        return plan.run(run, operands)
-
-    def of_shard(operands):
-        return layout.over_tokens(plan.run(run, operands))
-
-    return layout.run(of_shard, (_specs(layout, operands),), P())(operands)
-
-
-def _gradients(objectives, plan: Plan, needed, operands: Operands, wanted: Sums):
-    """Computes the sums and, in the same loop, the gradient of Σ wanted · sums.
-
-    Args:
-      objectives: as for `token_sums`.
-      plan: as for `token_sums`.
-      needed: for each operand, whether its gradient is needed.
-      operands: as for `token_sums`.
-      wanted: the cotangents of the sums.
-    """
-    layout = plan.layout
-
-    def run(target, operands, wanted):
-        flat, own = _flattened(plan, operands)
-        pass_ = _make_pass(flat, target, own)
-        sums, gradients = local_gradients(objectives, pass_, needed, wanted)
-        return sums, _in_rows(plan, gradients)
-
-    def on_this_device(operands, wanted):
-        if operands.kernel is None:
-            sums, own = plan.run(run, operands, wanted)
-            return _over_tokens(layout, operands, sums, own)
-        # The logits' gradient is cast to the operands' dtype. At the scale of the
-        # weights, often 1e-6 and less, it would underflow in float16.
-        scale = _largest(wanted)
-        scaled = jax.tree.map(lambda c: c / scale, wanted)
-        sums, own = plan.run(run, operands, scaled)
-        return _over_tokens(layout, operands, sums, own, scale)
-
-    if layout is None:
-        return on_this_device(operands, wanted)
-    specs = _specs(layout, operands), _specs(layout, operands, of_gradients=True)
-    if operands.kernel is not None:
-        # Otherwise XLA gathers the projection before the model's forward pass.
-        sources, kernel = optimization_barrier((operands.sources, operands.kernel))
-        operands = dataclasses.replace(operands, sources=sources, kernel=kernel)
-    run_on_all = layout.run(on_this_device, (specs[0], P()), (P(), specs[1]))
-    return run_on_all(operands, wanted)
+def _values_backward(function, plan: Plan, residuals, cotangents):
+    operands, needed = residuals
+    given = {k: c for k, c in cotangents.items() if not is_zero_cotangent(c)}
+    (active,) = operands.active
+    given = {k: jnp.where(active, c, jnp.zeros_like(c)) for k, c in given.items()}
+    # Small cotangents would underflow in float16, see `run_gradients`.
+    scale = largest(given)
+    weights = {k: c / scale for k, c in given.items()}
+    weighted = dataclasses.replace(
+        operands, inputs=(_Weighted(operands.inputs[0], weights),)
+    )
+    needed = jax.tree.map(
+        lambda n, _: n is not None, needed, operands, is_leaf=_is_flag
+    )
+    no_weights = jax.tree.map(lambda _: False, weights)
+    needed = dataclasses.replace(
+        needed, inputs=(_Weighted(needed.inputs[0], no_weights),)
+    )
+    objectives, wanted = (_WeightedSum(function),), {_TOTAL: scale}
+    _, gradients = run_gradients(objectives, plan, needed, weighted, wanted)
+    gradients = dataclasses.replace(gradients, inputs=(gradients.inputs[0].inputs,))
+    return (
+        map_gradients(
+            lambda g, x: None if g is None else g.astype(x.dtype), gradients, operands
+        ),
+    )
 
 
-def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=None):
-    """Sums over the devices that the tokens are sharded over; finishes the gradients.
+_token_values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
 
-    The gradients get their scale and the operands' dtypes here, before they are saved.
-    Those of float16 stay float32 until they are multiplied by the cotangent of the
-    total, which may be a loss scale.
-    """
-
-    def scaled(g, dtype):
-        has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
-        g = g if scale is None else scale * as_float(g)
-        return g.astype(dtype if has_range else float_dtype())
-
-    def finish(g, x):
-        return None if g is None else scaled(g, x.dtype)
-
-    if layout is None:
-        return sums, _map_gradients(finish, own, operands)
-    bias, shared, sums = layout.over_tokens((own.bias, own.shared, sums))
-    kernel = own.kernel
-    own = dataclasses.replace(own, kernel=None, bias=bias, shared=shared)
-    own = _map_gradients(finish, own, operands)
-    if kernel is None or operands.kernel is None:
-        return sums, own
-    dtype = operands.kernel.dtype
-    kernel = layout.over_tokens_by_rows(kernel, lambda part: scaled(part, dtype))
-    # Otherwise XLA keeps the unreduced gradient until the model's backward pass ends.
-    sources, kernel = optimization_barrier((own.sources, kernel))
-    return sums, dataclasses.replace(own, sources=sources, kernel=kernel)
+_TOTAL = "total"
 
 
-def _largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:
-    """Returns the largest magnitude among the coefficients; 1 if all are 0."""
-    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()]
-    largest = jnp.max(jnp.stack(magnitudes))
-    return jnp.where(largest > 0, largest, jnp.ones_like(largest))
+def _is_flag(x: object) -> bool:
+    return x is None or x == ()
+
+
+@flax.struct.dataclass
+class _Weighted:
+    """The inputs of a function of tokens, and the weight of each of its values."""
+
+    inputs: Any
+    weights: dict[str, Float[Array, "*n"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightedSum:
+    """The weighted sum of the values of a function of tokens: an objective."""
+
+    function: TokenFunction
+
+    def __call__(self, logits, inputs: _Weighted, rows, shared, kernel) -> Sums:
+        values = self.function(logits, inputs.inputs, rows, shared, kernel)
+        sums = (weighted_sum(values[k], w) for k, w in inputs.weights.items())
+        return {_TOTAL: sum(sums, start=jnp.zeros((), float_dtype()))}
+
+    def num_ids(self, inputs: _Weighted, rows: Any) -> int | None:
+        return self.function.num_ids(inputs.inputs, rows)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.product import Product, near_largest
@@ -45,6 +46,32 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class TokenFunction(Protocol):
+    """A pure, hashable function of a block of logits that returns values per token."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values."""
+        ...
+
+    def __call__(
+        self,
+        logits: Array | Product,
+        inputs: Any,
+        rows: Any,
+        shared: Any,
+        kernel: Kernel,
+        /,
+    ) -> dict[str, Float[Array, "B C"]]:
+        """Computes the values; the arguments are those of an `Objective`."""
+        ...
+
+    def num_ids(self, inputs: Any, rows: Any, /) -> int | None:
+        """Returns what an `Objective` does."""
+        ...
+
+
 @flax.struct.dataclass
 class Operands:
     """The arrays of a pass.
@@ -81,6 +108,7 @@ class Pass(NamedTuple):
       by_columns: see `Product`.
       rounded_sizes: the sizes where `may_round`; None if that is never allowed.
       may_round: see `Product`; it depends on the objective.
+      precision: of the products with the projection, see `jax.lax.Precision`.
     """
 
     operands: Operands
@@ -90,6 +118,7 @@ class Pass(NamedTuple):
     by_columns: bool = False
     rounded_sizes: Sizes | None = None
     may_round: bool = False
+    precision: lax.PrecisionLike = None
 
     def differentiating(self, objective: Objective, inputs) -> "Pass":
         """Returns the pass with its options for the gradient of one objective."""
@@ -101,8 +130,10 @@ class Pass(NamedTuple):
             return self
         return self._replace(sizes=self.rounded_sizes, may_round=True)
 
-    def evaluate(self, objective: Objective, z, inputs, bias, shared) -> Sums:
-        """Computes the objective's sums over a block of logits."""
+    def evaluate(
+        self, objective: Objective | TokenFunction, z, inputs, bias, shared
+    ) -> Sums:
+        """Computes the objective's sums over a block of logits, or values per token."""
         rows = self.operands.rows
         return objective(_biased(z, bias), inputs, rows, shared, self.kernel)
 
@@ -111,7 +142,11 @@ class Pass(NamedTuple):
         kernel = self.operands.kernel
         assert kernel is not None
         return jnp.einsum(
-            "bcd,dv->bcv", h, kernel, preferred_element_type=float_dtype()
+            "bcd,dv->bcv",
+            h,
+            kernel,
+            precision=self.precision,
+            preferred_element_type=float_dtype(),
         )
 
     def logits(self, h: Float[Array, "B C D"]) -> Float[Array, "B C V"] | Product:
@@ -126,6 +161,7 @@ class Pass(NamedTuple):
             shape=h.shape[:-1],
             by_columns=self.by_columns,
             may_round=self.may_round,
+            precision=self.precision,
         )
 
     @property

@@ -30,6 +30,7 @@ class Product:
         prefer: a number per token then needs no broadcast within a register.
       may_round: whether the gradient may be computed from rounded exponentials, which
         are then saved instead of the logits; see `rounded`.
+      precision: of the product.
     """
 
     hidden: Float[Array, "N D"]
@@ -39,6 +40,7 @@ class Product:
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
     may_round: bool = flax.struct.field(pytree_node=False, default=False)
+    precision: lax.PrecisionLike = flax.struct.field(pytree_node=False, default=None)
 
     def make(self) -> Float[Array, "..."]:
         """Computes the logits [N, W], or [W, N] by columns."""
@@ -46,6 +48,7 @@ class Product:
             self.hidden,
             self.kernel,
             (((1,), (0,)), ((), ())),
+            precision=self.precision,
             preferred_element_type=float_dtype(),
         )
         return _row_major(z.T) if self.by_columns else z

@@ -104,6 +104,10 @@ class Layout:
         """Returns the spec of arrays [G, B, S, ...]."""
         return P(None, self.batch_axes or None, self.sequence_axis, *others)
 
+    def token_arrays(self) -> P:
+        """Returns the spec of arrays [B, S]."""
+        return P(self.batch_axes or None, self.sequence_axis)
+
     def local_shape(self, batch: int, length: int, width: int) -> tuple[int, int, int]:
         """Returns the rows, tokens per row and columns of one device.
 
@@ -185,15 +189,19 @@ def make_layout(
     return Layout(mesh, rows, tokens, columns)
 
 
-def with_auto_axes(function: Callable[..., Result], *args: Any) -> Result:
+def with_auto_axes(
+    function: Callable[..., Result], *args: Any, out_specs: Any = None
+) -> Result:
     """Calls a function whose sharding XLA chooses, under Explicit axes as well.
 
     Args:
-      function: returns small arrays, which are replicated.
+      function: returns small arrays.
       *args: pytrees of arrays.
+      out_specs: how the results are sharded under Explicit axes; None replicates them.
     """
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return function(*args)
-    automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=P())
+    specs = P() if out_specs is None else out_specs
+    automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)
     return cast(Result, automatic(*args))

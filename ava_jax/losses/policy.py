@@ -89,7 +89,9 @@ def policy_loss(
         them; the part made of the advantages is multiplied by them.
       entropy: that of the policy, [B, S]; `aux` then has `"entropy"`.
       clip_low, clip_high: how far r may move below and above 1; 0.2 if None. For
-        `"cispo"` `clip_high` is the largest r itself; 5 if None.
+        `"cispo"` `clip_high` is the largest r itself; 5 if None. `"sapo"` and `"vespo"`
+        have no bounds, and `"cispo"` no lower one: given to these, they only say which
+        r `clip_fraction` counts.
       ratio_cap: an upper bound of r whatever the sign of A; none if None.
       ratio_level: `"token"`, or `"sequence"`: then r is that of the row, the
         exponential of the mean log ratio of its unmasked tokens (GSPO). If None,

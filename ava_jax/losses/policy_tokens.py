@@ -28,8 +28,6 @@ _TOKEN_KINDS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # Which kinds read an option; given to any other kind, it is an error.
 _READERS = {
-    "clip_low": _CLIPPED,
-    "clip_high": (*_CLIPPED, "cispo"),
     "ratio_cap": _CLIPPED,
     "sapo_temperatures": ("sapo",),
 }
@@ -44,7 +42,8 @@ class PolicyValues:
       policy_loss: the part made of the advantages, times the sampler's weights.
       kl: the estimated divergence from the reference; None without `ref_log_probs`.
       ratio: r.
-      is_clipped: whether a bound has replaced the ratio, so that it has no gradient.
+      is_clipped: whether a bound has replaced the ratio, so that it has no gradient;
+        for a bound that the kind does not clip at, whether the ratio is beyond it.
     """
 
     loss: Float[Array, "*n"]
@@ -179,6 +178,16 @@ def _clipped_loss(
     return -jnp.where(is_clipped, stop_gradient(surrogate), own), is_clipped
 
 
+def _is_beyond(ratio: Float[Array, "*n"], options: PolicyOptions) -> Bool[Array, "*n"]:
+    """Marks ratios beyond the given bounds, for a kind that does not clip at them."""
+    is_beyond = jnp.zeros_like(ratio, dtype=bool)
+    if options.clip_low is not None:
+        is_beyond |= ratio < 1 - as_float(options.clip_low)
+    if options.clip_high is not None and options.kind != "cispo":
+        is_beyond |= ratio > 1 + as_float(options.clip_high)
+    return is_beyond
+
+
 def _soft_gate_loss(
     ratio: Float[Array, "*n"], advantages: Float[Array, "*n"], options: PolicyOptions
 ) -> Float[Array, "*n"]:
@@ -212,12 +221,12 @@ def values_of(
 ) -> PolicyValues:
     """Computes the values per token; `row_weight` is the φ of `"vespo"`."""
     ratio = _bounded_exp(tokens.log_ratio)
-    is_clipped = jnp.zeros_like(ratio, dtype=bool)
+    is_clipped = _is_beyond(ratio, options)
     if row_weight is not None:
         policy = -row_weight * tokens.advantages * tokens.log_probs
     elif options.kind == "cispo":
         cap = as_float(5.0 if options.clip_high is None else options.clip_high)
-        is_clipped = ratio > cap
+        is_clipped |= ratio > cap
         weight = stop_gradient(jnp.minimum(ratio, cap))
         policy = -weight * tokens.advantages * tokens.log_probs
     elif options.kind == "sapo":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight, weight_at
 from ava_jax.inputs import LossInputs, Normalizers, array
-from ava_jax.kernel.fused import Plan
+from ava_jax.kernel.execute import Plan
 from ava_jax.kernel.stats import TokenStats
 from ava_jax.reduce import safe_divide
 from ava_jax.tokens import Tokens

@@ -355,10 +355,6 @@ ERRORS = [
     ({"kind": "dr_grpo"}, "dr_grpo.* needs max_length"),
     ({"max_length": 3}, "max_length is given, but kind='grpo'.*dr_grpo"),
     ({"kind": "dapo", "num_rows": 3}, "num_rows is given, but kind='dapo'"),
-    ({"kind": "sapo", "clip_low": 0.2}, "clip_low is given, but kind='sapo'"),
-    ({"kind": "sapo", "clip_high": 0.2}, "clip_high is given, but kind='sapo'"),
-    ({"kind": "vespo", "clip_high": 0.2}, "clip_high is given, but kind='vespo'"),
-    ({"kind": "cispo", "clip_low": 0.2}, "clip_low is given, but kind='cispo'"),
     ({"kind": "cispo", "ratio_cap": 2.0}, "ratio_cap is given, but kind='cispo'"),
     ({"sapo_temperatures": (1.0, 1.0)}, "sapo_temperatures is given"),
     ({"kind": "luspo", "ratio_level": "token"}, "ratio_level='token'.*'luspo'"),
@@ -384,6 +380,20 @@ def test_errors(options: dict[str, Any], message: str) -> None:
     x = jnp.zeros((B, S))
     with pytest.raises(ValueError, match=message):
         losses.policy_loss(x, jnp.zeros(B), x, **options)
+
+
+@pytest.mark.parametrize("kind", ["sapo", "vespo", "cispo"])
+def test_bounds_that_a_kind_does_not_clip_at_are_only_counted(kind: str) -> None:
+    log_probs = jnp.log(jnp.array([[0.5, 1.0, 2.0, 1.0]]))
+    arrays = (log_probs, jnp.ones(1), jnp.ones((1, 4)))
+    old = {"old_log_probs": jnp.zeros((1, 4)), "kind": kind}
+    loss, aux = losses.policy_loss(*arrays, **old)
+    same, low = losses.policy_loss(*arrays, clip_low=0.2, **old)
+    assert (float(loss), float(aux["clip_fraction"])) == (float(same), 0.0)
+    assert float(low["clip_fraction"]) == 0.25
+    if kind != "cispo":
+        same, both = losses.policy_loss(*arrays, clip_low=0.2, clip_high=0.3, **old)
+        assert (float(loss), float(both["clip_fraction"])) == (float(same), 0.5)
 
 
 def test_a_traced_weight_needs_its_array() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ava_jax.kernel import fused
+from ava_jax.kernel import execute
 from ava_jax.kernel.platforms import Target
 
 B, S, D, V = 2, 29, 6, 23
@@ -69,7 +69,7 @@ def compile_for(monkeypatch, platform, *, rounds=False):
     """
     target = Target("xla", platform)
     if rounds:
-        monkeypatch.setattr(fused, "ROUNDED_OPERANDS", "float32")
+        monkeypatch.setattr(execute, "ROUNDED_OPERANDS", "float32")
     monkeypatch.setattr(
-        fused, "by_platform", lambda _, __, run, *operands: run(target, *operands)
+        execute, "by_platform", lambda _, __, run, *operands: run(target, *operands)
     )
