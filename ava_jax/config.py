@@ -103,6 +103,8 @@ class UnifiedLossConfig:
       use_immediate_repetition_penalty: turns on the penalty of repeating a token.
       immediate_repetition_weight: its weight.
       unlikelihood_weight: weight of token unlikelihood; 0 turns it off.
+      contrastive_token_weight: weight of the contrastive token loss; 0 turns it off.
+      contrastive_token_window: how many targets before a token it looks at.
       eos_token_id: the end-of-sequence id; turns on the early-EOS penalty.
       pad_token_id: target id that is padding where no attention mask is given.
       min_sequence_length: positions below it are early for an EOS.
@@ -177,6 +179,8 @@ class UnifiedLossConfig:
     use_immediate_repetition_penalty: bool = True
     immediate_repetition_weight: Weight = 0.5
     unlikelihood_weight: Weight = 0.0
+    contrastive_token_weight: Weight = 0.0
+    contrastive_token_window: int = 60
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     min_sequence_length: int = 20
@@ -326,6 +330,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "confidence_reg_strength": (0, math.inf),
     "ngram_size": (1, math.inf),
     "ngram_max_matches": (1, math.inf),
+    "contrastive_token_window": (1, math.inf),
     "min_sequence_length": (0, math.inf),
     "num_experts": (1, math.inf),
     "num_moe_layers": (1, math.inf),

@@ -26,6 +26,7 @@ from ava_jax import UnifiedLossConfig, create_unified_loss
         ({"eos_token_id": 8}, ValueError, ["eos_token_id", "vocab_size=8", "8"]),
         ({"pad_token_id": -1}, ValueError, ["pad_token_id", "-1"]),
         ({"ngram_size": 0}, ValueError, ["ngram_size", "0"]),
+        ({"contrastive_token_window": 0}, ValueError, ["contrastive_token_window"]),
         ({"ngram_penalty_weight": -1.0}, ValueError, ["ngram_penalty_weight"]),
         ({"ngram_penalty_weight": "0.1"}, TypeError, ["ngram_penalty_weight"]),
         ({"use_mtp": 1}, TypeError, ["use_mtp", "True or False", "1"]),
@@ -87,7 +88,7 @@ def test_every_weight_may_be_a_schedule():
     names = [
         name for name in UnifiedLossConfig.__annotations__ if name.endswith("_weight")
     ]
-    assert len(names) == 11
+    assert len(names) == 12
     names.append("bias_update_rate")
     schedule: Any = optax.linear_schedule(0.0, 1.0, 4)
     scheduled: dict[str, Any] = dict.fromkeys(names, schedule)

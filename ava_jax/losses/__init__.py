@@ -30,6 +30,7 @@ from ava_jax.losses.mtp import confidence_regularizer as confidence_regularizer
 from ava_jax.losses.mtp import effective_mtp_weight as effective_mtp_weight
 from ava_jax.losses.mtp import layer_norm as layer_norm
 from ava_jax.losses.repetition import anti_repetition_loss as anti_repetition_loss
+from ava_jax.losses.repetition import contrastive_token_loss as contrastive_token_loss
 from ava_jax.losses.repetition import repeat_spans as repeat_spans
 from ava_jax.losses.repetition import repetition_decay_loss as repetition_decay_loss
 from ava_jax.losses.repetition import sequence_unlikelihood as sequence_unlikelihood

@@ -103,6 +103,9 @@ def _repetition(config: UnifiedLossConfig) -> Iterator[Term]:
         )
     if config.is_on("unlikelihood_weight"):
         yield repetition.TokenUnlikelihood(config.unlikelihood_weight)
+    if config.is_on("contrastive_token_weight"):
+        window = config.contrastive_token_window
+        yield repetition.ContrastiveToken(window, config.contrastive_token_weight)
 
 
 def _heads(config: UnifiedLossConfig) -> Iterator[Term]:

@@ -69,6 +69,8 @@ class OracleConfig:
     penalty_source: str = "predictions"
     ngram_max_matches: int = 8
     unlikelihood_weight: float = 0.0
+    contrastive_token_weight: float = 0.0
+    contrastive_token_window: int = 60
     z_loss_weight: float = 0.0
     logit_soft_cap: float | None = None
     chunk_size: int | None = None

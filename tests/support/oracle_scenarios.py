@@ -116,6 +116,8 @@ TOKEN_OPTIONS: dict[str, list[Any]] = {
     "use_focal_loss": [False, False, True],
     "focal_alpha": [0.5, "per class"],
     "focal_gamma": [0.0, 0.5, 2.0],
+    "contrastive_token_weight": [0.0, 0.25, optax.linear_schedule(0.25, 1.0, 4)],
+    "contrastive_token_window": [1, 3, 60],
 }
 
 

@@ -247,7 +247,7 @@ def ngram(cfg: OracleConfig, tokens: Tokens) -> Aux:
 
 
 def repetition(cfg: OracleConfig, tokens: Tokens) -> Aux:
-    """Immediate repetition and token unlikelihood."""
+    """Immediate repetition, token unlikelihood and contrastive tokens."""
     aux: Aux = {}
     ids = (tokens.targets, tokens.weights, tokens.segments)
     if cfg.use_immediate_repetition_penalty:
@@ -260,6 +260,10 @@ def repetition(cfg: OracleConfig, tokens: Tokens) -> Aux:
     if cfg.unlikelihood_weight:
         value = term.token_unlikelihood(tokens.logits, *ids)
         aux["unlikelihood"] = cfg.unlikelihood_weight * value
+    if cfg.contrastive_token_weight:
+        size = cfg.contrastive_token_window
+        value = term.contrastive_token(tokens.logits, *ids, size)
+        aux["contrastive_token"] = cfg.contrastive_token_weight * value
     return aux
 
 
@@ -364,6 +368,7 @@ ADDED = (
     "ngram_penalty",
     "immediate_repetition_penalty",
     "unlikelihood",
+    "contrastive_token",
     "moe_balancing_term",
     "diversity_loss",
     "contrastive_loss",
