@@ -29,6 +29,8 @@ from ava_jax.losses.moe import update_gradient_balance as update_gradient_balanc
 from ava_jax.losses.mtp import confidence_regularizer as confidence_regularizer
 from ava_jax.losses.mtp import effective_mtp_weight as effective_mtp_weight
 from ava_jax.losses.mtp import layer_norm as layer_norm
+from ava_jax.losses.quantile import cutoff_histogram as cutoff_histogram
+from ava_jax.losses.quantile import quantile_bias as quantile_bias
 from ava_jax.losses.repetition import anti_repetition_loss as anti_repetition_loss
 from ava_jax.losses.repetition import contrastive_token_loss as contrastive_token_loss
 from ava_jax.losses.repetition import repeat_spans as repeat_spans

@@ -39,6 +39,7 @@ from ava_jax.terms.router import BiasBalancing as BiasBalancing
 from ava_jax.terms.router import ExpertDiversity as ExpertDiversity
 from ava_jax.terms.router import GradientBalancing as GradientBalancing
 from ava_jax.terms.router import LoadBalancing as LoadBalancing
+from ava_jax.terms.router import QuantileBalancing as QuantileBalancing
 from ava_jax.terms.router import RouterZLoss as RouterZLoss
 from ava_jax.terms.temperature import AdaptiveTemperature as AdaptiveTemperature
 from ava_jax.terms.temperature import TemperedCrossEntropy as TemperedCrossEntropy

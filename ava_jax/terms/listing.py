@@ -137,6 +137,9 @@ def _experts(config: UnifiedLossConfig) -> Iterator[Term]:
         experts = config.num_experts, config.num_moe_layers
         if config.use_moe_balancing and config.moe_balancing_type == "bias":
             yield router.BiasBalancing(*experts, config.bias_update_rate)
+        elif config.use_moe_balancing and config.moe_balancing_type == "quantile":
+            bins, momentum = config.balancing_bins, config.bias_momentum
+            yield router.QuantileBalancing(*experts, bins, momentum)
         elif config.use_moe_balancing:
             yield router.GradientBalancing(*experts, config.gradient_balance_weight)
         if config.use_auxiliary_loss:

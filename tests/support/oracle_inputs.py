@@ -52,6 +52,8 @@ class OracleConfig:
     moe_balancing_type: str = "gradient"
     gradient_balance_weight: float = 0.1
     bias_update_rate: float = 1e-3
+    balancing_bins: int = 1000
+    bias_momentum: float = 0.0
     use_focal_loss: bool = False
     focal_alpha: float | tuple[float, ...] = 1.0
     focal_gamma: float = 2.0

@@ -282,6 +282,13 @@ def moe_balancing(
     if cfg.moe_balancing_type == "bias":
         bias = batch.next_bias(state.bias, load, cfg.bias_update_rate)
         return aux, replace(state, bias=bias)
+    if cfg.moe_balancing_type == "quantile":
+        k = np.shape(inputs["expert_indices"])[-1]
+        bins, places = cfg.balancing_bins, tokens.places
+        layers = [batch.cutoff_histogram(g, state.bias, k, places, bins) for g in gates]
+        counts = np.sum(layers, axis=0)
+        bias = batch.next_quantile_bias(state.bias, counts, k, cfg.bias_momentum)
+        return aux, replace(state, bias=bias)
     count = len(tokens.places)
     if count:
         mass = batch.router_mass(gates, tokens.places).mean(axis=0)
