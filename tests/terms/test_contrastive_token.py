@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from support import oracle_terms
+from support.kernel_batches import compile_for
 from support.loss_checks import untyped
 from support.trees import assert_trees_close
 
@@ -247,8 +248,25 @@ def test_kernels_and_sizes_change_nothing(window, implementation, sizes):
     assert_trees_close(got, want, 2e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
-def test_a_mesh_changes_nothing(sizes):
+def test_a_tpu_may_round_its_exponentials(monkeypatch):
+    """The loss and the gradient at the ids are of logits that are not rounded."""
+    arrays, ints = batch()
+    want = value_and_grads(
+        only_it(5, implementation="reference"), arrays, ints, "fused"
+    )
+    compile_for(monkeypatch, "tpu", rounds=True)
+    value, grads = value_and_grads(
+        only_it(5, implementation="xla", chunk_size=16), arrays, ints, "fused"
+    )
+    np.testing.assert_allclose(value, want[0], rtol=2e-5)
+    assert_trees_close(grads, want[1], 2**-9)
+
+
+@pytest.mark.parametrize(
+    ("path", "sizes"),
+    [("fused", (2, 2, 2)), ("logits", (2, 2, 2)), ("fused", (1, 8, 1))],
+)
+def test_a_mesh_changes_nothing(path, sizes):
     """Windows reach over the edges of the shards of a row."""
     arrays, ints = batch()
     axes = ("data", "sequence", "tensor")
@@ -263,9 +281,9 @@ def test_a_mesh_changes_nothing(sizes):
         for k, v in {**arrays, **ints}.items()
     }
     got = value_and_grads(
-        loss_fn, {k: placed[k] for k in arrays}, {k: placed[k] for k in ints}, "fused"
+        loss_fn, {k: placed[k] for k in arrays}, {k: placed[k] for k in ints}, path
     )
-    want = value_and_grads(only_it(9), arrays, ints, "fused")
+    want = value_and_grads(only_it(9), arrays, ints, path)
     assert_trees_close(jax.device_get(got), jax.device_get(want), 2e-5)
 
 
