@@ -22,7 +22,7 @@ Weight = float | optax.Schedule
 PrimaryLossType = Literal["standard", "deepseek", "adaptive_mtp"]
 MTPType = Literal["parallel", "sequential", "adaptive", "deepseek"]
 PenaltySource = Literal["predictions", "targets"]
-BalancingType = Literal["gradient", "bias"]
+BalancingType = Literal["gradient", "bias", "quantile"]
 ContrastiveType = Literal["infonce", "margin", "triplet", "simctg"]
 Similarity = Literal["cosine", "l2", "dot"]
 
@@ -108,6 +108,8 @@ class UnifiedLossConfig:
       use_immediate_repetition_penalty: turns on the penalty of repeating a token.
       immediate_repetition_weight: its weight.
       unlikelihood_weight: weight of token unlikelihood; 0 turns it off.
+      contrastive_token_weight: weight of the contrastive token loss; 0 turns it off.
+      contrastive_token_window: how many targets before a token it looks at.
       eos_token_id: the end-of-sequence id; turns on the early-EOS penalty.
       pad_token_id: target id that is padding where no attention mask is given.
       min_sequence_length: positions below it are early for an EOS.
@@ -116,9 +118,11 @@ class UnifiedLossConfig:
       num_moe_layers: keeps one balance per layer (inputs then need the leading layer
         axis L); without it, layers are averaged into one.
       use_moe_balancing: turns expert balancing on.
-      moe_balancing_type: `"gradient"` or `"bias"`.
+      moe_balancing_type: `"gradient"`, `"bias"` or `"quantile"`.
       gradient_balance_weight: weight of gradient-style balancing.
-      bias_update_rate: step u of the routing bias.
+      bias_update_rate: step u of the routing bias, for `"bias"`.
+      balancing_bins: bins of the histograms of `"quantile"`.
+      bias_momentum: share in [0, 1) of the old bias that `"quantile"` keeps.
       use_auxiliary_loss: turns on load balancing, router z-loss and, with expert
         outputs, expert diversity.
       load_balancing_weight: weight of the load balancing.
@@ -184,6 +188,8 @@ class UnifiedLossConfig:
     use_immediate_repetition_penalty: bool = True
     immediate_repetition_weight: Weight = 0.5
     unlikelihood_weight: Weight = 0.0
+    contrastive_token_weight: Weight = 0.0
+    contrastive_token_window: int = 60
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     min_sequence_length: int = 20
@@ -194,6 +200,8 @@ class UnifiedLossConfig:
     moe_balancing_type: BalancingType = "gradient"
     gradient_balance_weight: Weight = 0.1
     bias_update_rate: Weight = 1e-3
+    balancing_bins: int = 1000
+    bias_momentum: float = 0.0
     use_auxiliary_loss: bool = False
     load_balancing_weight: Weight = 1e-4
     router_z_weight: Weight = 1e-3
@@ -350,9 +358,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "confidence_reg_strength": (0, math.inf),
     "ngram_size": (1, math.inf),
     "ngram_max_matches": (1, math.inf),
+    "contrastive_token_window": (1, math.inf),
     "min_sequence_length": (0, math.inf),
     "num_experts": (1, math.inf),
     "num_moe_layers": (1, math.inf),
+    "balancing_bins": (1, math.inf),
     "contrastive_margin": (0, math.inf),
     "chunk_size": (1, math.inf),
     "block_size": (1, math.inf),
@@ -378,10 +388,10 @@ def _check_ranges(config: UnifiedLossConfig) -> None:
             raise ValueError(f"{name} must be finite and at least {low}, got {value}")
         if name in _POSITIVE and value <= 0:
             raise ValueError(f"{name} must be greater than 0, got {value}")
-    if not 0 <= config.label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothing must be in [0, 1), got {config.label_smoothing}"
-        )
+    for name in ("label_smoothing", "bias_momentum"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
     for name in ("eos_token_id", "pad_token_id"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < config.vocab_size:

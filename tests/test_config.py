@@ -26,12 +26,16 @@ from ava_jax import UnifiedLossConfig, create_unified_loss
         ({"eos_token_id": 8}, ValueError, ["eos_token_id", "vocab_size=8", "8"]),
         ({"pad_token_id": -1}, ValueError, ["pad_token_id", "-1"]),
         ({"ngram_size": 0}, ValueError, ["ngram_size", "0"]),
+        ({"contrastive_token_window": 0}, ValueError, ["contrastive_token_window"]),
         ({"ngram_penalty_weight": -1.0}, ValueError, ["ngram_penalty_weight"]),
         ({"ngram_penalty_weight": "0.1"}, TypeError, ["ngram_penalty_weight"]),
         ({"use_mtp": 1}, TypeError, ["use_mtp", "True or False", "1"]),
         ({"use_mtp": True}, ValueError, ["hidden_size required for multi-token"]),
         ({"use_moe_balancing": True}, ValueError, ["num_experts"]),
         ({"use_auxiliary_loss": True}, ValueError, ["num_experts"]),
+        ({"moe_balancing_type": "quantiles"}, ValueError, ["quantiles", "quantile"]),
+        ({"balancing_bins": 0}, ValueError, ["balancing_bins", "0"]),
+        ({"bias_momentum": 1.0}, ValueError, ["bias_momentum", "[0, 1)", "1.0"]),
         ({"focal_alpha": [1.0, 2.0]}, ValueError, ["focal_alpha", "vocab_size=8"]),
         ({"focal_gamma": -0.5}, ValueError, ["focal_gamma", "-0.5"]),
         ({"logit_soft_cap": 0.0}, ValueError, ["logit_soft_cap"]),
@@ -87,7 +91,7 @@ def test_every_weight_may_be_a_schedule():
     names = [
         name for name in UnifiedLossConfig.__annotations__ if name.endswith("_weight")
     ]
-    assert len(names) == 11
+    assert len(names) == 12
     names.append("bias_update_rate")
     schedule: Any = optax.linear_schedule(0.0, 1.0, 4)
     scheduled: dict[str, Any] = dict.fromkeys(names, schedule)

@@ -91,6 +91,7 @@ COMMON = {
     "eos_token_id": 0,
     "z_loss_weight": 1e-4,
     "unlikelihood_weight": 0.1,
+    "contrastive_token_weight": 0.1,
     "use_focal_loss": True,
     "num_experts": E,
     "use_moe_balancing": True,

@@ -40,7 +40,10 @@ from ava_jax.losses.preference import kto_loss as kto_loss
 from ava_jax.losses.preference import orpo_loss as orpo_loss
 from ava_jax.losses.preference import sequence_log_probs as sequence_log_probs
 from ava_jax.losses.preference import simpo_loss as simpo_loss
+from ava_jax.losses.quantile import cutoff_histogram as cutoff_histogram
+from ava_jax.losses.quantile import quantile_bias as quantile_bias
 from ava_jax.losses.repetition import anti_repetition_loss as anti_repetition_loss
+from ava_jax.losses.repetition import contrastive_token_loss as contrastive_token_loss
 from ava_jax.losses.repetition import repeat_spans as repeat_spans
 from ava_jax.losses.repetition import repetition_decay_loss as repetition_decay_loss
 from ava_jax.losses.repetition import sequence_unlikelihood as sequence_unlikelihood

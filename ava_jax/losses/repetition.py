@@ -1,8 +1,8 @@
-"""Repetition losses: sequence unlikelihood, repetition decay and anti-repetition."""
+"""Repetition losses: unlikelihood, contrastive tokens, decay and anti-repetition."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.config import Weight, weight_at
 from ava_jax.kernel.statistics import token_statistics
@@ -15,6 +15,7 @@ from ava_jax.tokens import (
     read_tokens,
     sort_ngrams,
 )
+from ava_jax.windows import read_recent, recent_ids
 
 
 def sequence_unlikelihood(
@@ -68,6 +69,82 @@ def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> 
             f"token ids must be [B, S] and fit the logits [B, S, V], got {ids.shape} "
             f"and {logits.shape}"
         )
+
+
+def contrastive_token_loss(
+    logits: Float[Array, "B S V"],
+    targets: Integer[Array, "B S"],
+    mask: Shaped[Array, "B S"] | None = None,
+    *,
+    window: int = 60,
+    segment_ids: Integer[Array, "B S"] | None = None,
+) -> Float[Array, ""]:
+    """Computes the contrastive token loss: the target's logit above recent tokens'.
+
+    `mean_w log(1 + Σ_c exp(z_c − z_y))` over the distinct ids c ≠ y among the `window`
+    targets before the token, in its row and segment. Masked targets are left out.
+
+    Args:
+      logits: [B, S, V].
+      targets: ids [B, S]; those outside [0, V), −100 among them, are masked.
+      mask: weight per token [B, S]; ones if None.
+      window: how many positions before a token are looked at.
+      segment_ids: of packed rows, [B, S]; 0 is padding.
+
+    Returns:
+      The mean over w, a scalar; 0 if all tokens are masked.
+
+    Raises:
+      ValueError: `window` is below 1, or shapes do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ava_jax import losses
+      >>> loss = losses.contrastive_token_loss(
+      ...     jnp.zeros((1, 4, 4)), jnp.array([[1, 2, 1, 3]]))
+      >>> round(float(loss), 4)  # log(1), log(2), log(2), log(3)
+      0.6212
+
+    References:
+      Jiang et al., A Simple Contrastive Learning Objective for Alleviating Neural Text
+      Degeneration, 2022.
+    """
+    _check_logits(logits, targets)
+    size = logits.shape[-1]
+    tokens = read_tokens(targets, mask, segment_ids, vocab_size=size)
+    index = jax.lax.broadcasted_iota(jnp.int32, targets.shape, 1)
+    ids, found = recent_ids(read_recent(tokens), tokens.segments, index, window)
+    query = Query(
+        targets=tokens.targets,
+        active=tokens.active,
+        candidates={"recent": ids},
+        log_one_minus_p=False,
+    )
+    stats = token_statistics(logits, query, Vocabulary(size))
+    others = found & (ids != tokens.targets[..., None])
+    value = contrast(stats.target, stats.candidates["recent"], others)
+    return weighted_mean(value, tokens.weights)
+
+
+def contrast(
+    target: Float[Array, "*n"],
+    others: Float[Array, "*n Q"],
+    exists: Bool[Array, "*n Q"],
+) -> Float[Array, "*n"]:
+    """Computes `log(1 + Σ_c exp(z_c − z_y))`, finite and exact for any finite z_y.
+
+    Args:
+      target: z_y.
+      others: z_c; −inf adds nothing.
+      exists: which of the others are summed.
+    """
+    exists &= others != -jnp.inf
+    gaps = jnp.where(exists, others, target[..., None]) - target[..., None]
+    largest = jnp.max(gaps, -1, initial=0.0, where=exists)
+    shift = jax.lax.stop_gradient(jnp.where(largest == jnp.inf, 0.0, largest))
+    terms = jnp.where(exists, jnp.exp(gaps - shift[..., None]), 0.0)
+    # With a shift of 0 this is log1p of the sum, which may be tiny.
+    return shift + jnp.log1p(jnp.sum(terms, -1) + jnp.expm1(-shift))
 
 
 def repetition_decay_loss(

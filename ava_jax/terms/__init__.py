@@ -26,6 +26,7 @@ from ava_jax.terms.listing import RESERVED_NAMES as RESERVED_NAMES
 from ava_jax.terms.listing import terms_of as terms_of
 from ava_jax.terms.mtp import ParallelHeads as ParallelHeads
 from ava_jax.terms.mtp import SequentialHeads as SequentialHeads
+from ava_jax.terms.repetition import ContrastiveToken as ContrastiveToken
 from ava_jax.terms.repetition import EarlyEOSPenalty as EarlyEOSPenalty
 from ava_jax.terms.repetition import ImmediatePenalty as ImmediatePenalty
 from ava_jax.terms.repetition import NgramPenalty as NgramPenalty
@@ -38,6 +39,7 @@ from ava_jax.terms.router import BiasBalancing as BiasBalancing
 from ava_jax.terms.router import ExpertDiversity as ExpertDiversity
 from ava_jax.terms.router import GradientBalancing as GradientBalancing
 from ava_jax.terms.router import LoadBalancing as LoadBalancing
+from ava_jax.terms.router import QuantileBalancing as QuantileBalancing
 from ava_jax.terms.router import RouterZLoss as RouterZLoss
 from ava_jax.terms.temperature import AdaptiveTemperature as AdaptiveTemperature
 from ava_jax.terms.temperature import TemperedCrossEntropy as TemperedCrossEntropy

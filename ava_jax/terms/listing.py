@@ -103,6 +103,9 @@ def _repetition(config: UnifiedLossConfig) -> Iterator[Term]:
         )
     if config.is_on("unlikelihood_weight"):
         yield repetition.TokenUnlikelihood(config.unlikelihood_weight)
+    if config.is_on("contrastive_token_weight"):
+        window = config.contrastive_token_window
+        yield repetition.ContrastiveToken(window, config.contrastive_token_weight)
 
 
 def _heads(config: UnifiedLossConfig) -> Iterator[Term]:
@@ -134,6 +137,9 @@ def _experts(config: UnifiedLossConfig) -> Iterator[Term]:
         experts = config.num_experts, config.num_moe_layers
         if config.use_moe_balancing and config.moe_balancing_type == "bias":
             yield router.BiasBalancing(*experts, config.bias_update_rate)
+        elif config.use_moe_balancing and config.moe_balancing_type == "quantile":
+            bins, momentum = config.balancing_bins, config.bias_momentum
+            yield router.QuantileBalancing(*experts, bins, momentum)
         elif config.use_moe_balancing:
             yield router.GradientBalancing(*experts, config.gradient_balance_weight)
         if config.use_auxiliary_loss:

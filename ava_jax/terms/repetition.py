@@ -1,8 +1,8 @@
 """Penalties of repetition and of an early end of the sequence.
 
 Those on predictions name ids, the candidates, that a token should not predict, and pay
-for their unlikelihood −log(1 − p). Those on targets are numbers computed from the ids
-alone; they have no gradient.
+for their unlikelihood −log(1 − p), or for logits that come near the target's. Those on
+targets are numbers computed from the ids alone; they have no gradient.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ava_jax.config import Weight
 from ava_jax.inputs import LossInputs
 from ava_jax.kernel.stats import TokenStats
+from ava_jax.losses.repetition import contrast
 from ava_jax.reduce import as_float, safe_divide, weighted_sum
 from ava_jax.terms.base import BatchTerm, Call, Scalar, TokenInputs, TokenTerm
 from ava_jax.tokens import (
@@ -27,6 +28,7 @@ from ava_jax.tokens import (
     repeated_token,
     whole_windows,
 )
+from ava_jax.windows import Recent, read_recent, recent_ids
 
 
 @flax.struct.dataclass
@@ -136,6 +138,41 @@ class TokenUnlikelihood(UnlikelihoodTerm):
     def penalized(self, inputs: TokenInputs) -> Penalized:
         ids, found = earlier_ids(inputs.rows, inputs.segments, inputs.row_positions)
         return Penalized(ids, as_float(found & (ids != inputs.targets[..., None])))
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveToken(TokenTerm):
+    """`log(1 + Σ_c exp(z_c − z_y))` over the distinct recent ids c but the target y.
+
+    Attributes:
+      window: how many positions before a token are looked at, in its segment.
+
+    References:
+      Jiang et al., A Simple Contrastive Learning Objective for Alleviating Neural Text
+      Degeneration, 2022.
+    """
+
+    window: int
+    weight: Weight
+    name: str = "contrastive_token"
+    needs_log_one_minus_p = False
+    needs_logits = False
+    keys = ("contrastive_token",)
+
+    def rows(self, tokens: Tokens) -> Recent:
+        return read_recent(tokens)
+
+    def candidates(self, inputs: TokenInputs) -> Int[Array, "B S Q"]:
+        return self._recent(inputs)[0]
+
+    def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
+        ids, found = self._recent(inputs)
+        others = found & (ids != inputs.targets[..., None])
+        return contrast(stats.target, stats.candidates[self.name], others)
+
+    def _recent(self, inputs: TokenInputs):
+        positions = inputs.row_positions
+        return recent_ids(inputs.rows, inputs.segments, positions, self.window)
 
 
 def _early(tokens: Tokens, min_length: int) -> Bool[Array, "B S"]:

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ava_jax.config import Settings, Similarity, Weight, weight_at
 from ava_jax.inputs import LossInputs, array
-from ava_jax.losses import moe, router
+from ava_jax.losses import moe, quantile, router
 from ava_jax.losses.moe import BiasBalanceState, GradientBalanceState
 from ava_jax.losses.router import RouterLoad
 from ava_jax.reduce import float_dtype
@@ -162,6 +163,90 @@ class BiasBalancing(_Balancing):
 
         balance = self.per_layer(update)(state["moe_balancing"], statistics)
         return {"moe_balancing": balance}
+
+
+@flax.struct.dataclass
+class QuantileLoad(RouterLoad):
+    """The load of an optimizer step, and what quantile balancing needs besides.
+
+    Attributes:
+      histogram: of the bias at which each token would choose each expert.
+      k: experts per token.
+    """
+
+    histogram: Float[Array, "*L E bins"]
+    k: int = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileBalancing(_Balancing):
+    """Sets the routing bias to what even shares ask for; it adds nothing to the loss.
+
+    `gate_logits` are the scores that the experts were chosen by, with this bias. See
+    `losses.cutoff_histogram` and `losses.quantile_bias`. Layers without a bias of their
+    own add up their histograms.
+
+    Attributes:
+      num_experts: E.
+      num_layers: L, if every layer has a bias of its own.
+      bins: of the histograms.
+      momentum: the share of the old bias that is kept.
+
+    References:
+      Su, 2026, as described in Kimi K3, section 2.3.3.
+    """
+
+    num_experts: int
+    num_layers: int | None = None
+    bins: int = 1000
+    momentum: float = 0.0
+    name: str = "moe_balancing"
+    keys = ("moe_max_violation",)
+
+    def check(self, inputs: LossInputs, settings: Settings) -> None:
+        super().check(inputs, settings)
+        k = self._shape("expert_indices", inputs)[-1]
+        if k >= self.num_experts:
+            raise ValueError(
+                "quantile balancing needs fewer experts per token than num_experts="
+                f"{self.num_experts}, got expert_indices of {k}: if all are chosen, "
+                "there is nothing to balance"
+            )
+
+    def init(self) -> dict[str, BiasBalanceState]:
+        return {"moe_balancing": BiasBalanceState(bias=self._zeros(self.num_experts))}
+
+    def finish(self, call: Call) -> Output:
+        output = super().finish(call)
+        if not call.train:
+            return output
+        scores, choices = self.read(call.inputs)
+        weights, k = call.tokens.weights.reshape(-1), choices.shape[-1]
+
+        def of_layer(scores, bias):
+            return quantile.cutoff_histogram(
+                scores, bias, k, bins=self.bins, token_weights=weights
+            )
+
+        own = None if self.num_layers is None else 0
+        bias = call.states[self.name]["moe_balancing"].bias
+        counts = jax.vmap(of_layer, (0, own))(scores, bias)
+        if self.num_layers is None:
+            counts = jnp.sum(counts, 0)
+        load = QuantileLoad(**vars(output.statistics), histogram=counts, k=k)
+        return output._replace(statistics=load)
+
+    def update(self, state, statistics: QuantileLoad, step: Step):
+        del step
+
+        def update(bias, histogram):
+            return quantile.quantile_bias(
+                bias, histogram, statistics.k, momentum=self.momentum
+            )
+
+        bias = state["moe_balancing"].bias
+        bias = self.per_layer(update)(bias, statistics.histogram)
+        return {"moe_balancing": BiasBalanceState(bias=bias)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,41 @@ def next_bias(bias: Floats, load: Floats, rate: float) -> Floats:
     total = load.sum(axis=0)
     moved = bias + rate * np.sign(total.mean() - total)
     return moved - moved.mean()
+
+
+def cutoff_histogram(
+    scores: Floats, bias: Floats, k: int, tokens: list[int], bins: int
+) -> Floats:
+    """How many tokens would choose each expert from which bias on, [E, bins]."""
+    low, high = float(bias.min()) - 1, float(bias.max()) + 1
+    counts = np.zeros((len(bias), bins))
+    for n in tokens:
+        cutoff = sorted(scores[n] + bias, reverse=True)[k]
+        for e in range(len(bias)):
+            place = (cutoff - scores[n, e] - low) * bins / (high - low)
+            counts[e, min(max(math.floor(place), 0), bins - 1)] += 1
+    return counts
+
+
+def quantile(counts: Floats, share: Fraction, low: float, high: float) -> float:
+    """What `share` of a histogram over [low, high] lies below, linear in a bin."""
+    wanted, below = share * int(counts.sum()), 0
+    for place, count in enumerate(map(int, counts)):
+        if below + count >= wanted:
+            inside = float((wanted - below) / count)
+            return low + (place + inside) * (high - low) / len(counts)
+        below += count
+    raise AssertionError("the histogram is empty")
+
+
+def next_quantile_bias(bias: Floats, counts: Floats, k: int, momentum: float) -> Floats:
+    """m·b + (1 − m)·(q − mean q), with q the k/E quantiles of the histograms."""
+    if not counts.any():
+        return bias
+    low, high = float(bias.min()) - 1, float(bias.max()) + 1
+    share = Fraction(k, len(bias))
+    found = np.array([quantile(row, share, low, high) for row in counts])
+    return momentum * bias + (1 - momentum) * (found - found.mean())
 
 
 def auxiliary_load_balancing(gates: Floats, load: Floats, tokens: list[int]) -> float:

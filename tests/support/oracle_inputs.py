@@ -52,6 +52,8 @@ class OracleConfig:
     moe_balancing_type: str = "gradient"
     gradient_balance_weight: float = 0.1
     bias_update_rate: float = 1e-3
+    balancing_bins: int = 1000
+    bias_momentum: float = 0.0
     use_focal_loss: bool = False
     focal_alpha: float | tuple[float, ...] = 1.0
     focal_gamma: float = 2.0
@@ -69,6 +71,8 @@ class OracleConfig:
     penalty_source: str = "predictions"
     ngram_max_matches: int = 8
     unlikelihood_weight: float = 0.0
+    contrastive_token_weight: float = 0.0
+    contrastive_token_window: int = 60
     z_loss_weight: float = 0.0
     logit_soft_cap: float | None = None
     chunk_size: int | None = None

@@ -116,6 +116,8 @@ TOKEN_OPTIONS: dict[str, list[Any]] = {
     "use_focal_loss": [False, False, True],
     "focal_alpha": [0.5, "per class"],
     "focal_gamma": [0.0, 0.5, 2.0],
+    "contrastive_token_weight": [0.0, 0.25, optax.linear_schedule(0.25, 1.0, 4)],
+    "contrastive_token_window": [1, 3, 60],
 }
 
 
@@ -356,7 +358,7 @@ def expert_inputs(rng: Generator, keep: Any, leading: str, top: int) -> dict[str
     """Router and expert outputs, with junk at the masked tokens."""
     shape = router_shapes(*keep.shape)[leading]
     kept = keep if leading in ("batch", "layers of batch") else keep.reshape(-1)
-    gates = draw_logits(rng, (*shape, EXPERTS), 6.0)
+    gates = draw_logits(rng, (*shape, EXPERTS), pick(rng, [0.5, 6.0]))
     gates = poison(rng, gates, np.broadcast_to(kept, shape))
     order = np.argsort(rng.random((*shape, EXPERTS)), axis=-1)
     outputs = draw_logits(rng, (EXPERTS, keep.size, 3), 1.0)
@@ -375,7 +377,9 @@ def expert_scenario(rng: Generator) -> Scenario:
     config |= {
         "num_experts": EXPERTS,
         "use_moe_balancing": pick(rng, [True, True, False]),
-        "moe_balancing_type": pick(rng, ["gradient", "bias"]),
+        "moe_balancing_type": pick(rng, ["gradient", "bias", "quantile", "quantile"]),
+        "balancing_bins": pick(rng, [1, 7, 1000]),
+        "bias_momentum": pick(rng, [0.0, 0.0, 0.75]),
         "use_auxiliary_loss": pick(rng, [True, False]),
         "load_balancing_weight": 0.02,
         "use_diversity_loss": pick(rng, [True, False]),

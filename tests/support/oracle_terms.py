@@ -292,6 +292,23 @@ def token_unlikelihood(
     return weighted_mean(terms, weights)
 
 
+def contrastive_token(
+    logits: Floats, targets: Ints, weights: Floats, segments: Ints, size: int
+) -> float:
+    """Mean of log(1 + Σ e^{z_c − z_y}) over the distinct c ≠ y of the last `size`."""
+    terms = np.zeros(targets.shape)
+    for b, t in counted(weights):
+        y, z = int(targets[b, t]), logits[b, t]
+        recent = {
+            int(targets[b, i])
+            for i in range(max(t - size, 0), t)
+            if weights[b, i] != 0 and segments[b, i] == segments[b, t]
+        }
+        gaps = [0.0, *(float(z[c] - z[y]) for c in sorted(recent - {y}))]
+        terms[b, t] = log_sum_exp(np.array(gaps))
+    return weighted_mean(terms, weights)
+
+
 def token_diversity(logits: Floats, weights: Floats) -> float:
     """Mean of 1 − H/log V."""
     terms = np.zeros(weights.shape)

@@ -247,7 +247,7 @@ def ngram(cfg: OracleConfig, tokens: Tokens) -> Aux:
 
 
 def repetition(cfg: OracleConfig, tokens: Tokens) -> Aux:
-    """Immediate repetition and token unlikelihood."""
+    """Immediate repetition, token unlikelihood and contrastive tokens."""
     aux: Aux = {}
     ids = (tokens.targets, tokens.weights, tokens.segments)
     if cfg.use_immediate_repetition_penalty:
@@ -260,6 +260,10 @@ def repetition(cfg: OracleConfig, tokens: Tokens) -> Aux:
     if cfg.unlikelihood_weight:
         value = term.token_unlikelihood(tokens.logits, *ids)
         aux["unlikelihood"] = cfg.unlikelihood_weight * value
+    if cfg.contrastive_token_weight:
+        size = cfg.contrastive_token_window
+        value = term.contrastive_token(tokens.logits, *ids, size)
+        aux["contrastive_token"] = cfg.contrastive_token_weight * value
     return aux
 
 
@@ -277,6 +281,13 @@ def moe_balancing(
     aux: Aux = {"moe_max_violation": batch.max_violation(load)}
     if cfg.moe_balancing_type == "bias":
         bias = batch.next_bias(state.bias, load, cfg.bias_update_rate)
+        return aux, replace(state, bias=bias)
+    if cfg.moe_balancing_type == "quantile":
+        k = np.shape(inputs["expert_indices"])[-1]
+        bins, places = cfg.balancing_bins, tokens.places
+        layers = [batch.cutoff_histogram(g, state.bias, k, places, bins) for g in gates]
+        counts = np.sum(layers, axis=0)
+        bias = batch.next_quantile_bias(state.bias, counts, k, cfg.bias_momentum)
         return aux, replace(state, bias=bias)
     count = len(tokens.places)
     if count:
@@ -364,6 +375,7 @@ ADDED = (
     "ngram_penalty",
     "immediate_repetition_penalty",
     "unlikelihood",
+    "contrastive_token",
     "moe_balancing_term",
     "diversity_loss",
     "contrastive_loss",
