@@ -322,15 +322,21 @@ def _loops(program: Program, frame: Frame) -> Iterator[tuple[Operation, Frame]]:
 
 
 def trip_count(program: Program, frame: Frame, loop: Operation) -> int | None:
-    """Returns the trip count of a loop; `None` if it is not known statically."""
+    """Returns how often a loop runs at most; `None` if that is not known statically."""
     known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
     condition = _enter(program, frame, loop, loop.attribute("condition"))
-    found = _comparison(program, condition, condition.body.root)
-    if found is None:
-        return None
-    compare, where = found
+    bounds = [
+        bound
+        for compare, where in _comparisons(program, condition, condition.body.root)
+        if (bound := _bound(program, compare, where)) is not None
+    ]
+    return min(bounds, default=None)
+
+
+def _bound(program: Program, compare: Operation, where: Frame) -> int | None:
+    """Returns how often a comparison lets a loop run; None if that is not known."""
     sides = [_constant(program, where, name) for name in compare.operands]
     if len(sides) != 2 or sides[0] is None or sides[1] is None:
         return None
@@ -343,18 +349,21 @@ def trip_count(program: Program, frame: Frame, loop: Operation) -> int | None:
     return max(abs(high - low) + (direction in ("LE", "GE")), 0)
 
 
-def _comparison(
+def _comparisons(
     program: Program, frame: Frame, name: str
-) -> tuple[Operation, Frame] | None:
+) -> Iterator[tuple[Operation, Frame]]:
+    """Finds the comparisons that all have to hold."""
     operation = frame.body.operations.get(name)
-    if operation is None or operation.kind == "compare":
-        return operation and (operation, frame)
-    if operation.kind in ("fusion", "call"):
+    if operation is None:
+        return
+    if operation.kind == "compare":
+        yield operation, frame
+    elif operation.kind in ("fusion", "call"):
         inner = _enter(program, frame, operation, operation.called[0])
-        return _comparison(program, inner, inner.body.root)
-    if operation.kind in _SAME:
-        return _comparison(program, frame, operation.operands[0])
-    return None
+        yield from _comparisons(program, inner, inner.body.root)
+    elif operation.kind == "and" or operation.kind in _SAME:
+        for operand in operation.operands:
+            yield from _comparisons(program, frame, operand)
 
 
 def _constant(

@@ -32,6 +32,7 @@ from ava_jax.reduce import as_float, float_dtype
 def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
     """Computes one device's sums, without a gradient."""
     fold_rows = functools.partial(fold, on_cpu=pass_.on_cpu)
+    visit = functools.partial(fold_unmasked, is_open=pass_.on_gpu)
     operands, sizes = pass_.operands, pass_.sizes
     kernel, bias = operands.kernel, operands.bias
     totals: Sums = {}
@@ -55,7 +56,7 @@ def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
             assert active is not None  # given with a kernel
             # Without a gradient, no array larger than a block is needed.
             size = sizes.chunk if pass_.on_cpu else sizes.block
-            sums, _ = fold_unmasked(of_chunk, sums, source, inputs, active, size)
+            sums, _ = visit(of_chunk, sums, source, inputs, active, size)
         totals = _merge(totals, sums)
     return totals
 
@@ -80,7 +81,7 @@ def local_gradients(
         _only(needed.shared, operands.shared),
     )
     d_whole = _zeros(whole)
-    d_kernel = _Total.of(_only(needed.kernel, operands.kernel))
+    d_kernel = _Total.of(_only(needed.kernel, operands.kernel), pass_.on_gpu)
     totals: Sums = {}
     d_sources, d_inputs = [], []
     groups = _groups(objectives, operands)
@@ -145,7 +146,8 @@ def local_values(function: TokenFunction, pass_: Pass) -> dict[str, Array]:
     size = sizes.chunk if pass_.on_cpu else sizes.block
     one = jax.ShapeDtypeStruct(active.shape, float_dtype())
     like = dict.fromkeys(function.names, one)
-    return fold_unmasked(of_chunk, (), source, inputs, active, size, like)[1]
+    visit = functools.partial(fold_unmasked, is_open=pass_.on_gpu)
+    return visit(of_chunk, (), source, inputs, active, size, like)[1]
 
 
 def _group_gradient(pass_: Pass, needs, of_block, carry, group):
@@ -177,6 +179,7 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         active,
         sizes.chunk,
         like=(_only(needs.source, source), _only(needs.inputs, inputs)),
+        is_open=pass_.on_gpu,
     )
     return (carry, d_kernel), d_source, d_inputs
 
@@ -356,18 +359,29 @@ class _Total:
 
     Attributes:
       value: the sum; anything if it is empty.
-      is_empty: whether nothing has been added.
+      is_empty: whether nothing has been added; None if the sum began with zeros.
     """
 
     value: Float[Array, "D V"]
-    is_empty: Bool[Array, ""]
+    is_empty: Bool[Array, ""] | None
 
     @staticmethod
-    def of(like: Float[Array, "D V"] | None) -> "_Total | None":
-        """Returns the empty sum of arrays of a shape; None of none."""
+    def of(like: Float[Array, "D V"] | None, has_zeros: bool) -> "_Total | None":
+        """Returns the empty sum of arrays of a shape; None of none.
+
+        A product on a GPU adds its result to an array, but not to a choice of two.
+        """
         if like is None:
             return None
+        if has_zeros:
+            return _Total(jnp.zeros(like.shape, float_dtype()), None)
         return _Total(lax.empty(like.shape, float_dtype()), jnp.asarray(True))
+
+    def kept(self, part: Float[Array, "d V"]) -> Float[Array, "d V"]:
+        """Returns rows of the sum; zeros if it is empty."""
+        if self.is_empty is None:
+            return part
+        return jnp.where(self.is_empty, jnp.zeros_like(part), part)
 
 
 def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
@@ -386,7 +400,7 @@ def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
             precision=pass_.precision,
             preferred_element_type=float_dtype(),
         )
-        return jnp.where(total.is_empty, jnp.zeros_like(old), old) + product
+        return total.kept(old) + product
 
     def add_part(i, value):
         part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
@@ -398,7 +412,8 @@ def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
         value = with_product(total.value, h)
     else:
         value = lax.fori_loop(0, h.shape[-1] // width, add_part, total.value)
-    return _Total(value, jnp.zeros_like(total.is_empty))
+    is_empty = None if total.is_empty is None else jnp.zeros_like(total.is_empty)
+    return _Total(value, is_empty)
 
 
 def _zeros(tree):

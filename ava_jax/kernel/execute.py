@@ -128,7 +128,13 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
-    pass_ = Pass(operands, kernel, sizes, precision=plan.precision)
+    pass_ = Pass(
+        operands,
+        kernel,
+        sizes,
+        precision=plan.precision,
+        on_gpu=target.platform == "gpu",
+    )
     if not is_finite or target.implementation != "xla":
         return pass_
     assert operands.kernel is not None

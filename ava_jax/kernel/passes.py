@@ -127,6 +127,7 @@ class Pass(NamedTuple):
       rounded_sizes: the sizes where `may_round`; None if that is never allowed.
       may_round: see `Product`; it depends on the objective.
       precision: of the products with the projection, see `jax.lax.Precision`.
+      on_gpu: whether the program is compiled for a GPU.
     """
 
     operands: Operands
@@ -137,6 +138,7 @@ class Pass(NamedTuple):
     rounded_sizes: Sizes | None = None
     may_round: bool = False
     precision: lax.PrecisionLike = None
+    on_gpu: bool = False
 
     def differentiating(self, objective: Objective, inputs) -> "Pass":
         """Returns the pass with its options for the gradient of one objective."""

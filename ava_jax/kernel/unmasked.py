@@ -25,6 +25,8 @@ def fold_unmasked(
     active: Bool[Array, "G B S"],
     size: int,
     like: Any = None,
+    *,
+    is_open: bool = False,
 ) -> tuple[Carry, Any]:
     """Folds `body(carry, chunk, inputs)` over chunks of the unmasked tokens.
 
@@ -37,6 +39,10 @@ def fold_unmasked(
       active: marks the unmasked tokens.
       size: C; the whole row if that is shorter.
       like: a pytree of arrays [G, B, S, ...] with the dtypes of the outputs, if any.
+      is_open: whether the loop ends after the last chunk that is visited, and outputs
+        are scattered, as suits GPUs: XLA would copy the carry there at every chunk that
+        may be skipped. Otherwise the loop skips the other chunks, so that compilers
+        know how often it runs, and outputs are gathered at the end, as suits TPUs.
 
     Returns:
       The last carry, and the outputs [G, B, S, ...], zeros for masked tokens.
@@ -57,9 +63,14 @@ def fold_unmasked(
             lambda x: _only(is_active, _take(x[group], own)), (source, inputs)
         )
         carry, outputs = body(carry, *kept)
-        written = jax.tree.map(
-            lambda x, new: _write(x, group, start, new), written, outputs
-        )
+        if is_open:
+            # Beyond the row, where there is no token to put the output to.
+            exists = start + jnp.arange(size) < length
+            to = (group, jnp.where(exists, own, length))
+            written = jax.tree.map(lambda x, y: _scatter(x, *to, y), written, outputs)
+        else:
+            to = (group, start)
+            written = jax.tree.map(lambda x, y: _write(x, *to, y), written, outputs)
         return carry, written
 
     def skip(state, *_):
@@ -69,12 +80,35 @@ def fold_unmasked(
         group, start, is_visited = offset
         return lax.cond(is_visited, visit, skip, state, group, start), None
 
+    if is_open:
+        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return _loop(visit, (carry, outputs), order.chunks())
+
     def buffer(x):
         return lax.empty((*x.shape[:2], order.tokens.shape[2], *x.shape[3:]), x.dtype)
 
     start = (carry, jax.tree.map(buffer, like))
     carry, written = lax.scan(step, start, order.chunks())[0]
     return carry, jax.tree.map(order.put_back, written)
+
+
+def _loop(visit: Callable[..., Any], state: Any, chunks: tuple[Array, ...]) -> Any:
+    """Visits the chunks that are to be visited, and no others."""
+    group, start, is_visited = chunks
+    first = jnp.argsort(~is_visited, stable=True)
+    count = jnp.sum(is_visited, dtype=jnp.int32)
+    most = jnp.asarray(is_visited.size, jnp.int32)
+
+    def is_left(item):
+        # The second bound tells those who read the program how often it runs at most.
+        return (item[0] < count) & (item[0] < most)
+
+    def step(item):
+        index, state = item
+        chunk = first[index]
+        return index + 1, visit(state, group[chunk], start[chunk])
+
+    return lax.while_loop(is_left, step, (jnp.zeros((), jnp.int32), state))[1]
 
 
 @flax.struct.dataclass
@@ -113,6 +147,8 @@ class _Order:
 
 
 def _order(active: Bool[Array, "G B S"], size: int) -> _Order:
+    # XLA would fold the sums of a constant mask, which takes seconds.
+    active = lax.optimization_barrier(active)
     length = active.shape[2]
     total = -(-length // size) * size
     masked = (~active).astype(jnp.int32)
@@ -168,3 +204,9 @@ def _write(x, group, start, new):
     zeros = [jnp.zeros_like(start)] * (x.ndim - 3)
     at = (group, jnp.zeros_like(start), start, *zeros)
     return lax.dynamic_update_slice(x, new[None], at)
+
+
+def _scatter(x, group, tokens, new):
+    """Sets the values of tokens of each row; those beyond the row are dropped."""
+    rows = lax.broadcasted_iota(jnp.int32, tokens.shape, 0)
+    return x.at[group, rows, tokens].set(new, mode="drop")

@@ -21,7 +21,7 @@ def arrays(groups=G):
     return source, {"weights": jnp.where(active, weights, 0.0)}, active
 
 
-def visit(source, inputs, active, size):
+def visit(source, inputs, active, size, is_open=False):
     """The sum, the order of the weights, and what came back."""
     seen = []
 
@@ -33,19 +33,23 @@ def visit(source, inputs, active, size):
         return total + jnp.sum(twice), {"scaled": twice, "weights": 2 * weights}
 
     like = {"scaled": source, "weights": inputs["weights"]}
-    out = fold_unmasked(body, jnp.zeros(()), source, inputs, active, size, like)
+    start = jnp.zeros(())
+    out = fold_unmasked(
+        body, start, source, inputs, active, size, like, is_open=is_open
+    )
     jax.block_until_ready(out)
     jax.effects_barrier()
     return *out, seen
 
 
+@pytest.mark.parametrize("is_open", [False, True])
 @pytest.mark.parametrize("groups", [1, G])
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 10, 11, 20])
-def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups):
+@pytest.mark.parametrize("size", [1, 3, 4, 10, 11, 20])
+def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups, is_open):
     source, inputs, active = arrays(groups)
     # A masked token may hold anything.
     source = jnp.where(active[..., None], source, jnp.nan)
-    total, outputs, seen = visit(source, inputs, active, size)
+    total, outputs, seen = visit(source, inputs, active, size, is_open)
     want = jnp.where(active[..., None], inputs["weights"][..., None] * source, 0.0)
     np.testing.assert_allclose(total, jnp.sum(want), rtol=1e-5)
     np.testing.assert_array_equal(outputs["scaled"], want)
