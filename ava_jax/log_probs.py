@@ -18,6 +18,7 @@ from ava_jax.assemble import plan_of
 from ava_jax.checks import check_inputs
 from ava_jax.config import Settings, UnifiedLossConfig
 from ava_jax.inputs import LossInputs, array, tokens_of
+from ava_jax.kernel.collectives import shared_scalar
 from ava_jax.kernel.fused import token_values
 from ava_jax.kernel.logits import possible_logits
 from ava_jax.kernel.passes import Operands
@@ -226,6 +227,7 @@ def at_temperature(
     z = logits.logits() if isinstance(logits, Product) else logits
     z = possible_logits(vocabulary, jnp.where(active[..., None], z, jnp.zeros_like(z)))
     exists = z != -jnp.inf
+    temperature = shared_scalar(vocabulary.axis, temperature)
     return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / temperature, z)
 
 
