@@ -54,7 +54,8 @@ def fold_unmasked(
     def visit(state, group, start):
         carry, written = state
         own = lax.dynamic_slice_in_dim(order.tokens[group], start, size, 1)
-        is_active = start + jnp.arange(size) < order.counts[group][:, None]
+        offsets = start + jnp.arange(size, dtype=jnp.int32)
+        is_active = offsets < order.counts[group][:, None]
         chunk = _only(is_active, _take(source[group], own))
         given = jax.tree.map(lambda x: _read(x, group, start, size), inputs)
         carry, outputs = body(carry, chunk, given)
@@ -125,7 +126,7 @@ def _order(active: Bool[Array, "G B S"], size: int) -> _Order:
     total = -(-length // size) * size
     masked = (~active).astype(jnp.int32)
     unmasked = active.astype(jnp.int32)
-    counts = jnp.sum(unmasked, -1)
+    counts = jnp.sum(unmasked, -1, dtype=jnp.int32)
     places = jnp.where(
         active,
         jnp.cumsum(unmasked, -1) - 1,
