@@ -142,13 +142,16 @@ def token_log_probs(
     check_inputs(config.settings, (), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     compute = functools.partial(_compute, config.settings, layout)
-    specs = P() if layout is None else layout.token_arrays()
+    # Without a layout, under Explicit axes, the values are where the targets are.
+    spec = (
+        jax.typeof(targets).sharding.spec if layout is None else layout.token_arrays()
+    )
     given = {name: value for name, value in inputs.items() if value is not None}
     values, num_invalid = with_auto_axes(
         compute,
         given,
         read_temperature(temperature),
-        out_specs=(dict.fromkeys(_LogProbs.names, specs), P()),
+        out_specs=(dict.fromkeys(_LogProbs.names, spec), P()),
     )
     return TokenLogProbs(**values, num_invalid_targets=num_invalid)
 

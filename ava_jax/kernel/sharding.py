@@ -197,11 +197,22 @@ def with_auto_axes(
     Args:
       function: returns small arrays.
       *args: pytrees of arrays.
-      out_specs: how the results are sharded under Explicit axes; None replicates them.
+      out_specs: how the results are sharded over Explicit axes; None replicates them.
+        Other axes in it are left to XLA.
     """
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return function(*args)
-    specs = P() if out_specs is None else out_specs
+
+    def keep(entry):
+        if isinstance(entry, tuple):
+            return tuple(axis for axis in entry if axis in explicit) or None
+        return entry if entry in explicit else None
+
+    specs = jax.tree.map(
+        lambda spec: P(*map(keep, spec)),
+        P() if out_specs is None else out_specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
     automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)
     return cast(Result, automatic(*args))
