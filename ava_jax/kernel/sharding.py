@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import jit, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -133,7 +133,7 @@ class Layout:
     ) -> Callable[..., Result]:
         """Returns a function of whole arrays that runs `function` on every shard."""
         context = jax.sharding.get_abstract_mesh()
-        return jax.shard_map(
+        on_shards = jax.shard_map(
             function,
             # Inside `jax.set_mesh` the axis types may differ from those of the mesh.
             mesh=self.mesh if context.empty else None,
@@ -143,6 +143,8 @@ class Layout:
             # which this check cannot follow.
             check_vma=False,
         )
+        # Outside of a compiled program, shard_map cannot run hand-written gradients.
+        return jit(on_shards, inline=True)
 
     def _count(self, axis: str | None) -> int:
         return 1 if axis is None else self.mesh.shape[axis]
