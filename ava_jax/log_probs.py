@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -124,8 +126,9 @@ def token_log_probs(
         "lm_head_bias": lm_head_bias,
         "attention_mask": attention_mask,
     }
+    _check_logits(inputs, {"chunk_size": chunk_size, "precision": precision})
     source = lm_head if logits is None else logits
-    width = 2 if source is None else source.shape[-1]
+    width = source.shape[-1] if source is not None and source.ndim else 2
     config = UnifiedLossConfig(
         vocab_size=width if vocab_size is None else vocab_size,
         ignore_index=ignore_index,
@@ -138,13 +141,16 @@ def token_log_probs(
     check_inputs(config.settings, (), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     compute = functools.partial(_compute, config.settings, layout)
-    specs = P() if layout is None else layout.token_arrays()
+    # Without a layout, under Explicit axes, the values are where the targets are.
+    spec = (
+        jax.typeof(targets).sharding.spec if layout is None else layout.token_arrays()
+    )
     given = {name: value for name, value in inputs.items() if value is not None}
     values, num_invalid = with_auto_axes(
         compute,
         given,
         read_temperature(temperature),
-        out_specs=(dict.fromkeys(_LogProbs.names, specs), P()),
+        out_specs=(dict.fromkeys(_LogProbs.names, spec), P()),
     )
     return TokenLogProbs(**values, num_invalid_targets=num_invalid)
 
@@ -164,22 +170,53 @@ def _compute(
     return kept, jnp.sum(tokens.invalid, dtype=jnp.int32)
 
 
+def _check_logits(inputs: LossInputs, of_product: Mapping[str, Any]) -> None:
+    """Raises on arguments that make no sense beside logits.
+
+    Args:
+      inputs: the call's arrays.
+      of_product: options of the product that makes the logits.
+    """
+    if inputs.get("logits") is None:
+        return
+    names = ("hidden_states", "lm_head", "lm_head_bias")
+    both = [name for name in names if inputs.get(name) is not None]
+    if both:
+        raise ValueError(
+            "pass either logits or hidden_states with lm_head, not both: got logits "
+            f"and {' and '.join(both)}"
+        )
+    for name, value in of_product.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is for hidden_states with lm_head, got {value!r} with logits, "
+                "which exist already: leave it out"
+            )
+
+
 def read_temperature(
     temperature: float | Num[Array, ""],
 ) -> Float[Array, ""] | None:
     """Returns a temperature as a scalar array; None for the number 1.
 
     Raises:
-      ValueError: it is not above 0, or no scalar.
+      TypeError: it is no number.
+      ValueError: it is not above 0, as far as its value is known, or no scalar.
     """
-    if isinstance(temperature, int | float):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        return None if temperature == 1 else as_float(temperature)
-    if jnp.ndim(temperature):
-        shape = jnp.shape(temperature)
-        raise ValueError(f"temperature must be a number or a scalar, got {shape}")
-    return as_float(temperature)
+    is_array = isinstance(temperature, jax.Array | np.ndarray)
+    if not is_array and not isinstance(temperature, int | float | np.number):
+        raise TypeError(
+            f"temperature must be a number or a scalar array, got {temperature!r}"
+        )
+    if is_array and temperature.ndim:
+        raise ValueError(
+            f"temperature must be a number or a scalar, got {temperature.shape}: "
+            "divide the logits where it differs from token to token"
+        )
+    is_known = not isinstance(temperature, Tracer)
+    if is_known and not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    return None if not is_array and temperature == 1 else as_float(temperature)
 
 
 def query_of(tokens: Tokens) -> Query:

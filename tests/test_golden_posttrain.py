@@ -13,6 +13,7 @@ from support.post_training_cases import (
     PostTrainingCase,
     check,
     compare,
+    log_probs_case,
     plain_log_probs,
     post_training_cases_of,
 )
@@ -66,6 +67,7 @@ def kto(inputs: Arrays, config: dict[str, Any]) -> Out:
 
 
 CALLS: dict[str, Call] = {
+    "log_probs": log_probs_case(),
     "policy": policy,
     "dpo": dpo,
     "orpo": without_reference(losses.orpo_loss),
@@ -87,9 +89,26 @@ def test_float64(case: PostTrainingCase) -> None:
         check(case, CALLS[case.kind], FLOAT64)
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "reference", "cpu"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # A bias and a temperature; a soft-cap and a temperature.
+        pytest.param(case, marks=[] if case.name[-1] in "24" else [pytest.mark.slow])
+        for case in post_training_cases_of("log_probs")
+    ],
+    ids=lambda case: case.name,
+)
+def test_log_probs_in_chunks(case: PostTrainingCase, implementation: Any) -> None:
+    options = {"chunk_size": 4, "block_size": 2, "implementation": implementation}
+    with jax.enable_x64(True):
+        check(case, log_probs_case(**options), FLOAT64)
+
+
 def test_every_case_is_compared() -> None:
     counts = {kind: len(post_training_cases_of(kind)) for kind in CALLS}
     assert counts == {
+        "log_probs": 5,
         "policy": 63,
         "dpo": 20,
         "orpo": 2,

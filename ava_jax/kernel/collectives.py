@@ -6,6 +6,7 @@ the slices into those of whole rows. With `axis=None` the slice is the whole row
 every function returns its argument.
 """
 
+import functools
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -89,6 +90,24 @@ def add_up(axis: str | None, sums: Tree, lead: int) -> Tree:
 def add_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
     """Sums one number over the shards."""
     return x if axis is None else lax.psum(x, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def shared_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns a number that all shards hold; adds up the gradients of their columns."""
+    del axis
+    return x
+
+
+def _shared_forward(axis, x):
+    return shared_scalar(axis, x), None
+
+
+def _shared_backward(axis, _, cotangent):
+    return (add_scalar(axis, cotangent),)
+
+
+shared_scalar.defvjp(_shared_forward, _shared_backward)
 
 
 def merge_shifted_sums(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ava_jax.kernel.collectives import first_id, num_shards
+from ava_jax.kernel.collectives import first_id, num_shards, shared_scalar
 from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.reduce import as_float
 
@@ -71,6 +71,7 @@ def at_temperature(
     if temperature is None:
         return z
     exists = z != -jnp.inf
+    temperature = shared_scalar(vocabulary.axis, temperature)
     return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / temperature, z)
 
 

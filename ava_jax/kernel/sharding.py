@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import jit, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -133,7 +133,7 @@ class Layout:
     ) -> Callable[..., Result]:
         """Returns a function of whole arrays that runs `function` on every shard."""
         context = jax.sharding.get_abstract_mesh()
-        return jax.shard_map(
+        on_shards = jax.shard_map(
             function,
             # Inside `jax.set_mesh` the axis types may differ from those of the mesh.
             mesh=self.mesh if context.empty else None,
@@ -143,6 +143,8 @@ class Layout:
             # which this check cannot follow.
             check_vma=False,
         )
+        # Outside of a compiled program, shard_map cannot run hand-written gradients.
+        return jit(on_shards, inline=True)
 
     def _count(self, axis: str | None) -> int:
         return 1 if axis is None else self.mesh.shape[axis]
@@ -197,11 +199,22 @@ def with_auto_axes(
     Args:
       function: returns small arrays.
       *args: pytrees of arrays.
-      out_specs: how the results are sharded under Explicit axes; None replicates them.
+      out_specs: how the results are sharded over Explicit axes; None replicates them.
+        Other axes in it are left to XLA.
     """
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return function(*args)
-    specs = P() if out_specs is None else out_specs
+
+    def keep(entry):
+        if isinstance(entry, tuple):
+            return tuple(axis for axis in entry if axis in explicit) or None
+        return entry if entry in explicit else None
+
+    specs = jax.tree.map(
+        lambda spec: P(*map(keep, spec)),
+        P() if out_specs is None else out_specs,
+        is_leaf=lambda x: isinstance(x, P),
+    )
     automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)
     return cast(Result, automatic(*args))

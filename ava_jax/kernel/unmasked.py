@@ -58,15 +58,15 @@ def fold_unmasked(
     def visit(state, group, start):
         carry, written = state
         own = lax.dynamic_slice_in_dim(order.tokens[group], start, size, 1)
-        is_active = start + jnp.arange(size) < order.counts[group][:, None]
+        offsets = start + jnp.arange(size, dtype=jnp.int32)
+        is_active = offsets < order.counts[group][:, None]
         kept = jax.tree.map(
             lambda x: _only(is_active, _take(x[group], own)), (source, inputs)
         )
         carry, outputs = body(carry, *kept)
         if is_open:
             # Beyond the row, where there is no token to put the output to.
-            exists = start + jnp.arange(size) < length
-            to = (group, jnp.where(exists, own, length))
+            to = (group, jnp.where(offsets < length, own, length))
             written = jax.tree.map(lambda x, y: _scatter(x, *to, y), written, outputs)
         else:
             to = (group, start)
@@ -153,7 +153,7 @@ def _order(active: Bool[Array, "G B S"], size: int) -> _Order:
     total = -(-length // size) * size
     masked = (~active).astype(jnp.int32)
     unmasked = active.astype(jnp.int32)
-    counts = jnp.sum(unmasked, -1)
+    counts = jnp.sum(unmasked, -1, dtype=jnp.int32)
     places = jnp.where(
         active,
         jnp.cumsum(unmasked, -1) - 1,

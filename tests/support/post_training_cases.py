@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+import ava_jax
 from support.golden_cases import FOLDER, assert_close, on_device
 
 FLOAT32 = 2e-5
@@ -81,6 +82,20 @@ def check(case: PostTrainingCase, call: Call, tolerance: float) -> None:
     out, grad = run(case, call)
     compare(case, "out", out, tolerance)
     compare(case, "grad", grad, tolerance)
+
+
+def log_probs_case(**options: Any) -> Call:
+    """The call of the cases of kind `log_probs`, with options of `token_log_probs`."""
+
+    def call(inputs: Arrays, config: dict[str, Any]) -> dict[str, jax.Array]:
+        arrays = {k: v for k, v in inputs.items() if not k.startswith("of_")}
+        out = ava_jax.token_log_probs(**arrays, **config, **options)
+        named = {name: getattr(out, name) for name in ("log_probs", "entropy", "log_z")}
+        parts = (inputs[f"of_{name}"] * value for name, value in named.items())
+        total = sum(parts, start=jnp.zeros_like(out.log_z))
+        return {**named, "loss": jnp.sum(inputs["attention_mask"] * total)}
+
+    return call
 
 
 def plain_log_probs(inputs: Arrays, temperature: float = 1.0) -> jax.Array:
