@@ -41,7 +41,7 @@ class GradientBalanceState:
 
 @flax.struct.dataclass
 class BiasBalanceState:
-    """The routing bias per expert (`moe_balancing_type="bias"`)."""
+    """The routing bias per expert (`moe_balancing_type="bias"` or `"quantile"`)."""
 
     bias: Float[Array, "E"]
 
