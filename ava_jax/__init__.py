@@ -7,6 +7,7 @@ from ava_jax import terms as terms
 from ava_jax.assemble import StepStats as StepStats
 from ava_jax.config import UnifiedLossConfig as UnifiedLossConfig
 from ava_jax.debug import checked as checked
+from ava_jax.distillation import distillation_loss as distillation_loss
 from ava_jax.inputs import LossInputs as LossInputs
 from ava_jax.inputs import Normalizers as Normalizers
 from ava_jax.kernel.statistics import token_statistics as token_statistics

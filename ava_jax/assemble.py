@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from ava_jax.checks import main_arguments
 from ava_jax.config import Settings
-from ava_jax.inputs import LossInputs, Normalizers, array
+from ava_jax.inputs import LossInputs, Normalizers, array, to_width, width_of
 from ava_jax.kernel.execute import Plan
 from ava_jax.kernel.fused import token_sums
-from ava_jax.kernel.passes import Operands
+from ava_jax.kernel.passes import Columns, Operands
 from ava_jax.kernel.sharding import Layout
 from ava_jax.reduce import as_float, float_dtype, safe_divide
 from ava_jax.terms.base import Aux, BatchTerm, Call, Output, Scalar, Term, TokenTerm
@@ -85,14 +85,20 @@ def plan_of(
         settings.implementation,
         layout,
         settings.precision,
+        inputs.get("teacher_lm_head") is not None,
     )
 
 
 def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
     """Computes the call's share of the loss, and its stats."""
     per_token = safe_divide(as_float(1), call.normalizers.tokens)
-    total, sums = _passes(terms, call, per_token)
+    total, sums = _passes(terms, call)
     means = {k: per_token * value for k, value in sums.items() if not value.ndim}
+    for term in terms:
+        if isinstance(term, TokenTerm):
+            means[term.name] = safe_divide(
+                sums[term.name], term.denominator(call.normalizers)
+            )
     outputs = {term.name: _finish(term, call, means, sums) for term in terms}
     total += sum((o.outside for o in outputs.values()), start=jnp.zeros_like(total))
     tokens = call.tokens
@@ -113,7 +119,9 @@ def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
 
 def _finish(term: Term, call: Call, means: Mapping[str, Scalar], sums) -> Output:
     if isinstance(term, TokenTerm):
-        return term.finish(call, means[term.name])
+        output = term.finish(call, means[term.name])
+        measured = {name: means[name] for name in term.measured}
+        return output._replace(aux=output.aux | measured)
     if isinstance(term, SequentialHeads):
         return term.finish(call, sums.get(term.name))
     assert isinstance(term, BatchTerm)
@@ -131,11 +139,11 @@ def _parts(terms: Sequence[Term], outputs: Mapping[str, Output]) -> Aux:
 
 
 def _passes(
-    terms: Sequence[Term], call: Call, per_token: Scalar
+    terms: Sequence[Term], call: Call
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Runs the passes over the vocabulary: the terms' total, and all the sums."""
     token_terms = tuple(term for term in terms if isinstance(term, TokenTerm))
-    groups = _main_groups(token_terms, call, per_token)
+    groups = _main_groups(token_terms, call)
     for term in terms:
         if isinstance(term, SequentialHeads) and (group := term.group(call)):
             groups.append(group)
@@ -151,16 +159,14 @@ def _passes(
     return total, sums
 
 
-def _main_groups(
-    terms: tuple[TokenTerm, ...], call: Call, per_token: Scalar
-) -> list[Group]:
+def _main_groups(terms: tuple[TokenTerm, ...], call: Call) -> list[Group]:
     """Returns the main tokens, once for each array that terms take logits from."""
     inputs, settings = call.inputs, call.settings
     main = main_arguments(terms, inputs)[0]
     block = token_inputs(
         call.tokens,
         prepared={t.name: t.prepare(call.tokens) for t in terms},
-        extra=dict(inputs.get("extra_inputs") or {}),
+        extra=extra_arrays(terms, inputs),
     )
     block = jax.tree.map(lambda x: x[None], block)
     by_source: dict[str, list[TokenTerm]] = {main: []}
@@ -175,17 +181,32 @@ def _main_groups(
             array(inputs, source)[None],
             block,
             source == "hidden_states",
-            {t.name: t.weight_at(call.step) * per_token for t in own},
+            {
+                t.name: safe_divide(
+                    t.weight_at(call.step), t.denominator(call.normalizers)
+                )
+                for t in own
+            },
         )
         for source, own in by_source.items()
     ]
+
+
+def extra_arrays(terms: Sequence[TokenTerm], inputs: LossInputs) -> dict[str, Any]:
+    """Returns the extra inputs, those with a vocabulary axis marked as `Columns`."""
+    marked = {name for term in terms for name in term.columns_extra}
+    return {
+        name: Columns(to_width(x, width_of(inputs))) if name in marked else x
+        for name, x in (inputs.get("extra_inputs") or {}).items()
+    }
 
 
 def _shared(terms: tuple[TokenTerm, ...], call: Call) -> Shared:
     found = (t.temperature(call.states[t.name]) for t in terms)
     temperature = next((value for value in found if value is not None), None)
     states = {t.name: call.states[t.name] for t in terms if not t.fields}
-    return Shared(temperature, states)
+    whole = {t.name: t.whole(call.inputs) for t in terms}
+    return Shared(temperature, states, whole)
 
 
 def _run(

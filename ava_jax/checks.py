@@ -26,7 +26,8 @@ def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) 
             needed = " and ".join(term.requires)
             what = term.option or f"the term {term.name!r}"
             raise ValueError(f"{what} needs {needed}")
-    _check_unused(terms, given, main)
+        _check_extra(term, inputs)
+    _check_unused(terms, inputs, main)
     for term in terms:
         term.check(inputs, settings)
 
@@ -131,18 +132,51 @@ def read_arguments(terms: Sequence[Term], main: tuple[str, ...]) -> set[str]:
       main: what the main logits are made of.
     """
     read = {*_ALWAYS, *main}.union(*((*t.requires, *t.accepts) for t in terms))
-    kinds = set(built_in())
-    if any(type(term) not in kinds for term in terms):
+    if any(_reads_extra(term) for term in terms):
         read.add("extra_inputs")
     return read
 
 
+def _reads_extra(term: Term) -> bool:
+    if term.accepts_extra is None:
+        return type(term) not in set(built_in())
+    return bool(term.requires_extra or term.accepts_extra)
+
+
+def _check_extra(term: Term, inputs: LossInputs) -> None:
+    """Raises unless the entries of `extra_inputs` are there that a term requires."""
+    given = inputs.get("extra_inputs") or {}
+    for name in term.requires_extra:
+        if given.get(name) is None:
+            raise ValueError(
+                f"the term {term.name!r} needs extra_inputs[{name!r}], "
+                f"[B, S, ...]; got {sorted(given)}"
+            )
+
+
+def _check_unread_extra(terms: Sequence[Term], inputs: LossInputs) -> None:
+    """Raises on an entry of `extra_inputs` that no term reads."""
+    readers = [term for term in terms if _reads_extra(term)]
+    if not readers or any(term.accepts_extra is None for term in readers):
+        return
+    known = {
+        name for t in readers for name in (*t.requires_extra, *(t.accepts_extra or ()))
+    }
+    for name in inputs.get("extra_inputs") or {}:
+        if name not in known:
+            raise ValueError(
+                f"extra_inputs[{name!r}] is given, but no term reads it; they read "
+                f"{', '.join(sorted(known))}: leave it out"
+            )
+
+
 def _check_unused(
-    terms: Sequence[Term], given: Iterable[str], main: tuple[str, ...]
+    terms: Sequence[Term], inputs: LossInputs, main: tuple[str, ...]
 ) -> None:
     """Raises on an argument that nothing reads."""
     read, kinds = read_arguments(terms, main), set(built_in())
-    for name in given:
+    _check_unread_extra(terms, inputs)
+    for name in (name for name, value in inputs.items() if value is not None):
         if name in read:
             continue
         if name == "lm_head":

@@ -34,7 +34,11 @@ class LossInputs(TypedDict, total=False):
     expert_outputs: [E, N, D] or [E, B, S, D], or a list over experts.
     embeddings: [M, D] for the contrastive loss.
     labels: [M], their classes.
-    extra_inputs: arrays [B, S, ...] for terms of your own, by name.
+    teacher_lm_head: [D', V], the teacher's projection for distillation from its hidden
+      states.
+    teacher_lm_head_bias: [V].
+    extra_inputs: arrays [B, S, ...] by name, for terms of your own, and for policy and
+      distillation terms.
     """
 
     targets: Integer[Array, "B S"]
@@ -55,6 +59,8 @@ class LossInputs(TypedDict, total=False):
     expert_outputs: Float[Array, "E ..."] | Sequence[Array] | None
     embeddings: Float[Array, "M D"] | None
     labels: Integer[Array, "M"] | None
+    teacher_lm_head: Float[Array, "E V"] | None
+    teacher_lm_head_bias: Float[Array, "V"] | None
     extra_inputs: Mapping[str, Array] | None
 
 
@@ -83,6 +89,22 @@ def array(inputs: LossInputs, name: str) -> Array:
     if value is None:
         raise ValueError(f"{name} is required")
     return value
+
+
+def width_of(inputs: LossInputs) -> int:
+    """Returns the number of columns of the main logits, padding included."""
+    for name in ("logits", "primary_logits", "lm_head"):
+        if (value := inputs.get(name)) is not None:
+            return value.shape[-1]
+    raise ValueError("no logits and no lm_head")
+
+
+def to_width(x: Float[Array, "*n V"], width: int) -> Float[Array, "*n W"]:
+    """Returns an array with that many columns: padding is cut off, or zeros added."""
+    missing = width - x.shape[-1]
+    if missing <= 0:
+        return x[..., :width]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 def mtp_parameters(inputs: LossInputs) -> Mapping[str, Mapping[str, Array]]:

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Integer, Num, Shaped
+from jaxtyping import Array, Float, Int, Integer, Num, Shaped
 
 from ava_jax.assemble import plan_of
 from ava_jax.checks import check_inputs
 from ava_jax.config import Settings, UnifiedLossConfig
 from ava_jax.inputs import LossInputs, array, tokens_of
 from ava_jax.kernel.fused import token_values
-from ava_jax.kernel.logits import possible_logits
+from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.kernel.statistics import token_statistics
-from ava_jax.kernel.stats import Kernel, Query, Vocabulary
+from ava_jax.kernel.stats import Kernel, Query
 from ava_jax.reduce import as_float
 from ava_jax.tokens import Tokens
 
@@ -188,7 +188,7 @@ def query_of(tokens: Tokens) -> Query:
 
 
 def token_operands(
-    inputs: LossInputs, own: Any, tokens: Tokens, shared: Any
+    inputs: LossInputs, own: Any, tokens: Tokens, shared: Any, rows: Any = None
 ) -> Operands:
     """Returns the operands of a pass over one array of logits or hidden states.
 
@@ -197,6 +197,7 @@ def token_operands(
       own: inputs of each token, a pytree of arrays [B, S, ...].
       tokens: the tokens.
       shared: what every block sees whole.
+      rows: what every block of a row sees whole.
     """
     is_projected = inputs.get("logits") is None
     source = array(inputs, "hidden_states" if is_projected else "logits")
@@ -204,7 +205,7 @@ def token_operands(
         sources=(source[None],),
         inputs=(jax.tree.map(lambda x: x[None], own),),
         active=(tokens.active[None],),
-        rows=None,
+        rows=rows,
         shared=shared,
         kernel=inputs.get("lm_head") if is_projected else None,
         bias=inputs.get("lm_head_bias") if is_projected else None,
@@ -214,19 +215,6 @@ def token_operands(
 def only_active(tokens: Tokens, values: Float[Array, "B S"]) -> Float[Array, "B S"]:
     """Returns values with 0 for masked tokens."""
     return jnp.where(tokens.active, values, jnp.zeros_like(values))
-
-
-def at_temperature(
-    logits: Float[Array, "B C V"] | Product,
-    active: Bool[Array, "B C"],
-    vocabulary: Vocabulary,
-    temperature: Float[Array, ""],
-) -> Float[Array, "B C V"]:
-    """Computes soft-capped logits divided by the temperature; −inf stays −inf."""
-    z = logits.logits() if isinstance(logits, Product) else logits
-    z = possible_logits(vocabulary, jnp.where(active[..., None], z, jnp.zeros_like(z)))
-    exists = z != -jnp.inf
-    return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / temperature, z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +236,8 @@ class _LogProbs:
         """Computes the values; `shared` is the temperature."""
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if shared is not None:
-            logits = at_temperature(logits, inputs.active, vocabulary, shared)
+            z = logits.logits() if isinstance(logits, Product) else logits
+            logits = at_temperature(z, inputs.active, vocabulary, shared)
             vocabulary = vocabulary._replace(soft_cap=None)
         stats = token_statistics(logits, inputs, vocabulary)
         return {

@@ -16,7 +16,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ava_jax.kernel.chunks import local_gradients, local_sums, local_values
-from ava_jax.kernel.passes import Operands, Pass, Sums, TokenFunction
+from ava_jax.kernel.passes import (
+    Columns,
+    Operands,
+    Pass,
+    Sums,
+    TokenFunction,
+    is_columns,
+)
 from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
 from ava_jax.kernel.product import sample_columns
 from ava_jax.kernel.sharding import Layout
@@ -41,6 +48,8 @@ class Plan(NamedTuple):
       implementation: the kernel's; None selects it by platform.
       layout: how tokens and vocabulary are sharded; None leaves that to XLA.
       precision: of the three products with the projection.
+      whole_chunks: whether a CPU's blocks are whole chunks, because the objective
+        multiplies by a matrix of its own.
     """
 
     batch: int
@@ -52,6 +61,7 @@ class Plan(NamedTuple):
     implementation: Implementation | None = None
     layout: Layout | None = None
     precision: PrecisionLike = None
+    whole_chunks: bool = False
 
     def run(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Calls `function(target, *operands)` with the target of the platform."""
@@ -114,8 +124,11 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
         chunk=plan.chunk,
         block=plan.block,
     )
-    kernel = Kernel(axis, is_finite, target.implementation)
-    pass_ = Pass(operands, kernel, choose(), precision=plan.precision)
+    kernel = Kernel(axis, is_finite, target.implementation, plan.precision)
+    sizes = choose()
+    if plan.whole_chunks and target.implementation == "cpu":
+        sizes = sizes._replace(block=sizes.chunk)
+    pass_ = Pass(operands, kernel, sizes, precision=plan.precision)
     if not is_finite or target.implementation != "xla":
         return pass_
     assert operands.kernel is not None
@@ -139,6 +152,13 @@ def with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
     def pad(x):
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
+    def pad_marked(x):
+        return Columns(pad(x.value)) if is_columns(x) else x
+
+    inputs, shared = jax.tree.map(
+        pad_marked, (operands.inputs, operands.shared), is_leaf=is_columns
+    )
+    operands = dataclasses.replace(operands, inputs=inputs, shared=shared)
     if kernel is None:
         return dataclasses.replace(operands, sources=tuple(map(pad, operands.sources)))
     bias = None if bias is None else pad(bias)
@@ -153,12 +173,20 @@ def _specs(
     rows = ()
     if of_gradients and kernel is not None:
         rows = layout.row_axes(kernel.shape[0])
+
+    def marked(tree: Any, plain: P, of_columns: P) -> Any:
+        return jax.tree.map(
+            lambda x: Columns(of_columns) if is_columns(x) else plain,  # type: ignore
+            tree,
+            is_leaf=is_columns,
+        )
+
     specs: dict[str, Any] = {
         "sources": layout.tokens(None if kernel is not None else columns),
-        "inputs": layout.tokens(),
+        "inputs": marked(operands.inputs, layout.tokens(), layout.tokens(columns)),
         "active": layout.tokens(),
         "rows": layout.rows(),
-        "shared": P(),
+        "shared": marked(operands.shared, P(), P(None, columns)),
         "kernel": P(rows or None, columns),
         "bias": P(columns),
     }

@@ -52,6 +52,28 @@ def capped(vocabulary: Vocabulary, z: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where(z == -jnp.inf, z, soft)
 
 
+def at_temperature(
+    logits: Float[Array, "*n W"],
+    active: Bool[Array, "*n"],
+    vocabulary: Vocabulary,
+    temperature: Float[Array, ""] | None,
+) -> Float[Array, "*n W"]:
+    """Computes `possible_logits` divided by a temperature, with their derivatives.
+
+    Args:
+      logits: this shard's columns; those of masked tokens may hold anything.
+      active: marks the unmasked tokens.
+      vocabulary: the soft-cap and which columns are classes.
+      temperature: T, or None for 1.
+    """
+    kept = jnp.where(active[..., None], logits, jnp.zeros_like(logits))
+    z = possible_logits(vocabulary, kept)
+    if temperature is None:
+        return z
+    exists = z != -jnp.inf
+    return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / temperature, z)
+
+
 def has_padding(vocabulary: Vocabulary, width: int) -> bool:
     """Returns whether shards of that width have columns beyond the vocabulary."""
     return width * num_shards(vocabulary.axis) != vocabulary.size

@@ -73,6 +73,24 @@ class TokenFunction(Protocol):
 
 
 @flax.struct.dataclass
+class Columns:
+    """Marks an array of inputs or of `shared` whose last axis is the vocabulary.
+
+    On a mesh it is sharded over that axis, as the projection is. It has no gradient.
+
+    Attributes:
+      value: the array.
+    """
+
+    value: Float[Array, "... V"]
+
+
+def is_columns(x: object) -> bool:
+    """Returns whether this is a marked array."""
+    return isinstance(x, Columns)
+
+
+@flax.struct.dataclass
 class Operands:
     """The arrays of a pass.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.kernel.platforms import Implementation
@@ -134,15 +135,18 @@ class Kernel(NamedTuple):
       axis: see `Vocabulary`.
       finite: see `Vocabulary`.
       implementation: see `Vocabulary`.
+      precision: of an objective's own products with a matrix of logits.
     """
 
     axis: str | None = None
     finite: bool = False
     implementation: Implementation | None = None
+    precision: lax.PrecisionLike = None
 
     def vocabulary(self, size: int, soft_cap: float | None) -> "Vocabulary":
         """Returns the static facts of a vocabulary that is reduced this way."""
-        return Vocabulary(size, soft_cap, *self)
+        facts = self.axis, self.finite, self.implementation
+        return Vocabulary(size, soft_cap, *facts)
 
 
 class Vocabulary(NamedTuple):

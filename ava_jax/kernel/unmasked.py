@@ -29,12 +29,11 @@ def fold_unmasked(
     """Folds `body(carry, chunk, inputs)` over chunks of the unmasked tokens.
 
     Args:
-      body: called with a chunk [B, C, X], whose masked tokens are zeros, and its inputs
-        [B, C, ...]; returns the carry and outputs [B, C, ...]. Inputs of positions that
-        no token fills are zeros.
+      body: called with a chunk [B, C, X] and its inputs [B, C, ...], all zeros for
+        masked tokens; returns the carry and outputs [B, C, ...].
       carry: the initial carry.
       source: the array to iterate over; masked tokens may hold anything.
-      inputs: a pytree of [G, B, S, ...] arrays.
+      inputs: a pytree of [G, B, S, ...] arrays; likewise.
       active: marks the unmasked tokens.
       size: C; the whole row if that is shorter.
       like: a pytree of arrays [G, B, S, ...] with the dtypes of the outputs, if any.
@@ -45,19 +44,19 @@ def fold_unmasked(
     groups, _, length = active.shape
     size = min(size, length)
     if groups == 1 and size == length:
-        first = jax.tree.map(lambda x: x[0], (source, inputs, active))
-        carry, outputs = body(carry, _only(first[2], first[0]), first[1])
+        kept = jax.tree.map(lambda x: _only(active[0], x[0]), (source, inputs))
+        carry, outputs = body(carry, *kept)
         return carry, jax.tree.map(lambda x: x[None], outputs)
     order = _order(active, size)
-    inputs = jax.tree.map(order.bring_together, inputs)
 
     def visit(state, group, start):
         carry, written = state
         own = lax.dynamic_slice_in_dim(order.tokens[group], start, size, 1)
         is_active = start + jnp.arange(size) < order.counts[group][:, None]
-        chunk = _only(is_active, _take(source[group], own))
-        given = jax.tree.map(lambda x: _read(x, group, start, size), inputs)
-        carry, outputs = body(carry, chunk, given)
+        kept = jax.tree.map(
+            lambda x: _only(is_active, _take(x[group], own)), (source, inputs)
+        )
+        carry, outputs = body(carry, *kept)
         written = jax.tree.map(
             lambda x, new: _write(x, group, start, new), written, outputs
         )
@@ -106,14 +105,6 @@ class _Order:
         )
         start *= self.size
         return group, start, start < jnp.max(self.counts, 1)[group]
-
-    def bring_together(self, x: Shaped[Array, "G B S *n"]) -> Shaped[Array, "G B P *n"]:
-        """Returns values in the order of visit, zeros where there is no token."""
-        length = self.active.shape[2]
-        values = jax.vmap(_take)(x, self.tokens)
-        exists = jnp.arange(self.tokens.shape[2]) < length
-        exists = exists.reshape(-1, *[1] * (x.ndim - 3))
-        return jnp.where(exists, values, jnp.zeros_like(values))
 
     def put_back(self, x: Shaped[Array, "G B P *n"]) -> Shaped[Array, "G B S *n"]:
         """Returns values in the order of the rows, zeros for masked tokens."""
@@ -170,13 +161,6 @@ def _only(active: Bool[Array, "*n"], x: Shaped[Array, "..."]):
     """Zeroes what belongs to masked tokens, which may hold NaN."""
     active = active.reshape(*active.shape, *[1] * (x.ndim - active.ndim))
     return jnp.where(active, x, jnp.zeros_like(x))
-
-
-def _read(x, group, start, size):
-    zeros = [jnp.zeros_like(start)] * (x.ndim - 3)
-    shape = (1, x.shape[1], size, *x.shape[3:])
-    at = (group, jnp.zeros_like(start), start, *zeros)
-    return lax.dynamic_slice(x, at, shape)[0]
 
 
 def _write(x, group, start, new):

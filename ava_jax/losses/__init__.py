@@ -11,6 +11,7 @@ from ava_jax.losses.contrastive import (
     contrastive_triplet_loss as contrastive_triplet_loss,
 )
 from ava_jax.losses.contrastive import simctg_loss as simctg_loss
+from ava_jax.losses.distillation import top_k_divergence as top_k_divergence
 from ava_jax.losses.likelihood import focal_cross_entropy as focal_cross_entropy
 from ava_jax.losses.likelihood import focal_loss as focal_loss
 from ava_jax.losses.likelihood import label_smoothing_loss as label_smoothing_loss

@@ -9,6 +9,7 @@ from ava_jax.terms.adaptive import AdaptivePrimary as AdaptivePrimary
 from ava_jax.terms.adaptive import AdaptiveSecondary as AdaptiveSecondary
 from ava_jax.terms.base import BatchTerm as BatchTerm
 from ava_jax.terms.base import Call as Call
+from ava_jax.terms.base import LogitsTerm as LogitsTerm
 from ava_jax.terms.base import Output as Output
 from ava_jax.terms.base import Step as Step
 from ava_jax.terms.base import Term as Term
@@ -18,6 +19,8 @@ from ava_jax.terms.contrastive import InfoNCE as InfoNCE
 from ava_jax.terms.contrastive import Margin as Margin
 from ava_jax.terms.contrastive import SimCTG as SimCTG
 from ava_jax.terms.contrastive import Triplet as Triplet
+from ava_jax.terms.distillation import Distillation as Distillation
+from ava_jax.terms.distillation import TopKDistillation as TopKDistillation
 from ava_jax.terms.likelihood import CrossEntropy as CrossEntropy
 from ava_jax.terms.likelihood import FocalLoss as FocalLoss
 from ava_jax.terms.likelihood import TokenDiversity as TokenDiversity
@@ -26,6 +29,7 @@ from ava_jax.terms.listing import RESERVED_NAMES as RESERVED_NAMES
 from ava_jax.terms.listing import terms_of as terms_of
 from ava_jax.terms.mtp import ParallelHeads as ParallelHeads
 from ava_jax.terms.mtp import SequentialHeads as SequentialHeads
+from ava_jax.terms.policy import PolicyTerm as PolicyTerm
 from ava_jax.terms.repetition import ContrastiveToken as ContrastiveToken
 from ava_jax.terms.repetition import EarlyEOSPenalty as EarlyEOSPenalty
 from ava_jax.terms.repetition import ImmediatePenalty as ImmediatePenalty

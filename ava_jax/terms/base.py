@@ -10,12 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight, weight_at
 from ava_jax.inputs import LossInputs, Normalizers, array
 from ava_jax.kernel.execute import Plan
-from ava_jax.kernel.stats import TokenStats
+from ava_jax.kernel.stats import TokenStats, Vocabulary
 from ava_jax.reduce import safe_divide
 from ava_jax.tokens import Tokens
 
@@ -36,6 +37,7 @@ class TokenInputs:
       extra: the caller's `extra_inputs`.
       prepared: this block's part of what the term's `prepare` returned.
       rows: all of what the term's `rows` returned for these rows.
+      whole: what the term's `whole` returned.
       state: the term's state.
     """
 
@@ -47,6 +49,7 @@ class TokenInputs:
     extra: dict[str, Array]
     prepared: Any = None
     rows: Any = None
+    whole: Any = None
     state: Any = None
 
 
@@ -124,6 +127,9 @@ class Term:
         if `total_loss` alone does.
       requires: arguments of the call that it cannot do without.
       accepts: arguments that it reads if they are given.
+      requires_extra: entries of `extra_inputs` that it cannot do without.
+      accepts_extra: entries of `extra_inputs` that it reads if they are given; None if
+        it may read any.
       option: what switches it on, for error messages; the name if empty.
       keys: all entries of `aux` that it may make.
       fields: the fields of `LossState` that are its state; `state.extra` if empty.
@@ -134,6 +140,8 @@ class Term:
     part: str | None = None
     requires: tuple[str, ...] = ()
     accepts: tuple[str, ...] = ()
+    requires_extra: tuple[str, ...] = ()
+    accepts_extra: tuple[str, ...] | None = ()
     option: str = ""
     keys: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]] = ()
@@ -193,6 +201,11 @@ class TokenTerm(Term):
         candidate.
       needs_logits: whether it asks for more than sums over the vocabulary and the
         logits of the target and the candidates: for `top`, say.
+      logits_temperature: the logits are divided by it before their statistics are
+        taken; the statistics are then those of that distribution.
+      measured: the entries of `aux` that `measurements` makes.
+      columns_extra: entries of `extra_inputs` whose last axis is the vocabulary; the
+        term finds them wrapped in `Columns`.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, ava_jax
@@ -217,6 +230,10 @@ class TokenTerm(Term):
     source: ClassVar[str] = "logits"
     needs_log_one_minus_p: bool = True
     needs_logits: bool = True
+    accepts_extra: tuple[str, ...] | None = None
+    logits_temperature: float = 1.0
+    measured: ClassVar[tuple[str, ...]] = ()
+    columns_extra: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         """Returns the value per token of a block."""
@@ -232,10 +249,27 @@ class TokenTerm(Term):
         del tokens
         return None
 
+    def whole(self, inputs: LossInputs) -> Any:
+        """Returns constants that every block sees whole, such as a teacher's head.
+
+        Those whose last axis is the vocabulary are wrapped in `Columns`.
+        """
+        del inputs
+        return None
+
     def candidates(self, inputs: TokenInputs) -> Int[Array, "B S Q"] | None:
         """Returns ids whose logits it sees: `stats.candidates[name]` and more."""
         del inputs
         return None
+
+    def measurements(self, stats: TokenStats, inputs: TokenInputs) -> Aux:
+        """Returns further numbers per token; `aux` has their means over w."""
+        del stats, inputs
+        return {}
+
+    def denominator(self, normalizers: Normalizers) -> Scalar:
+        """Returns what the sum of the weighted values is divided by."""
+        return normalizers.tokens
 
     def temperature(self, state: Any) -> Scalar | None:
         """Returns the temperature of the tempered statistics; None leaves it at 1."""
@@ -246,6 +280,27 @@ class TokenTerm(Term):
         """Returns what the term adds to the call, given its share of the mean."""
         loss = self.weight_at(call.step) * mean
         return Output(loss, jnp.zeros_like(loss), {self.name: loss}, mean)
+
+
+class LogitsTerm(TokenTerm):
+    """A token term of the logits themselves, not of their statistics."""
+
+    def of_logits(
+        self,
+        logits: Float[Array, "B S V"],
+        inputs: TokenInputs,
+        vocabulary: Vocabulary,
+        precision: lax.PrecisionLike,
+    ) -> Float[Array, "B S"]:
+        """Returns the value per token of a block.
+
+        Args:
+          logits: this shard's columns; masked tokens may hold anything.
+          inputs: the block's tokens.
+          vocabulary: which columns are classes, and how they are sharded.
+          precision: of further products.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs of_logits")
 
 
 class BatchTerm(Term):

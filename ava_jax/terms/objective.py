@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses.likelihood import smoothed_cross_entropy
 from ava_jax.reduce import as_float, weighted_sum
-from ava_jax.terms.base import TokenInputs, TokenTerm
+from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
 from ava_jax.tokens import Tokens
 
 _CANDIDATES = "all"
@@ -27,10 +28,12 @@ class Shared:
     Attributes:
       temperature: of the tempered statistics; None is 1.
       states: of the terms that read theirs, by name.
+      whole: what the terms' `whole` returned, by name.
     """
 
     temperature: Float[Array, ""] | None
     states: dict[str, Any]
+    whole: dict[str, Any]
 
 
 class Group(NamedTuple):
@@ -103,15 +106,13 @@ class TokenObjective:
           shared: what is the same for every token.
           kernel: how the block is reduced.
         """
-        own = self._inputs_by_term(inputs, rows, shared.states)
-        candidates = self._candidates(own)
-        stats = self._statistics(logits, inputs, candidates, shared, kernel)
-        seen = _by_term(stats, candidates)
-        values = {t.name: t(seen.get(t.name, stats), own[t.name]) for t in self.terms}
-        if self.measures:
-            values["nll"] = stats.nll
-            values["accuracy"] = as_float(stats.is_top)
-            values["entropy"] = stats.entropy
+        own = self._inputs_by_term(inputs, rows, shared)
+        if self._needs_logits and isinstance(logits, Product):
+            logits = logits.logits()
+        values: dict[str, Array] = {}
+        for temperature, terms in self._by_temperature().items():
+            tempered = dataclasses.replace(self, terms=terms)
+            values |= tempered._values(temperature, logits, own, shared, kernel)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
     def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
@@ -123,23 +124,63 @@ class TokenObjective:
             return None
 
         def candidates(inputs, rows):
-            return self._candidates(self._inputs_by_term(inputs, rows, {}))
+            own = self._inputs_by_term(inputs, rows, Shared(None, {}, {}))
+            return self._candidates(own)
 
         found = jax.eval_shape(candidates, inputs, rows)
         return 1 + sum(ids.shape[-1] for ids in found.values())
 
     @property
     def _needs_logits(self) -> bool:
-        return any(term.needs_logits for term in self.terms)
+        return any(t.needs_logits or t.logits_temperature != 1 for t in self.terms)
 
-    def _inputs_by_term(self, inputs: TokenInputs, rows, states):
+    def _by_temperature(self) -> dict[float, tuple[TokenTerm, ...]]:
+        """Returns the terms by the temperature of their logits, those of 1 first."""
+        found: dict[float, list[TokenTerm]] = {1.0: []}
+        for term in self.terms:
+            found.setdefault(float(term.logits_temperature), []).append(term)
+        return {temperature: tuple(terms) for temperature, terms in found.items()}
+
+    def _values(self, divisor: float, logits, own, shared: Shared, kernel: Kernel):
+        """Returns the values per token of terms whose logits have one temperature."""
+        inputs: TokenInputs = next(iter(own.values()))
+        values: dict[str, Array] = {}
+        of_stats = []
+        for t in self.terms:
+            if isinstance(t, LogitsTerm):
+                vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
+                given = own[t.name], vocabulary, kernel.precision
+                values[t.name] = t.of_logits(logits, *given)
+            else:
+                of_stats.append(t)
+        measures = self.measures and divisor == 1
+        if not of_stats and not measures:
+            return values
+        objective = dataclasses.replace(self, terms=tuple(of_stats))
+        candidates = objective._candidates(own)
+        stats = objective._statistics(
+            divisor, logits, inputs, candidates, shared, kernel
+        )
+        seen = _by_term(stats, candidates)
+        for t in of_stats:
+            stats_of_term = seen.get(t.name, stats)
+            values[t.name] = t(stats_of_term, own[t.name])
+            values |= t.measurements(stats_of_term, own[t.name])
+        if measures:
+            values["nll"] = stats.nll
+            values["accuracy"] = as_float(stats.is_top)
+            values["entropy"] = stats.entropy
+        return values
+
+    def _inputs_by_term(self, inputs: TokenInputs, rows, shared: Shared):
         prepared = inputs.prepared or {}
         return {
             t.name: dataclasses.replace(
                 inputs,
                 prepared=prepared.get(t.name),
                 rows=rows.get(t.name),
-                state=states.get(t.name),
+                whole=shared.whole.get(t.name),
+                state=shared.states.get(t.name),
             )
             for t in self.terms
         }
@@ -149,7 +190,7 @@ class TokenObjective:
         return {name: ids for name, ids in found if ids is not None}
 
     def _statistics(
-        self, logits, inputs, candidates, shared: Shared, kernel: Kernel
+        self, divisor: float, logits, inputs, candidates, shared: Shared, kernel: Kernel
     ) -> TokenStats:
         ids = list(candidates.values())
         query = Query(
@@ -159,9 +200,12 @@ class TokenObjective:
             log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
         )
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
-        if self._needs_logits and isinstance(logits, Product):
-            logits = logits.logits()
-        return token_statistics(logits, query, vocabulary, shared.temperature)
+        temperature = shared.temperature
+        if divisor != 1:
+            temperature = None
+            logits = at_temperature(logits, query.active, vocabulary, as_float(divisor))
+            vocabulary = vocabulary._replace(soft_cap=None)
+        return token_statistics(logits, query, vocabulary, temperature)
 
 
 @flax.struct.dataclass
