@@ -45,7 +45,7 @@ TEMPERATURE, KL_WEIGHT = 0.8, 0.02
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4))
 PANELS = {
     "Mean reward": ("reward",),
-    "Divergence from the model before (nats)": ("kl",),
+    "Divergence from the start (nats)": ("kl",),
     "Share of tokens clipped": ("clip_fraction",),
     "Entropy (nats)": ("entropy",),
 }
