@@ -75,7 +75,7 @@ def sample_rows(
     ids[is_made] = np.asarray(made).reshape(-1)
     is_end = is_made & (ids == eos)
     mask = is_made & (np.cumsum(is_end, axis=1) - is_end == 0)
-    kept = [row[use].tolist() for row, use in zip(ids, mask & ~is_end, strict=True)]
+    kept = [row[use].tolist() for row, use in zip(ids, mask, strict=True)]
     ones = np.ones_like(ids[:, 1:])
     rows = ids[:, :-1], ids[:, 1:], ones, np.cumsum(ones, axis=1, dtype=np.int32) - 1
     batch = Batch(*map(jnp.asarray, rows))
