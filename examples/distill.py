@@ -6,7 +6,9 @@
 A student of half the width starts twice from the same parameters and sees the same
 batches: once under cross-entropy alone, once under cross-entropy and the divergence
 from the teacher's distribution at a temperature. That comes from the hidden states and
-the `lm_head` of both, so that neither has logits.
+the `lm_head` of both, so that neither has logits. On the demo's data, after 400 steps,
+held-out perplexity is 63.6 with the teacher and 75.8 without (seed 1: 65.0 and 78.6);
+the teacher's is 46.4. Both together take 140 seconds of CPU time.
 """
 
 import argparse
