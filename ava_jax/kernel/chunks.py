@@ -10,10 +10,11 @@ temperature) can be left out.
 import functools
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.blocks import (
     fold,
@@ -78,7 +79,8 @@ def local_gradients(
         _only(needed.bias, operands.bias),
         _only(needed.shared, operands.shared),
     )
-    d_kernel, d_whole = _zeros((_only(needed.kernel, operands.kernel), whole))
+    d_whole = _zeros(whole)
+    d_kernel = _Total.of(_only(needed.kernel, operands.kernel))
     totals: Sums = {}
     d_sources, d_inputs = [], []
     groups = _groups(objectives, operands)
@@ -104,7 +106,7 @@ def local_gradients(
         active=(None,) * len(d_sources),
         rows=None,
         shared=d_shared,
-        kernel=d_kernel,
+        kernel=None if d_kernel is None else d_kernel.value,
         bias=d_bias,
     )
 
@@ -348,33 +350,55 @@ def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
     return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
 
-def _add_product(pass_: Pass, d_kernel, h, dz):
+@flax.struct.dataclass
+class _Total:
+    """A sum that begins without zeros in memory: the first summand replaces it.
+
+    Attributes:
+      value: the sum; anything if it is empty.
+      is_empty: whether nothing has been added.
+    """
+
+    value: Float[Array, "D V"]
+    is_empty: Bool[Array, ""]
+
+    @staticmethod
+    def of(like: Float[Array, "D V"] | None) -> "_Total | None":
+        """Returns the empty sum of arrays of a shape; None of none."""
+        if like is None:
+            return None
+        return _Total(lax.empty(like.shape, float_dtype()), jnp.asarray(True))
+
+
+def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
     """Adds hᵀ·dz to the sum, in parts of D so that the product needs little memory."""
     parts = pass_.sizes.parts
     width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
 
-    def product(part):
+    def with_product(old, part):
         # Not flattened to one axis, which XLA could not shard.
         tokens = tuple(range(dz.ndim - 1))
         over_tokens = ((tokens, tokens), ((), ()))
-        return lax.dot_general(
+        product = lax.dot_general(
             part,
             dz,
             over_tokens,
             precision=pass_.precision,
             preferred_element_type=float_dtype(),
         )
+        return jnp.where(total.is_empty, jnp.zeros_like(old), old) + product
+
+    def add_part(i, value):
+        part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
+        old = lax.dynamic_slice_in_dim(value, i * width, width, 0)
+        new = with_product(old, part)
+        return lax.dynamic_update_slice_in_dim(value, new, i * width, 0)
 
     if width == h.shape[-1]:
-        return d_kernel + product(h)
-
-    def add_part(i, total):
-        part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
-        old = lax.dynamic_slice_in_dim(total, i * width, width, 0)
-        new = old + product(part)
-        return lax.dynamic_update_slice_in_dim(total, new, i * width, 0)
-
-    return lax.fori_loop(0, h.shape[-1] // width, add_part, d_kernel)
+        value = with_product(total.value, h)
+    else:
+        value = lax.fori_loop(0, h.shape[-1] // width, add_part, total.value)
+    return _Total(value, jnp.zeros_like(total.is_empty))
 
 
 def _zeros(tree):

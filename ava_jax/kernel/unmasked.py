@@ -1,8 +1,8 @@
 """Iterating over the unmasked tokens of rows, a chunk of each row at a time.
 
 The unmasked tokens of a row are visited first, in their order, and the chunks that hold
-none of any row are not visited at all. How many those are is known at run time only:
-the program is the same for every mask.
+none of any row are not visited at all, but for the very first. How many those are is
+known at run time only: the program is the same for every mask.
 """
 
 from collections.abc import Callable
@@ -97,14 +97,15 @@ class _Order:
     size: int = flax.struct.field(pytree_node=False)
 
     def chunks(self) -> tuple[Int[Array, "_"], Int[Array, "_"], Bool[Array, "_"]]:
-        """Returns each chunk's group, first place, and whether it has a token."""
+        """Returns each chunk's group, first place, and whether it is visited."""
         groups, _, places = self.tokens.shape
         group, start = jnp.divmod(
             jnp.arange(groups * (places // self.size), dtype=jnp.int32),
             places // self.size,
         )
         start *= self.size
-        return group, start, start < jnp.max(self.counts, 1)[group]
+        is_visited = start < jnp.max(self.counts, 1)[group]
+        return group, start, is_visited.at[0].set(True)
 
     def put_back(self, x: Shaped[Array, "G B P *n"]) -> Shaped[Array, "G B S *n"]:
         """Returns values in the order of the rows, zeros for masked tokens."""

@@ -55,6 +55,15 @@ def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups):
         assert len(seen) == sum(-(-int(count) // size) for count in most)
 
 
+def test_a_first_group_without_a_token_costs_one_chunk():
+    source, inputs, active = arrays()
+    active = active.at[0].set(False)
+    inputs = {"weights": jnp.where(active, inputs["weights"], 0.0)}
+    *_, seen = visit(source, inputs, active, 3)
+    most = int(np.max(np.sum(np.array(active[1]), 1)))
+    assert len(seen) == 1 + -(-most // 3)
+
+
 def test_the_order_of_a_row_is_kept():
     source, inputs, active = arrays(1)
     *_, seen = visit(source, inputs, active, 3)
@@ -65,12 +74,12 @@ def test_the_order_of_a_row_is_kept():
 
 
 @pytest.mark.parametrize("groups", [1, G])
-def test_without_an_unmasked_token_nothing_is_visited(groups):
+def test_without_an_unmasked_token_only_the_first_chunk_is_visited(groups):
     source, inputs, active = arrays(groups)
     none = jnp.zeros_like(active)
     total, outputs, seen = visit(source, inputs, none, 3)
     assert float(total) == 0
-    assert not seen
+    assert len(seen) == 1
     np.testing.assert_array_equal(outputs["scaled"], jnp.zeros_like(source))
 
 
