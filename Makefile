@@ -11,11 +11,13 @@ MAXTEXT := $(VENV)/maxtext
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-models test-compiled lint bench \
+.PHONY: help demo grpo distill test test-all test-models test-compiled lint bench \
   bench-external bench-maxtext experiments clean
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
+	@echo "make grpo           post-train it with a reward that a program computes"
+	@echo "make distill        train a model of half the width with it as the teacher"
 	@echo "make test           the test suite, without the slow tests"
 	@echo "make test-all       the test suite, slow tests included"
 	@echo "make test-models    train other people's models with this loss"
@@ -29,6 +31,10 @@ help:
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
+
+# On the model in OUT.
+grpo distill: $(VENV)/.train
+	$(BIN)/python examples/$@.py --checkpoint $(OUT) $(ARGS)
 
 # Work is stolen, not dealt: a worker keeps a module, whose tests share programs.
 test: $(VENV)/.test

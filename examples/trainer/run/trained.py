@@ -11,13 +11,15 @@ from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
 import ava_jax
-from trainer.data.text import end_of_text, load_tokenizer
+from trainer.data.corpus import load_corpus
+from trainer.data.text import TextData, end_of_text, load_tokenizer, prepare_data
 from trainer.errors import TrainingError
 from trainer.model.language_model import LanguageModel
 from trainer.model.layers import ModelConfig
 from trainer.report.run_files import read_run
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.evaluate import routing_bias
+from trainer.run.folder import refuse_other_data
 from trainer.run.settings import Settings
 from trainer.run.state import init_state, make_model
 
@@ -31,7 +33,7 @@ class Trained(NamedTuple):
       bias: of the routers.
       tokenizer: of the run.
       step: of the checkpoint.
-      length: tokens of the rows that it was trained on.
+      settings: of the run.
     """
 
     model: LanguageModel
@@ -39,7 +41,12 @@ class Trained(NamedTuple):
     bias: Float[Array, "L E"] | None
     tokenizer: Tokenizer
     step: int
-    length: int
+    settings: Settings
+
+    @property
+    def length(self) -> int:
+        """Tokens of the rows that it was trained on."""
+        return self.settings.sequence_length
 
     def encode(self, prompt: str) -> list[int]:
         """Returns the prompt's tokens after an end of text, as in training."""
@@ -73,8 +80,24 @@ def load(folder: Path, step: int | None = None) -> Trained:
     state, _ = checkpoints.restore(chosen, shapes)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     bias = routing_bias(state.loss)
-    length = settings.sequence_length
-    return Trained(model, state.params, bias, tokenizer, chosen, length)
+    return Trained(model, state.params, bias, tokenizer, chosen, settings)
+
+
+def load_text(folder: Path, settings: Settings) -> TextData:
+    """Reads the text of a run, cut into the same rows for training and evaluation.
+
+    Raises:
+      TrainingError: it cannot be read or has changed since.
+    """
+    corpus = load_corpus(settings.data)
+    refuse_other_data(folder, corpus)
+    return prepare_data(
+        corpus,
+        settings.cache,
+        settings.vocab_size,
+        settings.sequence_length,
+        settings.heldout,
+    )
 
 
 def _rebuild(
@@ -84,6 +107,8 @@ def _rebuild(
     try:
         fields = dict(settings) if isinstance(settings, dict) else {}
         fields["model"] = ModelConfig(**fields["model"])
+        for name in ("out", "cache", "data", "loss_config"):
+            fields[name] = None if fields[name] is None else Path(fields[name])
         names = {field.name for field in dataclasses.fields(Settings)}
         kept = {k: v for k, v in fields.items() if k in names}
         config = ava_jax.UnifiedLossConfig(**loss) if isinstance(loss, dict) else None
