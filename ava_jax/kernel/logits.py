@@ -1,5 +1,7 @@
 """Reading logits, in every implementation: soft-capped, −inf where no class exists."""
 
+from typing import cast
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -71,8 +73,8 @@ def at_temperature(
     if temperature is None:
         return z
     exists = z != -jnp.inf
-    temperature = shared_scalar(vocabulary.axis, temperature)
-    return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / temperature, z)
+    shared = cast(Array, shared_scalar(vocabulary.axis, temperature))
+    return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / shared, z)
 
 
 def has_padding(vocabulary: Vocabulary, width: int) -> bool:

@@ -46,7 +46,7 @@ class TokenInputs:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     row_positions: Int[Array, "B S"]
-    extra: dict[str, Array]
+    extra: dict[str, Any]
     prepared: Any = None
     rows: Any = None
     whole: Any = None

@@ -58,7 +58,7 @@ def token_inputs(
     tokens: Tokens,
     *,
     prepared: Any = None,
-    extra: dict[str, Array] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> TokenInputs:
     """Returns what terms know of the tokens before any logits are there."""
     shape = tokens.targets.shape
