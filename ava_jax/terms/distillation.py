@@ -9,7 +9,7 @@ from jax.lax import PrecisionLike, stop_gradient
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight
-from ava_jax.inputs import LossInputs, check_float
+from ava_jax.inputs import LossInputs, check_float, to_width, width_of
 from ava_jax.kernel.divergence import divergence
 from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Columns
@@ -111,13 +111,17 @@ class Distillation(LogitsTerm):
             )
 
     def whole(self, inputs: LossInputs) -> dict[str, Columns]:
-        """Returns the teacher's projection and its bias, if there are any."""
+        """Returns the teacher's projection and its bias, if there are any.
+
+        They get as many columns as the student's logits have, padding included.
+        """
+        width = width_of(inputs)
         named = {
             "head": inputs.get("teacher_lm_head"),
             "bias": inputs.get("teacher_lm_head_bias"),
         }
         return {
-            name: Columns(stop_gradient(x))
+            name: Columns(to_width(stop_gradient(x), width))
             for name, x in named.items()
             if x is not None
         }
