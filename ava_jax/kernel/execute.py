@@ -174,19 +174,21 @@ def _specs(
     if of_gradients and kernel is not None:
         rows = layout.row_axes(kernel.shape[0])
 
-    def marked(tree: Any, plain: P, of_columns: P) -> Any:
-        return jax.tree.map(
-            lambda x: Columns(of_columns) if is_columns(x) else plain,  # type: ignore
-            tree,
-            is_leaf=is_columns,
-        )
+    def marked(tree: Any, plain: P) -> Any:
+        def spec(x: Any) -> Any:
+            if not is_columns(x):
+                return plain
+            between = x.value.ndim - len(plain) - 1
+            return Columns(P(*plain, *(None,) * between, columns))  # type: ignore
+
+        return jax.tree.map(spec, tree, is_leaf=is_columns)
 
     specs: dict[str, Any] = {
         "sources": layout.tokens(None if kernel is not None else columns),
-        "inputs": marked(operands.inputs, layout.tokens(), layout.tokens(columns)),
+        "inputs": marked(operands.inputs, layout.tokens()),
         "active": layout.tokens(),
         "rows": layout.rows(),
-        "shared": marked(operands.shared, P(), P(None, columns)),
+        "shared": marked(operands.shared, P()),
         "kernel": P(rows or None, columns),
         "bias": P(columns),
     }
