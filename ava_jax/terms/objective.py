@@ -112,7 +112,8 @@ class TokenObjective:
         values: dict[str, Array] = {}
         for temperature, terms in self._by_temperature().items():
             tempered = dataclasses.replace(self, terms=terms)
-            values |= tempered._values(temperature, logits, own, shared, kernel)
+            given = logits, inputs, own, shared, kernel
+            values |= tempered._values(temperature, *given)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
     def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
@@ -141,9 +142,10 @@ class TokenObjective:
             found.setdefault(float(term.logits_temperature), []).append(term)
         return {temperature: tuple(terms) for temperature, terms in found.items()}
 
-    def _values(self, divisor: float, logits, own, shared: Shared, kernel: Kernel):
+    def _values(
+        self, divisor: float, logits, inputs, own, shared: Shared, kernel: Kernel
+    ) -> dict[str, Array]:
         """Returns the values per token of terms whose logits have one temperature."""
-        inputs: TokenInputs = next(iter(own.values()))
         values: dict[str, Array] = {}
         of_stats = []
         for t in self.terms:
