@@ -1,7 +1,8 @@
 """Errors of a loss call: arguments that are missing, unused or do not fit."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -135,6 +136,16 @@ def read_arguments(terms: Sequence[Term], main: tuple[str, ...]) -> set[str]:
     if extra_entries(terms) != set():
         read.add("extra_inputs")
     return read
+
+
+def only_read(terms: Sequence[Term], inputs: LossInputs) -> LossInputs:
+    """Returns the arguments, and of `extra_inputs` the entries, that a loss reads."""
+    read = read_arguments(terms, main_arguments(terms, inputs))
+    kept = {name: value for name, value in inputs.items() if name in read}
+    known, extra = extra_entries(terms), kept.get("extra_inputs")
+    if known is not None and isinstance(extra, Mapping):
+        kept["extra_inputs"] = {k: v for k, v in extra.items() if k in known}
+    return cast(LossInputs, kept)
 
 
 def extra_entries(terms: Iterable[Term]) -> set[str] | None:
