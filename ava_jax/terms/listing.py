@@ -12,7 +12,7 @@ from ava_jax.terms import (
     router,
     temperature,
 )
-from ava_jax.terms.base import Term
+from ava_jax.terms.base import Term, TokenTerm
 
 MEASUREMENTS = ("nll", "accuracy", "entropy")
 _ALWAYS = (
@@ -176,10 +176,16 @@ RESERVED_NAMES = frozenset(_ALWAYS).union(
 )
 
 
+def _entries(term: Term) -> set[str]:
+    """Returns all entries of `aux` that a term may make, parts aside."""
+    measured = term.measured if isinstance(term, TokenTerm) else ()
+    return {term.name, *term.keys, *measured}
+
+
 def not_reserved(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """Raises if a user's term would overwrite an entry of aux; returns the terms."""
     for term in terms:
-        wanted = {term.name, *term.keys}
+        wanted = _entries(term)
         if term.part != "main_loss" and term.part is not None:
             wanted.add(term.part)
         if taken := wanted & RESERVED_NAMES:
@@ -196,7 +202,7 @@ def distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     seen: set[str] = set()
     fields: set[str] = set()
     for term in terms:
-        own = {term.name, *term.keys} - parts
+        own = _entries(term) - parts
         if taken := own & seen or {term.name} & parts:
             raise ValueError(
                 f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"
