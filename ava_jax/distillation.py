@@ -16,6 +16,7 @@ from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.log_probs import token_operands
+from ava_jax.losses.arguments import check_range
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.distillation import Distillation, TopKDistillation
 from ava_jax.terms.objective import Shared, TokenObjective, token_inputs
@@ -164,6 +165,7 @@ def _term(
     soft_cap: float | None,
 ) -> Distillation | TopKDistillation:
     """Returns the term for the arrays of the teacher that are given."""
+    check_range("temperature", temperature, 0, inclusive=False)
     top_k = [name for name in TopKDistillation.requires_extra if name in extra]
     if not top_k:
         if tail is not None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from ava_jax.config import Settings, Weight
 from ava_jax.inputs import LossInputs, Normalizers
 from ava_jax.kernel.stats import TokenStats
-from ava_jax.losses.arguments import check_choice
+from ava_jax.losses.arguments import check_choice, check_range
 from ava_jax.losses.policy_tokens import PolicyValues, policy_values
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.base import Aux, Scalar, TokenInputs, TokenTerm
@@ -88,10 +88,7 @@ class PolicyTerm(TokenTerm):
                 'max_length, the longest completion, is for kind="dr_grpo", which '
                 f"needs it; got kind={self.kind!r}, max_length={self.max_length}"
             )
-        if self.logits_temperature <= 0:
-            raise ValueError(
-                f"logits_temperature must be above 0, got {self.logits_temperature}"
-            )
+        check_range("logits_temperature", self.logits_temperature, 0, inclusive=False)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         targets = inputs.get("targets")
