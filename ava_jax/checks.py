@@ -22,12 +22,12 @@ def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) 
     main = main_arguments(terms, inputs)
     _check_main(settings, inputs)
     for term in terms:
+        _check_extra(term, inputs)
         missing = [name for name in term.requires if name not in given]
         if missing:
             needed = " and ".join(term.requires)
             what = term.option or f"the term {term.name!r}"
             raise ValueError(f"{what} needs {needed}")
-        _check_extra(term, inputs)
     _check_unused(terms, inputs, main)
     for term in terms:
         term.check(inputs, settings)

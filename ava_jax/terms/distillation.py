@@ -57,7 +57,7 @@ class Distillation(LogitsTerm):
     name: str = "distillation"
     part = "main_loss"
     keys = ("distillation",)
-    requires = ("extra_inputs",)
+    option = "terms.Distillation"
     accepts = ("teacher_lm_head", "teacher_lm_head_bias")
     accepts_extra = _FORMS
     columns_extra = ("teacher_logits",)
@@ -201,6 +201,11 @@ class TopKDistillation(TokenTerm):
         assert targets is not None
         extra = inputs.get("extra_inputs") or {}
         ids, log_probs = extra["teacher_ids"], extra["teacher_log_probs"]
+        if self.vocab_size != settings.vocab_size:
+            raise ValueError(
+                f"the term {self.name!r} has vocab_size={self.vocab_size}, the loss "
+                f"{settings.vocab_size}: give both the same"
+            )
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"teacher_ids must be integers, got {ids.dtype}")
         check_float("teacher_log_probs", log_probs, targets.shape, 3)

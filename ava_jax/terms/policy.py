@@ -94,6 +94,11 @@ class PolicyTerm(TokenTerm):
         targets = inputs.get("targets")
         assert targets is not None
         given = inputs.get("extra_inputs") or {}
+        if self._reads_reference and given.get("ref_log_probs") is None:
+            raise ValueError(
+                f"the term {self.name!r} needs extra_inputs['ref_log_probs'], [B, S], "
+                "for kl_weight, kl_estimator and kl_importance_weighting"
+            )
         for name in ("advantages", *_CONSTANTS):
             value = given.get(name)
             if value is not None and value.shape != targets.shape:
@@ -101,6 +106,11 @@ class PolicyTerm(TokenTerm):
                     f"extra_inputs[{name!r}] must have the shape {targets.shape} of "
                     f"targets, got {value.shape}"
                 )
+
+    @property
+    def _reads_reference(self) -> bool:
+        has_kind = self.kl_estimator is not None or self.kl_importance_weighting
+        return has_kind or self.kl_weight != 0
 
     def prepare(self, tokens: Tokens) -> Float[Array, "B S"] | None:
         """Returns the sum of each row's weights, where rows have means of their own."""
