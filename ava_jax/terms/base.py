@@ -34,7 +34,7 @@ class TokenInputs:
       positions: position within the segment.
       segments: segment ids.
       row_positions: position within the row.
-      extra: the caller's `extra_inputs`.
+      extra: the caller's `extra_inputs`, see `TokenTerm.columns_extra`.
       prepared: this block's part of what the term's `prepare` returned.
       rows: all of what the term's `rows` returned for these rows.
       whole: what the term's `whole` returned.
@@ -46,7 +46,7 @@ class TokenInputs:
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     row_positions: Int[Array, "B S"]
-    extra: dict[str, Array]
+    extra: dict[str, Any]
     prepared: Any = None
     rows: Any = None
     whole: Any = None

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.logits import at_temperature
+from ava_jax.kernel.passes import Columns
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
@@ -58,7 +59,7 @@ def token_inputs(
     tokens: Tokens,
     *,
     prepared: Any = None,
-    extra: dict[str, Array] | None = None,
+    extra: dict[str, Array | Columns] | None = None,
 ) -> TokenInputs:
     """Returns what terms know of the tokens before any logits are there."""
     shape = tokens.targets.shape
