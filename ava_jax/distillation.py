@@ -28,10 +28,10 @@ def distillation_loss(
     hidden_states: Float[Array, "B S D"] | None = None,
     lm_head: Float[Array, "D V"] | None = None,
     lm_head_bias: Float[Array, "V"] | None = None,
-    teacher_logits: Float[Array, "B S V"] | None = None,
+    teacher_logits: Float[Array, "B S W"] | None = None,
     teacher_hidden_states: Float[Array, "B S E"] | None = None,
-    teacher_lm_head: Float[Array, "E V"] | None = None,
-    teacher_lm_head_bias: Float[Array, "V"] | None = None,
+    teacher_lm_head: Float[Array, "E W"] | None = None,
+    teacher_lm_head_bias: Float[Array, "W"] | None = None,
     teacher_ids: Integer[Array, "B S K"] | None = None,
     teacher_log_probs: Float[Array, "B S K"] | None = None,
     attention_mask: Shaped[Array, "B S"] | None = None,
@@ -64,11 +64,11 @@ def distillation_loss(
       hidden_states: the student's, [B, S, D].
       lm_head: the student's projection, [D, V].
       lm_head_bias: [V].
-      teacher_logits: [B, S, V]; or else the teacher's hidden states and projection, or
-        its top k.
+      teacher_logits: [B, S, W], W of V and padding of its own; or else the teacher's
+        hidden states and projection, or its top k.
       teacher_hidden_states: [B, S, E].
-      teacher_lm_head: [E, V].
-      teacher_lm_head_bias: [V].
+      teacher_lm_head: [E, W].
+      teacher_lm_head_bias: [W].
       teacher_ids: the teacher's k most probable ids, distinct, [B, S, k]; those outside
         the vocabulary are left out and counted. See `losses.top_k_divergence`.
       teacher_log_probs: their log-probabilities at T, [B, S, k].

@@ -216,7 +216,7 @@ class TopKDistillation(TokenTerm):
             )
 
     def candidates(self, inputs: TokenInputs) -> Int[Array, "B S K"]:
-        return inputs.extra["teacher_ids"]
+        return inputs.extra["teacher_ids"].astype(jnp.int32)
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         log_probs = stats.candidates[self.name] - stats.log_sum[..., None]
