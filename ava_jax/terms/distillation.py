@@ -56,7 +56,6 @@ class Distillation(LogitsTerm):
     weight: Weight = 1.0
     name: str = "distillation"
     part = "main_loss"
-    keys = ("distillation",)
     option = "terms.Distillation"
     accepts = ("teacher_lm_head", "teacher_lm_head_bias")
     accepts_extra = _FORMS
@@ -186,7 +185,6 @@ class TopKDistillation(TokenTerm):
     weight: Weight = 1.0
     name: str = "distillation"
     part = "main_loss"
-    keys = ("distillation",)
     requires = ("extra_inputs",)
     requires_extra = ("teacher_ids", "teacher_log_probs")
     accepts_extra = ()

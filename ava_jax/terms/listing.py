@@ -6,8 +6,10 @@ from ava_jax.config import UnifiedLossConfig
 from ava_jax.terms import (
     adaptive,
     contrastive,
+    distillation,
     likelihood,
     mtp,
+    policy,
     repetition,
     router,
     temperature,
@@ -23,6 +25,9 @@ _ALWAYS = (
     "num_invalid_targets",
     *MEASUREMENTS,
 )
+
+# Terms that no config switches on; they are given as extra terms.
+_GIVEN = (policy.PolicyTerm, distillation.Distillation, distillation.TopKDistillation)
 
 
 def terms_of(config: UnifiedLossConfig) -> tuple[Term, ...]:
@@ -188,6 +193,8 @@ def not_reserved(terms: tuple[Term, ...]) -> tuple[Term, ...]:
         wanted = _entries(term)
         if term.part != "main_loss" and term.part is not None:
             wanted.add(term.part)
+        if isinstance(term, _GIVEN):
+            wanted -= {type(term).name, *term.keys}
         if taken := wanted & RESERVED_NAMES:
             raise ValueError(
                 f"extra term {term.name!r}: the name {min(taken)!r} is taken; choose "
