@@ -307,7 +307,9 @@ def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=Non
 
 def largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:
     """Returns the largest magnitude among the coefficients; 1 if all are 0."""
-    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()]
+    # A loss of batch terms alone has none.
+    one = jnp.ones((), float_dtype())
+    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()] or [one]
     largest = jnp.max(jnp.stack(magnitudes))
     return jnp.where(largest > 0, largest, jnp.ones_like(largest))
 

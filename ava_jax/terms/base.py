@@ -283,7 +283,12 @@ class TokenTerm(Term):
 
 
 class LogitsTerm(TokenTerm):
-    """A token term of the logits themselves, not of their statistics."""
+    """A token term of the logits themselves, not of their statistics.
+
+    On a mesh with a `vocab_axis` it sees a shard's columns, inside `jax.shard_map`. JAX
+    differentiates a `psum` there as if its result were not shared, so a sum over the
+    shards needs a derivative of its own (`jax.custom_vjp`).
+    """
 
     def of_logits(
         self,
