@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.loss_checks import untyped
@@ -343,8 +344,13 @@ def test_one_pass_does_it_all(temperature):
     """6·N·D·V flops with the gradient, 2 without; no array of all logits."""
     length, width = 48, 37
     term = policy(temperature, **CASES[1])
-    sizes = {"chunk_size": 8, "block_size": 8}
-    loss_fn = ava_jax.compose([term], vocab_size=width, implementation="cpu", **sizes)
+    loss_fn = ava_jax.compose(
+        [term],
+        vocab_size=width,
+        chunk_size=8,
+        block_size=8,
+        implementation="cpu",
+    )
     ones = jnp.ones((B, length))
     extra = dict.fromkeys(("advantages", *CONSTANTS), ones)
 
@@ -389,9 +395,11 @@ def test_select_and_checked():
     kept = loss_fn.select(offered)
     assert set(kept) == set(x)
     assert set(kept.get("extra_inputs") or {}) == set(x["extra_inputs"])
-    plain = loss_fn(loss_fn.init(), **kept)[0]
-    checked = ava_jax.checked(loss_fn)(loss_fn.init(), **kept)[0]
-    np.testing.assert_allclose(checked, plain, rtol=1e-6)
+    state, checked = loss_fn.init(), ava_jax.checked(loss_fn)
+    step = jax.jit(checkify.checkify(lambda x: checked(state, **x)[0]))
+    error, value = step(kept)
+    error.throw()
+    np.testing.assert_allclose(value, run(loss_fn, x)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*AUX, "policy_loss"])
