@@ -155,7 +155,7 @@ def test_shards_of_the_vocabulary_agree(beta):
     student, teacher = logits(8)
     # One shard of the student has no class at all.
     student[:, 3:6] = teacher[:, 3:6] = -np.inf
-    student[:, 0] = 60.0
+    student[::2, 0] = 60.0
     mesh = jax.make_mesh((3,), ("v",), axis_types=(AxisType.Auto,))
 
     def local(student, teacher):
