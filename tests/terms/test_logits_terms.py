@@ -95,6 +95,17 @@ def unnamed(entry: str) -> Unnamed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Norm(ava_jax.TokenTerm):
+    """The log-normaliser of the tempered statistics."""
+
+    name: str = "norm"
+    logits_temperature: float = 0.5
+
+    def __call__(self, stats, inputs):
+        return stats.shift + stats.log_sum_tempered
+
+
+@dataclasses.dataclass(frozen=True)
 class Rewards(ava_jax.BatchTerm):
     """A batch term that reads an entry of `extra_inputs`."""
 
@@ -224,6 +235,23 @@ def test_a_term_at_a_temperature_with_numbers_and_a_denominator_of_its_own(path)
     np.testing.assert_allclose(value, aux["nll"] + aux["sampled"], rtol=2e-5)
     # The state moves by the unweighted mean.
     np.testing.assert_allclose(state.extra["sampled"], by_rows, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("temperature", "want"), [(0.5, 0.5), (1.0, 1.6)])
+def test_the_temperature_of_the_state_is_for_terms_without_their_own(temperature, want):
+    config = ava_jax.UnifiedLossConfig(
+        vocab_size=V,
+        primary_loss_type="deepseek",
+        initial_temperature=1.6,
+        implementation="cpu",
+    )
+    term = Norm(logits_temperature=temperature)
+    aux = run(ava_jax.unified_loss(config, (term,)), x := arrays())[1]
+    z = logits_of(x)
+    # The statistics of an untempered term keep the shift of the logits themselves.
+    shift = jnp.max(z, -1) if temperature == 1 else jnp.zeros(z.shape[:2])
+    norms = jax.nn.logsumexp((z - shift[..., None]) / want, -1) + shift
+    np.testing.assert_allclose(aux["norm"], mean(x, norms), rtol=2e-5)
 
 
 def test_its_numbers_add_up_over_micro_batches():
