@@ -1,7 +1,8 @@
 """Errors of a loss call: arguments that are missing, unused or do not fit."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -21,12 +22,12 @@ def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) 
     main = main_arguments(terms, inputs)
     _check_main(settings, inputs)
     for term in terms:
+        _check_extra(term, inputs)
         missing = [name for name in term.requires if name not in given]
         if missing:
             needed = " and ".join(term.requires)
             what = term.option or f"the term {term.name!r}"
             raise ValueError(f"{what} needs {needed}")
-        _check_extra(term, inputs)
     _check_unused(terms, inputs, main)
     for term in terms:
         term.check(inputs, settings)
@@ -132,15 +133,33 @@ def read_arguments(terms: Sequence[Term], main: tuple[str, ...]) -> set[str]:
       main: what the main logits are made of.
     """
     read = {*_ALWAYS, *main}.union(*((*t.requires, *t.accepts) for t in terms))
-    if any(_reads_extra(term) for term in terms):
+    if extra_entries(terms) != set():
         read.add("extra_inputs")
     return read
 
 
-def _reads_extra(term: Term) -> bool:
-    if term.accepts_extra is None:
-        return type(term) not in set(built_in())
-    return bool(term.requires_extra or term.accepts_extra)
+def only_read(terms: Sequence[Term], inputs: LossInputs) -> LossInputs:
+    """Returns the arguments, and of `extra_inputs` the entries, that a loss reads."""
+    read = read_arguments(terms, main_arguments(terms, inputs))
+    kept = {name: value for name, value in inputs.items() if name in read}
+    known, extra = extra_entries(terms), kept.get("extra_inputs")
+    if known is not None and isinstance(extra, Mapping):
+        kept["extra_inputs"] = {k: v for k, v in extra.items() if k in known}
+    return cast(LossInputs, kept)
+
+
+def extra_entries(terms: Iterable[Term]) -> set[str] | None:
+    """Returns the entries of `extra_inputs` that terms read; None if it may be any."""
+    known: set[str] = set()
+    for term in terms:
+        named = {*term.requires_extra, *(term.accepts_extra or ())}
+        is_own = term.accepts_extra is None and type(term) not in set(built_in())
+        # A batch term asks for all of them as for any other argument.
+        asks = "extra_inputs" in (*term.requires, *term.accepts)
+        if is_own or (asks and not named):
+            return None
+        known |= named
+    return known
 
 
 def _check_extra(term: Term, inputs: LossInputs) -> None:
@@ -156,12 +175,9 @@ def _check_extra(term: Term, inputs: LossInputs) -> None:
 
 def _check_unread_extra(terms: Sequence[Term], inputs: LossInputs) -> None:
     """Raises on an entry of `extra_inputs` that no term reads."""
-    readers = [term for term in terms if _reads_extra(term)]
-    if not readers or any(term.accepts_extra is None for term in readers):
+    known = extra_entries(terms)
+    if not known:
         return
-    known = {
-        name for t in readers for name in (*t.requires_extra, *(t.accepts_extra or ()))
-    }
     for name in inputs.get("extra_inputs") or {}:
         if name not in known:
             raise ValueError(

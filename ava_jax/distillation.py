@@ -16,6 +16,7 @@ from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.log_probs import token_operands
+from ava_jax.losses.arguments import check_range
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.distillation import Distillation, TopKDistillation
 from ava_jax.terms.objective import Shared, TokenObjective, token_inputs
@@ -27,10 +28,10 @@ def distillation_loss(
     hidden_states: Float[Array, "B S D"] | None = None,
     lm_head: Float[Array, "D V"] | None = None,
     lm_head_bias: Float[Array, "V"] | None = None,
-    teacher_logits: Float[Array, "B S V"] | None = None,
+    teacher_logits: Float[Array, "B S W"] | None = None,
     teacher_hidden_states: Float[Array, "B S E"] | None = None,
-    teacher_lm_head: Float[Array, "E V"] | None = None,
-    teacher_lm_head_bias: Float[Array, "V"] | None = None,
+    teacher_lm_head: Float[Array, "E W"] | None = None,
+    teacher_lm_head_bias: Float[Array, "W"] | None = None,
     teacher_ids: Integer[Array, "B S K"] | None = None,
     teacher_log_probs: Float[Array, "B S K"] | None = None,
     attention_mask: Shaped[Array, "B S"] | None = None,
@@ -63,11 +64,11 @@ def distillation_loss(
       hidden_states: the student's, [B, S, D].
       lm_head: the student's projection, [D, V].
       lm_head_bias: [V].
-      teacher_logits: [B, S, V]; or else the teacher's hidden states and projection, or
-        its top k.
+      teacher_logits: [B, S, W], W of V and padding of its own; or else the teacher's
+        hidden states and projection, or its top k.
       teacher_hidden_states: [B, S, E].
-      teacher_lm_head: [E, V].
-      teacher_lm_head_bias: [V].
+      teacher_lm_head: [E, W].
+      teacher_lm_head_bias: [W].
       teacher_ids: the teacher's k most probable ids, distinct, [B, S, k]; those outside
         the vocabulary are left out and counted. See `losses.top_k_divergence`.
       teacher_log_probs: their log-probabilities at T, [B, S, k].
@@ -104,7 +105,7 @@ def distillation_loss(
       ...     teacher_hidden_states=jnp.ones((1, 2, 6)),
       ...     teacher_lm_head=jnp.eye(6, 8), temperature=2.0)
       >>> round(float(loss), 4), round(float(aux["divergence"]), 4)
-      (0.0872, 0.0218)
+      (0.0778, 0.0195)
 
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Agarwal et al.,
@@ -164,6 +165,7 @@ def _term(
     soft_cap: float | None,
 ) -> Distillation | TopKDistillation:
     """Returns the term for the arrays of the teacher that are given."""
+    check_range("temperature", temperature, 0, inclusive=False)
     top_k = [name for name in TopKDistillation.requires_extra if name in extra]
     if not top_k:
         if tail is not None:

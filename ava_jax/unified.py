@@ -7,7 +7,7 @@ stats add up in between.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
 from ava_jax.assemble import StepStats, assemble, count_normalizers, plan_of
-from ava_jax.checks import check_inputs, main_arguments, read_arguments
+from ava_jax.checks import check_inputs, only_read
 from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
 from ava_jax.inputs import LossInputs, Normalizers, tokens_of
 from ava_jax.kernel.platforms import Implementation
@@ -117,7 +117,8 @@ class UnifiedLoss:
           inputs: arguments of a call, see `LossInputs`.
 
         Returns:
-          Those that the main logits are made of or that a term reads.
+          Those that the main logits are made of or that a term reads; likewise of the
+          entries of `extra_inputs`.
 
         Raises:
           ValueError: there is nothing to make the main logits of.
@@ -130,9 +131,7 @@ class UnifiedLoss:
           >>> list(loss_fn.select(inputs))
           ['targets', 'logits']
         """
-        read = read_arguments(self.terms, main_arguments(self.terms, inputs))
-        kept = {name: value for name, value in inputs.items() if name in read}
-        return cast(LossInputs, kept)
+        return only_read(self.terms, inputs)
 
     def normalizers(
         self,

@@ -71,7 +71,8 @@ def _backward(axis, beta, residuals, cotangent):
         own = (1 - beta) * _times(both.p, both.log_p, _log_mixture(beta, both))
         mean = add_up(axis, jnp.sum(own, -1), active.ndim)
         slope = own - both.p * mean[..., None]
-    kept = jnp.where(active[..., None], slope, jnp.zeros_like(slope))
+    exists = active[..., None] & (student != -jnp.inf)
+    kept = jnp.where(exists, slope, jnp.zeros_like(slope))
     return cotangent[..., None] * kept, None, None
 
 

@@ -180,19 +180,21 @@ def _specs(
     if of_gradients and kernel is not None:
         rows = layout.row_axes(kernel.shape[0])
 
-    def marked(tree: Any, plain: P, of_columns: P) -> Any:
-        return jax.tree.map(
-            lambda x: Columns(of_columns) if is_columns(x) else plain,  # type: ignore
-            tree,
-            is_leaf=is_columns,
-        )
+    def marked(tree: Any, plain: P) -> Any:
+        def spec(x: Any) -> Any:
+            if not is_columns(x):
+                return plain
+            between = x.value.ndim - len(plain) - 1
+            return Columns(P(*plain, *(None,) * between, columns))  # type: ignore
+
+        return jax.tree.map(spec, tree, is_leaf=is_columns)
 
     specs: dict[str, Any] = {
         "sources": layout.tokens(None if kernel is not None else columns),
-        "inputs": marked(operands.inputs, layout.tokens(), layout.tokens(columns)),
+        "inputs": marked(operands.inputs, layout.tokens()),
         "active": layout.tokens(),
         "rows": layout.rows(),
-        "shared": marked(operands.shared, P(), P(None, columns)),
+        "shared": marked(operands.shared, P()),
         "kernel": P(rows or None, columns),
         "bias": P(columns),
     }
@@ -311,7 +313,9 @@ def _over_tokens(layout: Layout | None, operands: Operands, sums, own, scale=Non
 
 def largest(coefficients: Mapping[str, Array]) -> Float[Array, ""]:
     """Returns the largest magnitude among the coefficients; 1 if all are 0."""
-    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()]
+    # A loss of batch terms alone has none.
+    one = jnp.ones((), float_dtype())
+    magnitudes = [jnp.max(jnp.abs(c)) for c in coefficients.values()] or [one]
     largest = jnp.max(jnp.stack(magnitudes))
     return jnp.where(largest > 0, largest, jnp.ones_like(largest))
 

@@ -34,7 +34,7 @@ class TokenInputs:
       positions: position within the segment.
       segments: segment ids.
       row_positions: position within the row.
-      extra: the caller's `extra_inputs`.
+      extra: the caller's `extra_inputs`, see `TokenTerm.columns_extra`.
       prepared: this block's part of what the term's `prepare` returned.
       rows: all of what the term's `rows` returned for these rows.
       whole: what the term's `whole` returned.
@@ -283,7 +283,12 @@ class TokenTerm(Term):
 
 
 class LogitsTerm(TokenTerm):
-    """A token term of the logits themselves, not of their statistics."""
+    """A token term of the logits themselves, not of their statistics.
+
+    On a mesh with a `vocab_axis` it sees a shard's columns, inside `jax.shard_map`. JAX
+    differentiates a `psum` there as if its result were not shared, so a sum over the
+    shards needs a derivative of its own (`jax.custom_vjp`).
+    """
 
     def of_logits(
         self,

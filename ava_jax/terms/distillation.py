@@ -9,7 +9,7 @@ from jax.lax import PrecisionLike, stop_gradient
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight
-from ava_jax.inputs import LossInputs, check_float
+from ava_jax.inputs import LossInputs, check_float, to_width, width_of
 from ava_jax.kernel.divergence import divergence
 from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Columns
@@ -56,8 +56,7 @@ class Distillation(LogitsTerm):
     weight: Weight = 1.0
     name: str = "distillation"
     part = "main_loss"
-    keys = ("distillation",)
-    requires = ("extra_inputs",)
+    option = "terms.Distillation"
     accepts = ("teacher_lm_head", "teacher_lm_head_bias")
     accepts_extra = _FORMS
     columns_extra = ("teacher_logits",)
@@ -111,13 +110,17 @@ class Distillation(LogitsTerm):
             )
 
     def whole(self, inputs: LossInputs) -> dict[str, Columns]:
-        """Returns the teacher's projection and its bias, if there are any."""
+        """Returns the teacher's projection and its bias, if there are any.
+
+        They get as many columns as the student's logits have, padding included.
+        """
+        width = width_of(inputs)
         named = {
             "head": inputs.get("teacher_lm_head"),
             "bias": inputs.get("teacher_lm_head_bias"),
         }
         return {
-            name: Columns(stop_gradient(x))
+            name: Columns(to_width(stop_gradient(x), width))
             for name, x in named.items()
             if x is not None
         }
@@ -182,7 +185,6 @@ class TopKDistillation(TokenTerm):
     weight: Weight = 1.0
     name: str = "distillation"
     part = "main_loss"
-    keys = ("distillation",)
     requires = ("extra_inputs",)
     requires_extra = ("teacher_ids", "teacher_log_probs")
     accepts_extra = ()
@@ -197,6 +199,11 @@ class TopKDistillation(TokenTerm):
         assert targets is not None
         extra = inputs.get("extra_inputs") or {}
         ids, log_probs = extra["teacher_ids"], extra["teacher_log_probs"]
+        if self.vocab_size != settings.vocab_size:
+            raise ValueError(
+                f"the term {self.name!r} has vocab_size={self.vocab_size}, the loss "
+                f"{settings.vocab_size}: give both the same"
+            )
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"teacher_ids must be integers, got {ids.dtype}")
         check_float("teacher_log_probs", log_probs, targets.shape, 3)
@@ -207,7 +214,7 @@ class TopKDistillation(TokenTerm):
             )
 
     def candidates(self, inputs: TokenInputs) -> Int[Array, "B S K"]:
-        return inputs.extra["teacher_ids"]
+        return inputs.extra["teacher_ids"].astype(jnp.int32)
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         log_probs = stats.candidates[self.name] - stats.log_sum[..., None]

@@ -6,13 +6,15 @@ from ava_jax.config import UnifiedLossConfig
 from ava_jax.terms import (
     adaptive,
     contrastive,
+    distillation,
     likelihood,
     mtp,
+    policy,
     repetition,
     router,
     temperature,
 )
-from ava_jax.terms.base import Term
+from ava_jax.terms.base import Term, TokenTerm
 
 MEASUREMENTS = ("nll", "accuracy", "entropy")
 _ALWAYS = (
@@ -23,6 +25,9 @@ _ALWAYS = (
     "num_invalid_targets",
     *MEASUREMENTS,
 )
+
+# Terms that no config switches on; they are given as extra terms.
+_GIVEN = (policy.PolicyTerm, distillation.Distillation, distillation.TopKDistillation)
 
 
 def terms_of(config: UnifiedLossConfig) -> tuple[Term, ...]:
@@ -176,12 +181,20 @@ RESERVED_NAMES = frozenset(_ALWAYS).union(
 )
 
 
+def _entries(term: Term) -> set[str]:
+    """Returns all entries of `aux` that a term may make, parts aside."""
+    measured = term.measured if isinstance(term, TokenTerm) else ()
+    return {term.name, *term.keys, *measured}
+
+
 def not_reserved(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """Raises if a user's term would overwrite an entry of aux; returns the terms."""
     for term in terms:
-        wanted = {term.name, *term.keys}
+        wanted = _entries(term)
         if term.part != "main_loss" and term.part is not None:
             wanted.add(term.part)
+        if isinstance(term, _GIVEN):
+            wanted -= {type(term).name, *term.keys}
         if taken := wanted & RESERVED_NAMES:
             raise ValueError(
                 f"extra term {term.name!r}: the name {min(taken)!r} is taken; choose "
@@ -196,7 +209,7 @@ def distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     seen: set[str] = set()
     fields: set[str] = set()
     for term in terms:
-        own = {term.name, *term.keys} - parts
+        own = _entries(term) - parts
         if taken := own & seen or {term.name} & parts:
             raise ValueError(
                 f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.logits import at_temperature
+from ava_jax.kernel.passes import Columns
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
@@ -58,7 +59,7 @@ def token_inputs(
     tokens: Tokens,
     *,
     prepared: Any = None,
-    extra: dict[str, Any] | None = None,
+    extra: dict[str, Array | Columns] | None = None,
 ) -> TokenInputs:
     """Returns what terms know of the tokens before any logits are there."""
     shape = tokens.targets.shape
@@ -112,7 +113,8 @@ class TokenObjective:
         values: dict[str, Array] = {}
         for temperature, terms in self._by_temperature().items():
             tempered = dataclasses.replace(self, terms=terms)
-            values |= tempered._values(temperature, logits, own, shared, kernel)
+            given = logits, inputs, own, shared, kernel
+            values |= tempered._values(temperature, *given)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
     def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
@@ -141,9 +143,10 @@ class TokenObjective:
             found.setdefault(float(term.logits_temperature), []).append(term)
         return {temperature: tuple(terms) for temperature, terms in found.items()}
 
-    def _values(self, divisor: float, logits, own, shared: Shared, kernel: Kernel):
+    def _values(
+        self, divisor: float, logits, inputs, own, shared: Shared, kernel: Kernel
+    ) -> dict[str, Array]:
         """Returns the values per token of terms whose logits have one temperature."""
-        inputs: TokenInputs = next(iter(own.values()))
         values: dict[str, Array] = {}
         of_stats = []
         for t in self.terms:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from ava_jax.config import Settings, Weight
 from ava_jax.inputs import LossInputs, Normalizers
 from ava_jax.kernel.stats import TokenStats
-from ava_jax.losses.arguments import check_choice
+from ava_jax.losses.arguments import check_choice, check_range
 from ava_jax.losses.policy_tokens import PolicyValues, policy_values
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.base import Aux, Scalar, TokenInputs, TokenTerm
@@ -88,15 +88,17 @@ class PolicyTerm(TokenTerm):
                 'max_length, the longest completion, is for kind="dr_grpo", which '
                 f"needs it; got kind={self.kind!r}, max_length={self.max_length}"
             )
-        if self.logits_temperature <= 0:
-            raise ValueError(
-                f"logits_temperature must be above 0, got {self.logits_temperature}"
-            )
+        check_range("logits_temperature", self.logits_temperature, 0, inclusive=False)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         targets = inputs.get("targets")
         assert targets is not None
         given = inputs.get("extra_inputs") or {}
+        if self._reads_reference and given.get("ref_log_probs") is None:
+            raise ValueError(
+                f"the term {self.name!r} needs extra_inputs['ref_log_probs'], [B, S], "
+                "for kl_weight, kl_estimator and kl_importance_weighting"
+            )
         for name in ("advantages", *_CONSTANTS):
             value = given.get(name)
             if value is not None and value.shape != targets.shape:
@@ -104,6 +106,11 @@ class PolicyTerm(TokenTerm):
                     f"extra_inputs[{name!r}] must have the shape {targets.shape} of "
                     f"targets, got {value.shape}"
                 )
+
+    @property
+    def _reads_reference(self) -> bool:
+        has_kind = self.kl_estimator is not None or self.kl_importance_weighting
+        return has_kind or self.kl_weight != 0
 
     def prepare(self, tokens: Tokens) -> Float[Array, "B S"] | None:
         """Returns the sum of each row's weights, where rows have means of their own."""

@@ -1,6 +1,7 @@
 """A user's own terms: subclasses of the base classes, or objects of the same form."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,6 +91,7 @@ def as_term(term: TermLike) -> Term:
 
     Raises:
       TypeError: it has neither form, has no name, or cannot be hashed.
+      ValueError: its `logits_temperature` is out of range.
     """
     if not isinstance(term, Term):
         if not isinstance(term, ExtraTerm) and not callable(term):
@@ -101,6 +103,11 @@ def as_term(term: TermLike) -> Term:
     name = getattr(term, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"term {term!r} needs a name, its key in aux; got {name!r}")
+    if isinstance(term, TokenTerm) and not 0 < term.logits_temperature < math.inf:
+        raise ValueError(
+            f"term {name!r}: logits_temperature must be above 0 and finite, got "
+            f"{term.logits_temperature}"
+        )
     try:
         hash(term)
     except TypeError as error:
