@@ -85,8 +85,9 @@ def test_losses_are_those_of_float64():
     expected = -np.mean(advantages * exact_log_probs())
     for name in posttraining.LOG_PROBS:
         assert value_and_gradients(name, given)[0] == pytest.approx(expected, rel=1e-5)
-    masks = posttraining.masks(*BATCH.targets.shape)
-    for given in (rollout(), rollout(masks["a quarter, scattered"])):
+    # Rows of different numbers of tokens: their means are not that of all tokens.
+    scattered = posttraining.masks(*BATCH.targets.shape)["a quarter, scattered"]
+    for given in (rollout(), rollout(scattered.at[0].set(1))):
         expected = exact_grpo(given)
         for name in posttraining.GRPO:
             found = value_and_gradients(name, given)[0]
@@ -149,7 +150,8 @@ def test_both_clocks_are_read_in_every_round():
     (found,) = timing.time_interleaved({"sum": step}, rounds=3).values()
     assert isinstance(found, Figures)
     assert len(found.times) == len(found.cpu_times) == 3
-    assert min(found.times) > 0 <= min(found.cpu_times)
+    assert min(found.times) > 0
+    assert min(found.cpu_times) > 0
 
 
 # Compiled programs ---------------------------------------------------------------
