@@ -6,13 +6,22 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from benchmarks import baselines, candidates, shapes
+from benchmarks import baselines, candidates, posttraining, shapes
 from benchmarks.arrays import Batch, baseline, make_batch
 from benchmarks.candidates import candidate
+from benchmarks.posttraining import (
+    CHECKPOINTED_GRPO,
+    CHECKPOINTED_LOG_PROBS,
+    NAIVE_GRPO,
+    NAIVE_LOG_PROBS,
+    ONE_PASS,
+    OWN_LOG_PROBS,
+    TWO_PASSES,
+)
 from benchmarks.shapes import Shape
 from benchmarks.timing import Implementation
 
-Metric = Literal["time", "temp", "error", "bandwidth"]
+Metric = Literal["time", "cpu_time", "temp", "error", "bandwidth"]
 
 # Baselines that are a number, not an implementation.
 LOGITS_ARRAY = "one logits array"
@@ -26,9 +35,9 @@ class Goal:
     Attributes:
       candidate: a name of `IMPLEMENTATIONS`.
       baseline: another name, `LOGITS_ARRAY` or `EXACT`.
-      metric: `"time"` and `"temp"` (temporary memory) are ratios to the baseline's;
-        `"error"` is the difference of the losses; `"bandwidth"` is the fraction of the
-        copy's bandwidth.
+      metric: `"time"`, `"cpu_time"` (seconds of all processors) and `"temp"` (temporary
+        memory) are ratios to the baseline's; `"error"` is the difference of the losses;
+        `"bandwidth"` is the fraction of the copy's bandwidth.
       limit: the largest value that meets the goal; `None` without a goal.
     """
 
@@ -105,6 +114,27 @@ def _one_head(case: Case, batch: Batch) -> Implementation:
     return _plain(case, batch._replace(floats=floats))
 
 
+def _rollout(loss: posttraining.Loss) -> Callable[[Case, Batch], Implementation]:
+    """Returns the maker of a loss of generated tokens, none of them masked."""
+
+    def make(case: Case, batch: Batch) -> Implementation:
+        rollout = posttraining.make_rollout(batch, case.shape.vocab)
+        return posttraining.implementation(loss, batch, rollout)
+
+    return make
+
+
+def _masked(name: str) -> Callable[[Case, Batch], Implementation]:
+    """Returns the maker of the cross-entropy under a mask."""
+
+    def make(case: Case, batch: Batch) -> Implementation:
+        mask = posttraining.masks(*batch.targets.shape)[name]
+        rollout = posttraining.make_rollout(batch, case.shape.vocab, mask)
+        return posttraining.implementation(posttraining.masked_loss, batch, rollout)
+
+    return make
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "plain": _plain,
     "everything": _everything,
@@ -120,6 +150,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "one matmul": lambda _, b: baseline(baselines.matmul_forward, b, gradient=False),
     "three matmuls": lambda _, b: baseline(baselines.matmul_three, b, gradient=False),
     "copy": lambda _, b: baseline(baselines.copy, b, gradient=False),
+    **{name: _rollout(loss) for name, loss in posttraining.LOSSES.items()},
+    **{name: _masked(name) for name in posttraining.MASKS},
 }
 
 
@@ -215,6 +247,37 @@ def _term_cases() -> list[Case]:
     ]
 
 
+def _posttraining_cases() -> list[Case]:
+    def against(own: str, naive: str, checkpointed: str, limit: float) -> list[Goal]:
+        return [
+            Goal(own, checkpointed, "time", limit),
+            Goal(own, checkpointed, "cpu_time"),
+            Goal(own, naive, "time"),
+            Goal(own, naive, "temp"),
+            Goal(own, checkpointed, "temp"),
+        ]
+
+    log_probs = against(OWN_LOG_PROBS, NAIVE_LOG_PROBS, CHECKPOINTED_LOG_PROBS, 1.0)
+    policy = [
+        goal
+        for name, limit in ((ONE_PASS, 0.75), (TWO_PASSES, 1.0))
+        for goal in against(name, NAIVE_GRPO, CHECKPOINTED_GRPO, limit)
+    ]
+    everything, *some = posttraining.MASKS
+    masked = [Goal(name, everything, "time", 0.40) for name in some]
+    masked += [Goal(name, everything, "cpu_time") for name in some]
+    tables = {
+        ("log-probs", "log-probabilities and gradient"): log_probs,
+        ("policy", "GRPO and gradient"): policy,
+        ("masked", "fused cross-entropy and gradient, masked"): masked,
+    }
+    return [
+        Case(*named, shape, tuple(goals))
+        for named, goals in tables.items()
+        for shape in (shapes.FUSED, shapes.FUSED_HALF)
+    ]
+
+
 def _gpu_cases() -> list[Case]:
     goals = (
         Goal("plain", "naive", "time", 1.10),
@@ -266,6 +329,7 @@ def table(device_kind: str, quick: bool = False) -> list[Case]:
         *_logits_cases(),
         *_fused_cases(),
         *_term_cases(),
+        *_posttraining_cases(),
         *_gpu_cases(),
         *_model_cases(device_kind, quick),
     ]

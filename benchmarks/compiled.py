@@ -19,7 +19,14 @@ import jax
 from benchmarks import costs, hlo
 from benchmarks.machine import versions
 from benchmarks.plots import plot_compiled
-from benchmarks.programs import NAIVE, ROW_AXES, Entry, devices_of, entries
+from benchmarks.programs import (
+    NAIVE,
+    ROW_AXES,
+    Entry,
+    devices_of,
+    entries,
+    posttraining_entries,
+)
 from benchmarks.records import CompiledRecord, CompiledRow, CostRecord
 from benchmarks.shapes import COMPILED, Shape
 from benchmarks.topologies import CHIPS, compile_for
@@ -35,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chip, mesh, shape = options.chip, options.mesh, options.sizes
     rows: list[CompiledRow] = []
     print(head(chip, shape, mesh), flush=True)
-    for entry in entries(shape, devices_of(chip, mesh)):
+    table = posttraining_entries if options.post_training else entries
+    for entry in table(shape, devices_of(chip, mesh)):
         if all(part not in entry.name for part in options.only or [""]):
             continue
         rows.append(measure(chip, entry, options.top))
@@ -43,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows if options.top else ():
         print(f"\n{row['name']}:\n{costliest(row, chip)}")
     where = f"-{'-'.join(f'{k}{v}' for k, v in mesh.items())}" if mesh else ""
+    where += "-post-training" if options.post_training else ""
     name = f"compiled-{chip}-{options.shape}{where}-jax{jax.__version__}"
     path = options.out / f"{name}.json"
     record = _merged(path, _record(options, rows))
@@ -66,6 +75,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mesh", type=_mesh, default={}, help="such as data=4,fsdp=4,tensor=2"
     )
+    parser.add_argument(
+        "--post-training",
+        action="store_true",
+        help="log-probabilities and GRPO instead; of one device",
+    )
     parser.add_argument("--only", nargs="+", help="substrings of the entries' names")
     parser.add_argument("--top", type=int, default=0, help="print costliest operations")
     parser.add_argument("--plot", action="store_true", help="draw time against memory")
@@ -76,6 +90,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.sizes = read_shape(options.shape, options.mesh)
     except ValueError as error:
         parser.error(str(error))
+    if options.post_training and options.mesh:
+        parser.error("--post-training is for one device: leave out --mesh")
     return options
 
 

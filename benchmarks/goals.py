@@ -85,7 +85,8 @@ def _judge(case: Case, goal: Goal, results: dict[str, Result]) -> Outcome:
         return _memory(goal, candidate.temp_bytes, baseline.temp_bytes)
     if goal.metric == "bandwidth":
         return _outcome(goal, _bandwidth(case, candidate, baseline))
-    return _outcome(goal, time_ratio(candidate, baseline))
+    cpu = goal.metric == "cpu_time"
+    return _outcome(goal, time_ratio(candidate, baseline, cpu=cpu))
 
 
 def _outcome(goal: Goal, ratio: Ratio | None, reason: str = "") -> Outcome:

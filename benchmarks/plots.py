@@ -19,9 +19,15 @@ from benchmarks.records import (
 )
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
-COLORS = {"time": "#0072B2", "temp": "#E69F00", "bandwidth": "#009E73"}
+COLORS = {
+    "time": "#0072B2",
+    "cpu_time": "#56B4E9",
+    "temp": "#E69F00",
+    "bandwidth": "#009E73",
+}
 NAMES = {
     "time": "time, ratio to the baseline's",
+    "cpu_time": "processors' time, ratio to the baseline's",
     "temp": "temporary memory, ratio to the baseline's",
     "bandwidth": "bandwidth, fraction of a copy's (more is better)",
 }

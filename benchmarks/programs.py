@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import ava_jax
-from benchmarks import baselines, candidates, external
+from benchmarks import baselines, candidates, external, posttraining
+from benchmarks.posttraining import Loss, Rollout
 from benchmarks.shapes import Shape
 from benchmarks.topologies import devices, given, make_mesh
 
@@ -149,6 +150,13 @@ def _products(
     return hidden @ lm_head, dlogits @ lm_head.T, dhead
 
 
+def _of_rollout(loss: Loss) -> Callable[..., jax.Array]:
+    def called(hidden: jax.Array, lm_head: jax.Array, *rollout: jax.Array) -> jax.Array:
+        return loss(hidden, lm_head, Rollout(*rollout))
+
+    return called
+
+
 # Tables --------------------------------------------------------------------------
 
 
@@ -269,3 +277,24 @@ def parallel_heads(shape: Shape, target: Devices, depths: int = DEPTHS) -> Entry
     arguments: Any = hidden, lm_head, heads, targets
     name = f"plain, parallel heads, K={depths}"
     return Entry(name, "candidate", loss, arguments, (0, 1, 2))
+
+
+def posttraining_entries(shape: Shape, target: Devices) -> Iterator[Entry]:
+    """Yields the entries of post-training for one device, baselines first."""
+    hidden, lm_head, ids, _ = arrays_of(shape, target)
+    numbers = given(ids.shape, "float32", target.sharding(ROW_AXES))
+    # The rollout's targets, mask, advantages and old log-probabilities.
+    arguments = hidden, lm_head, ids, ids, numbers, numbers
+    for group in (posttraining.LOG_PROBS, posttraining.GRPO):
+        naive = group[0]
+        for name in group:
+            kind: Kind = "candidate" if name in posttraining.OWN else "baseline"
+            loss = _of_rollout(posttraining.LOSSES[name])
+            yield Entry(name, kind, loss, arguments, (0, 1), naive)
+    naive, _, own = posttraining.LOG_PROBS
+    reference = f"{naive}, forward only"
+    for name in (naive, own):
+        loss = _of_rollout(posttraining.LOSSES[name])
+        kind = "candidate" if name in posttraining.OWN else "baseline"
+        named = f"{name}, forward only"
+        yield Entry(named, kind, loss, arguments, reference=reference)

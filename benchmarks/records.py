@@ -19,6 +19,7 @@ class FiguresRecord(TypedDict):
     max: float
     interquartile_range: float
     times: list[float]
+    cpu_times: NotRequired[list[float]]
     compile_seconds: float
     temp_bytes: int | None
     output_bytes: int | None

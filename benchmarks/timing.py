@@ -1,7 +1,7 @@
 """Timing compiled functions against each other, with interleaved rounds."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,8 @@ class Figures(NamedTuple):
       output_bytes: memory of its outputs; `None` if unknown.
       value: its first output if that is a scalar, usually the loss.
       times: seconds of each round.
+      cpu_times: seconds of all processors that the process used in each round; on a
+        shared machine they vary less than `times`.
     """
 
     compile_seconds: float
@@ -33,6 +35,7 @@ class Figures(NamedTuple):
     output_bytes: int | None
     value: float | None
     times: tuple[float, ...]
+    cpu_times: tuple[float, ...] = ()
 
     def summary(self) -> FiguresRecord:
         """Returns the figures with the median and the spread of the times."""
@@ -43,6 +46,7 @@ class Figures(NamedTuple):
             "max": max(self.times),
             "interquartile_range": high - low,
             "times": list(self.times),
+            "cpu_times": list(self.cpu_times),
             "compile_seconds": self.compile_seconds,
             "temp_bytes": self.temp_bytes,
             "output_bytes": self.output_bytes,
@@ -104,9 +108,9 @@ def time_interleaved(
             # XLA's report of exhausted memory takes pages.
             first = f"{e}".strip().partition("\n")[0]
             results[name] = Skipped(first or type(e).__name__)
-    times = _rounds(runs, rounds, clock)
+    times, cpu_times = _rounds(runs, rounds, (clock, time.process_time))
     return {
-        name: result._replace(times=tuple(times[name]))
+        name: result._replace(times=times[name], cpu_times=cpu_times[name])
         if isinstance(result, Figures)
         else result
         for name, result in results.items()
@@ -142,21 +146,36 @@ def _first_number(outputs: object) -> float | None:
 
 
 def _rounds(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clocks: Sequence[Callable[[], float]],
+) -> list[dict[str, tuple[float, ...]]]:
+    """Returns for each clock the seconds of every run in every round."""
     names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times = {name: np.zeros((rounds, len(clocks))) for name in names}
     for number in range(rounds):
         turn = number % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            start = clock()
+            start = [clock() for clock in clocks]
             runs[name]()
-            times[name].append(clock() - start)
-    return times
+            times[name][number] = [
+                clock() - begun for clock, begun in zip(clocks, start, strict=True)
+            ]
+    return [
+        {name: tuple(found[:, index].tolist()) for name, found in times.items()}
+        for index in range(len(clocks))
+    ]
 
 
-def time_ratio(candidate: Figures, baseline: Figures) -> Ratio:
-    """Returns the median and quartiles of `candidate / baseline` over the rounds."""
-    each = np.array(candidate.times) / np.array(baseline.times)
+def time_ratio(candidate: Figures, baseline: Figures, *, cpu: bool = False) -> Ratio:
+    """Returns the median and quartiles of `candidate / baseline` over the rounds.
+
+    Args:
+      candidate: its figures.
+      baseline: those of the same rounds.
+      cpu: whether processors' seconds are compared, not those of the clock.
+    """
+    own, other = (f.cpu_times if cpu else f.times for f in (candidate, baseline))
+    each = np.array(own) / np.array(other)
     low, median, high = np.quantile(each, (0.25, 0.5, 0.75)).tolist()
     return Ratio(median, low, high)
