@@ -58,6 +58,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("MaxVio", "max_violation", ".3f"),
         Column("layer 1", "max_violation_1", ".3f"),
         Column("layer 2", "max_violation_2", ".3f"),
+        Column("of the batches", "training_violation", ".3f"),
         Column("dead experts", "dead_experts", ".1f"),
         Column("held-out nll", "nll", ".3f"),
         Column("ms per step", "step_milliseconds", ".0f"),

@@ -13,7 +13,9 @@ import pytest
 import ava_jax
 from experiments import (
     additions,
+    batch_noise,
     call_cost,
+    experts,
     lab,
     records,
     repetition,
@@ -64,9 +66,11 @@ def text(tmp_path_factory) -> TextData:
     )
 
 
-def context(text: TextData, variant: Variant, seed: int = 0) -> additions.StepContext:
+def context(
+    text: TextData, variant: Variant, seed: int = 0, sizes: Sizes = TINY
+) -> additions.StepContext:
     """A first step of a variant."""
-    model = lab.build(TINY, variant, text)
+    model = lab.build(sizes, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
     params = model.init(jax.random.key(seed), batch)["params"]
     inputs = loss_inputs(model, params, batch, None)
@@ -236,6 +240,7 @@ EVERY_KIND = [
     pytest.param("repetition", "token and sequence", marks=pytest.mark.slow),
     pytest.param("contrastive", "contrastive 0.3, 120, late", marks=pytest.mark.slow),
     pytest.param("experts", "bias + sequence", marks=pytest.mark.slow),
+    pytest.param("experts", "quantile", marks=pytest.mark.slow),
     pytest.param("ablation", "parallel heads, learned weights", marks=pytest.mark.slow),
 ]
 
@@ -386,6 +391,32 @@ def test_a_late_term_trains_nothing_before_its_start(text):
     np.testing.assert_array_equal(term > 0, [False, False, True])
     moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), late.params, plain.params)
     assert any(jax.tree.leaves(moved))
+
+
+def test_violation_of_the_training_batches_leaves_out_the_first_steps():
+    even, odd = [[1.0, 1.0], [0.5, 1.5]], [[0.0, 2.0], [0.0, 2.0]]
+    paths = {"step": [10, 20, 30], "expert_load": [odd, even, even]}
+    np.testing.assert_allclose(experts.training_violation(paths), 0.25)
+    short = {"step": [1, 2], "expert_load": [odd, even]}
+    np.testing.assert_allclose(experts.training_violation(short), 0.625)
+
+
+def test_noise_of_a_batch_falls_with_its_tokens():
+    few, many = (
+        float(batch_noise.next_violation(jax.random.key(0), n, 4)) for n in (128, 4096)
+    )
+    assert 0 < many < 0.12 < few
+
+
+def test_sequence_balance_takes_logits_or_scores(text):
+    small = ModelConfig(layers=2, width=16, heads=2, experts=4)
+    sizes, values = dataclasses.replace(TINY, model=small), []
+    for fields in (experts.BIAS, experts.QUANTILE):
+        found = context(text, Variant(fields), sizes=sizes)
+        loss = jnp.asarray(0.0)
+        _, report = additions.SequenceBalance(weight=1.0).apply({}, loss, found)
+        values.append(float(report["sequence_balance"]))
+    np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 def test_the_page_shows_the_results():
