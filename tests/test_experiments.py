@@ -325,7 +325,7 @@ def test_a_table_has_the_mean_and_the_range():
     assert tables.table(found, columns).splitlines() == [
         "| variant | nll | change |",
         "|---|---:|---:|",
-        "| plain | 2.0 | +0% |",
+        "| plain (1 seed) | 2.0 | +0% |",
         "| x | 2.5 (1.0…4.0) | -50% |",
     ]
 
