@@ -10,7 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from ava_jax import losses
 from experiments.variants import OwnParams, Report, StepContext
 from trainer.decode.decoder import generate
-from trainer.model.language_model import LanguageModel, hidden_and_head
+from trainer.model.language_model import (
+    LanguageModel,
+    balances_by_quantiles,
+    hidden_and_head,
+)
 from trainer.model.layers import Batch
 
 
@@ -140,13 +144,15 @@ class SequenceBalance(Untrained):
         indices = context.inputs.get("expert_indices")
         if logits is None or indices is None:
             raise ValueError("the sequence balance needs a model with experts")
+        scored = balances_by_quantiles(context.model.loss)
+        scores = logits if scored else jax.nn.softmax(logits)
         value = jax.vmap(
             lambda scores, chosen: losses.sequence_balance_loss(
                 scores.reshape(*segments.shape, -1),
                 chosen.reshape(*segments.shape, -1),
                 token_weights=segments > 0,
             )
-        )(jax.nn.softmax(logits), indices)
+        )(scores, indices)
         mean = jnp.mean(value)
         return loss + self.weight * mean, {self.name: mean}
 

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from experiments.records import Results, RunRecord, by_variant
+from experiments.records import Results, RunRecord, Spread, by_variant, changes
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -69,6 +70,54 @@ def _draw_dots(axis: Axes, results: Results, number: str, variants: list[str]) -
         )
     axis.grid(axis="x", alpha=0.3)
     axis.margins(x=0.08)
+
+
+def plot_changes(
+    results: Results,
+    numbers: dict[str, str],
+    against: str,
+    path: Path,
+    goal: dict[str, float],
+) -> None:
+    """Draws two changes against each other: a mark per variant, its range over seeds.
+
+    Args:
+      results: of an experiment.
+      numbers: title of the number along x, and of that along y.
+      against: the variant that the changes are relative to.
+      path: of the picture.
+      goal: largest change of each number that is wanted.
+    """
+    (across, up), titles = numbers, list(numbers.values())
+    found = {name: changes(results, name, against) for name in numbers}
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+        axis = figure.subplots()
+        for place, (variant, x) in enumerate(found[across].items()):
+            y, color = found[up][variant], COLORS[place % len(COLORS)]
+            axis.errorbar(
+                x["mean"],
+                y["mean"],
+                xerr=_to_ends(x),
+                yerr=_to_ends(y),
+                fmt="os^D"[place // len(COLORS)],
+                color=color,
+                elinewidth=0.8,
+                label=f"{variant} ({x['seeds']})",
+            )
+        axis.axvline(goal[across], color="0.4", linestyle=":", lw=1)
+        axis.axhline(goal[up], color="0.4", linestyle=":", lw=1, label="goal")
+        axis.set(xlabel=titles[0], ylabel=titles[1])
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=7, title="variant (seeds)")
+        figure.savefig(path, dpi=120)
+
+
+def _to_ends(value: Spread) -> list[list[float]]:
+    mean = value["mean"]
+    return [[mean - value["low"]], [value["high"] - mean]]
 
 
 def plot_paths(results: Results, names: dict[str, str], path: Path) -> None:

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import jax
@@ -29,7 +29,7 @@ from experiments.records import Results, RunRecord, load, path_of, save
 from experiments.sizes import Sizes
 from experiments.variants import Variant
 
-EXPERIMENTS = ("repetition", "experts", "heads", "ablation")
+EXPERIMENTS = ("repetition", "contrastive", "experts", "heads", "ablation")
 # Eigen's threads would take turns on the cores that the jobs share.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -102,18 +102,27 @@ def begin(name: str, preset: str, *, again: bool) -> Results:
     }
 
 
+def missing(
+    variants: Mapping[str, Variant], results: Results, seeds: int
+) -> list[tuple[str, int]]:
+    """Returns the variants and seeds to run, the first seed of all variants first."""
+    known = {(record["variant"], record["seed"]) for record in results["runs"]}
+    return [
+        (name, seed)
+        for seed in range(seeds)
+        for name, variant in variants.items()
+        if (name, seed) not in known and seed < variant.seeds
+    ]
+
+
 def run(name: str, options: argparse.Namespace) -> None:
     """Makes the runs of one experiment that are missing, and draws them all."""
     experiment = load_experiment(name)
     results = begin(name, options.preset, again=options.again)
     path = path_of(name, options.preset)
-    known = {(record["variant"], record["seed"]) for record in results["runs"]}
-    tasks = [
-        (variant, seed)
-        for seed in range(options.seeds)
-        for variant in options.variants or experiment.VARIANTS
-        if (variant, seed) not in known
-    ]
+    wanted = options.variants or experiment.VARIANTS
+    variants = {variant: experiment.VARIANTS[variant] for variant in wanted}
+    tasks = missing(variants, results, options.seeds)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, context) as pool:
         started = [pool.submit(work, name, options.preset, *task) for task in tasks]

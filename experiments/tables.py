@@ -3,12 +3,21 @@
 python -m experiments.tables
 """
 
+import collections
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.records import Results, Spread, by_variant, changes, load, path_of
+from experiments.records import (
+    Results,
+    Spread,
+    by_variant,
+    changes,
+    load,
+    path_of,
+    with_baselines,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -44,10 +53,12 @@ REPETITION = (
 )
 TABLES: dict[str, tuple[Column, ...]] = {
     "repetition-cpu": REPETITION,
+    "contrastive-cpu": REPETITION,
     "experts-cpu": (
         Column("MaxVio", "max_violation", ".3f"),
         Column("layer 1", "max_violation_1", ".3f"),
         Column("layer 2", "max_violation_2", ".3f"),
+        Column("of the batches", "training_violation", ".3f"),
         Column("dead experts", "dead_experts", ".1f"),
         Column("held-out nll", "nll", ".3f"),
         Column("ms per step", "step_milliseconds", ".0f"),
@@ -77,22 +88,26 @@ TABLES: dict[str, tuple[Column, ...]] = {
 
 
 def table(results: Results, columns: tuple[Column, ...]) -> str:
-    """Returns a Markdown table: means over the seeds, and their range in brackets."""
+    """Returns a Markdown table: means over the seeds, and their range in brackets.
+
+    Variants of fewer seeds than others say so.
+    """
     found = [
         by_variant(results, column.number)
         if column.against is None
         else changes(results, column.number, column.against)
         for column in columns
     ]
-    variants = dict.fromkeys(run["variant"] for run in results["runs"])
+    seeds = collections.Counter(run["variant"] for run in results["runs"])
     lines = ["| variant | " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
-    for variant in variants:
+    for variant, count in seeds.items():
+        few = f" ({count} seed{'s' * (count > 1)})" * (count < max(seeds.values()))
         cells = [
             _cell(values.get(variant), column.form)
             for values, column in zip(found, columns, strict=True)
         ]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant}{few} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -116,7 +131,9 @@ def fill(page: str) -> str:
             raise ValueError(f"no table is called {name!r}; there are {list(TABLES)}")
         experiment, preset = name.rsplit("-", 1)
         results = load(path_of(experiment, preset))
-        made = "" if results is None else table(results, TABLES[name])
+        made = ""
+        if results is not None:
+            made = table(with_baselines(results), TABLES[name])
         return f"<!-- table: {name} -->\n{made}<!-- end -->\n"
 
     return MARKED.sub(replace, page)

@@ -71,6 +71,28 @@ class Falling(NamedTuple):
     start: float
 
 
+class Late(NamedTuple):
+    """A field that is 0 in the first steps and then constant.
+
+    Attributes:
+      value: its value in the later steps.
+      start: the share of all steps before it has that value.
+    """
+
+    value: float
+    start: float
+
+
+def over_steps(value: object, steps: int) -> object:
+    """Returns the schedule of a field that changes over the steps, or its value."""
+    if isinstance(value, Falling):
+        return optax.linear_schedule(value.start, 0.0, steps)
+    if isinstance(value, Late):
+        parts = [optax.constant_schedule(x) for x in (0.0, value.value)]
+        return optax.join_schedules(parts, [round(value.start * steps)])
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A training objective.
@@ -80,11 +102,13 @@ class Variant:
       additions: further changes, applied one after the other.
       confidence_threshold: from where on adaptive heads are trained; see
         `LanguageModel`.
+      seeds: it is run with at most this many.
     """
 
     fields: Fields = dataclasses.field(default_factory=dict)
     additions: tuple[Addition, ...] = ()
     confidence_threshold: float = 0.5
+    seeds: int = 3
 
     def config(self, sizes: Sizes, text: TextData) -> ava_jax.UnifiedLossConfig:
         """Returns the loss, joined with what the data and the model decide."""
@@ -96,10 +120,7 @@ class Variant:
             "num_moe_layers": sizes.model.expert_layers or None,
         }
         own = {
-            name: optax.linear_schedule(value.start, 0.0, sizes.steps)
-            if isinstance(value, Falling)
-            else value
-            for name, value in self.fields.items()
+            name: over_steps(value, sizes.steps) for name, value in self.fields.items()
         }
         return ava_jax.create_unified_loss({**PLAIN, **own, **derived}).config
 

@@ -2,14 +2,27 @@
 
 import dataclasses
 import importlib
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ava_jax
-from experiments import additions, call_cost, lab, records, repetition, run, tables
+from experiments import (
+    additions,
+    batch_noise,
+    call_cost,
+    experts,
+    lab,
+    records,
+    repetition,
+    run,
+    tables,
+    variants,
+)
 from experiments.sizes import Sizes
 from experiments.variants import Variant
 from trainer.data.corpus import Corpus
@@ -53,9 +66,11 @@ def text(tmp_path_factory) -> TextData:
     )
 
 
-def context(text: TextData, variant: Variant, seed: int = 0) -> additions.StepContext:
+def context(
+    text: TextData, variant: Variant, seed: int = 0, sizes: Sizes = TINY
+) -> additions.StepContext:
     """A first step of a variant."""
-    model = lab.build(TINY, variant, text)
+    model = lab.build(sizes, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
     params = model.init(jax.random.key(seed), batch)["params"]
     inputs = loss_inputs(model, params, batch, None)
@@ -223,7 +238,9 @@ EVERY_KIND = [
     pytest.param("heads", "adaptive", marks=pytest.mark.slow),
     pytest.param("heads", "adaptive, taught gate", marks=pytest.mark.slow),
     pytest.param("repetition", "token and sequence", marks=pytest.mark.slow),
+    pytest.param("contrastive", "contrastive 0.3, 120, late", marks=pytest.mark.slow),
     pytest.param("experts", "bias + sequence", marks=pytest.mark.slow),
+    pytest.param("experts", "quantile", marks=pytest.mark.slow),
     pytest.param("ablation", "parallel heads, learned weights", marks=pytest.mark.slow),
 ]
 
@@ -233,7 +250,7 @@ def test_a_variant_is_trained_measured_kept_and_drawn(
     name, variant, text, monkeypatch, tmp_path
 ):
     experiment = importlib.import_module(f"experiments.{name}")
-    module = repetition if name == "ablation" else experiment
+    module = repetition if name in ("ablation", "contrastive") else experiment
     monkeypatch.setattr(module, "load_text", lambda sizes: text)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     sizes = TINY
@@ -248,11 +265,17 @@ def test_a_variant_is_trained_measured_kept_and_drawn(
         for addition in given.additions
     )
     found = results()
-    record = experiment.measure(sizes, dataclasses.replace(given, additions=short), 0)
+    record: records.RunRecord = experiment.measure(
+        sizes, dataclasses.replace(given, additions=short), 0
+    )
     record["variant"] = variant
     found["runs"].append(record)
     found["experiment"] = name
     records.save(records.path_of(name, "cpu"), found)
+    if name == "contrastive":
+        baseline = results()
+        baseline["runs"].append({**record, "variant": "plain"})
+        records.save(records.path_of("repetition", "cpu"), baseline)
     experiment.plot(records.load(records.path_of(name, "cpu")))
     assert records.picture(found).stat().st_size > 5000
     assert all(np.isfinite(list(record["numbers"].values())))
@@ -302,9 +325,98 @@ def test_a_table_has_the_mean_and_the_range():
     assert tables.table(found, columns).splitlines() == [
         "| variant | nll | change |",
         "|---|---:|---:|",
-        "| plain | 2.0 | +0% |",
+        "| plain (1 seed) | 2.0 | +0% |",
         "| x | 2.5 (1.0…4.0) | -50% |",
     ]
+
+
+def test_a_table_says_which_variants_have_fewer_seeds():
+    columns = (tables.Column("nll", "nll", ".1f"),)
+    found = results(("x", 0, 2.0), ("y", 0, 1.0), ("y", 1, 1.0), ("y", 2, 1.0))
+    assert tables.table(found, columns).splitlines()[2:] == [
+        "| x (1 seed) | 2.0 |",
+        "| y | 1.0 |",
+    ]
+    found["runs"].append({**found["runs"][0], "seed": 1})
+    assert "| x (2 seeds) |" in tables.table(found, columns)
+
+
+def test_baselines_are_runs_of_another_experiment(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    alone = results(("0.3, 120", 0, 1.0))
+    assert records.with_baselines(alone) == alone
+    own: records.Results = {**alone, "experiment": "contrastive"}
+    with pytest.raises(ValueError, match=r"experiments\.run repetition"):
+        records.with_baselines(own)
+    others = results(("plain", 0, 2.0), ("penalties", 0, 3.0), ("plain", 1, 4.0))
+    records.save(records.path_of("repetition", "cpu"), others)
+    joined = records.with_baselines(own)
+    assert [(r["variant"], r["seed"]) for r in joined["runs"]] == [
+        ("plain", 0),
+        ("plain", 1),
+        ("0.3, 120", 0),
+    ]
+    assert joined["experiment"] == "contrastive"
+    with pytest.raises(ValueError, match="at the same sizes"):
+        records.with_baselines({**own, "sizes": {"steps": 1}})
+
+
+def test_a_variant_has_its_own_number_of_seeds():
+    known = results(("b", 0, 1.0))
+    own = {"a": Variant(seeds=1), "b": Variant()}
+    assert run.missing(own, known, 2) == [("a", 0), ("b", 1)]
+    assert run.missing(own, known, 5) == [("a", 0), ("b", 1), ("b", 2)]
+
+
+def test_fields_change_over_the_steps():
+    def values(field: object) -> np.ndarray:
+        schedule = cast(optax.Schedule, variants.over_steps(field, 10))
+        return np.array([schedule(step) for step in range(11)], float)
+
+    np.testing.assert_allclose(values(variants.Late(0.3, 0.5)), [0] * 5 + [0.3] * 6)
+    falling = np.linspace(1, 0, 11)
+    np.testing.assert_allclose(values(variants.Falling(1.0)), falling, atol=1e-6)
+    assert variants.over_steps(0.3, 10) == 0.3
+
+
+def test_a_late_term_trains_nothing_before_its_start(text):
+    fields = {
+        "contrastive_token_weight": variants.Late(50.0, 2 / 3),
+        "contrastive_token_window": 8,
+    }
+    plain = lab.train(TINY, Variant(), 0, text)
+    late = lab.train(TINY, Variant(fields), 0, text)
+    np.testing.assert_array_equal(late.paths["nll"], plain.paths["nll"])
+    term = np.asarray(late.paths["contrastive_token"], float)
+    np.testing.assert_array_equal(term > 0, [False, False, True])
+    moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), late.params, plain.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_violation_of_the_training_batches_leaves_out_the_first_steps():
+    even, odd = [[1.0, 1.0], [0.5, 1.5]], [[0.0, 2.0], [0.0, 2.0]]
+    paths = {"step": [10, 20, 30], "expert_load": [odd, even, even]}
+    np.testing.assert_allclose(experts.training_violation(paths), 0.25)
+    short = {"step": [1, 2], "expert_load": [odd, even]}
+    np.testing.assert_allclose(experts.training_violation(short), 0.625)
+
+
+def test_noise_of_a_batch_falls_with_its_tokens():
+    few, many = (
+        float(batch_noise.next_violation(jax.random.key(0), n, 4)) for n in (128, 4096)
+    )
+    assert 0 < many < 0.12 < few
+
+
+def test_sequence_balance_takes_logits_or_scores(text):
+    small = ModelConfig(layers=2, width=16, heads=2, experts=4)
+    sizes, values = dataclasses.replace(TINY, model=small), []
+    for fields in (experts.BIAS, experts.QUANTILE):
+        found = context(text, Variant(fields), sizes=sizes)
+        loss = jnp.asarray(0.0)
+        _, report = additions.SequenceBalance(weight=1.0).apply({}, loss, found)
+        values.append(float(report["sequence_balance"]))
+    np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 def test_the_page_shows_the_results():
@@ -323,7 +435,9 @@ def test_results_are_complete_and_of_these_sizes(path):
     assert found["sizes"] == run.sizes_record(experiment.SIZES[found["preset"]])
     made = {(record["variant"], record["seed"]) for record in found["runs"]}
     assert made == {
-        (variant, seed) for variant in experiment.VARIANTS for seed in range(3)
+        (name, seed)
+        for name, variant in experiment.VARIANTS.items()
+        for seed in range(variant.seeds)
     }
 
 

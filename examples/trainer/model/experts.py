@@ -12,9 +12,13 @@ from ava_jax.losses import route
 
 
 class Routing(NamedTuple):
-    """Inputs of the balance terms; `outputs` only where every expert ran."""
+    """Inputs of the balance terms; `outputs` only where every expert ran.
+
+    Experts are chosen by `scores`, the softmax of `gate_logits`, plus the bias.
+    """
 
     gate_logits: Float[Array, "N E"]
+    scores: Float[Array, "N E"]
     indices: Int[Array, "N k"]
     outputs: Float[Array, "E N D"] | None
 
@@ -51,7 +55,7 @@ class Experts(nn.Module):
         gate, up, down = self._kernels(width)
         mixed = _dispatch(tokens, indices, weights.astype(x.dtype), gate, up, down)
         outputs = _run_all(tokens, gate, up, down) if self.run_all else None
-        return mixed.reshape(x.shape), Routing(gate_logits, indices, outputs)
+        return mixed.reshape(x.shape), Routing(gate_logits, scores, indices, outputs)
 
     def _kernels(self, width: int) -> list[Float[Array, "E _ _"]]:
         init = nn.initializers.lecun_normal(batch_axis=0)

@@ -57,6 +57,11 @@ def partition_spec(path: str, rank: int) -> P:
     return P()
 
 
+def balances_by_quantiles(loss: ava_jax.UnifiedLossConfig) -> bool:
+    """Whether a loss wants the scores of the routers instead of their logits."""
+    return loss.use_moe_balancing and loss.moe_balancing_type == "quantile"
+
+
 def is_adaptive(loss: ava_jax.UnifiedLossConfig) -> bool:
     """Whether a loss wants a confidence gate and the logits of further heads."""
     secondary = loss.use_mtp and loss.mtp_type == "adaptive"
@@ -140,7 +145,7 @@ class LanguageModel(nn.Module):
 
         Args:
           batch: packed rows.
-          routing_bias: per expert layer, from the loss state of bias balancing.
+          routing_bias: per expert layer, from the loss state of the balancing.
 
         Returns:
           Keyword arguments of the loss.
@@ -155,8 +160,10 @@ class LanguageModel(nn.Module):
         if self.fused or "mtp_hidden_states" in inputs:
             inputs["lm_head"] = head
         if routing is not None:
+            # Quantiles are those of what the experts were chosen by.
+            scored = balances_by_quantiles(self.loss)
             inputs |= {
-                "gate_logits": routing.gate_logits,
+                "gate_logits": routing.scores if scored else routing.gate_logits,
                 "expert_indices": routing.indices,
             }
             if routing.outputs is not None:

@@ -404,6 +404,7 @@ def make_loss_config(
         for term in ("use_moe_balancing", "use_auxiliary_loss", "use_diversity_loss"):
             if fields.get(term):
                 raise ValueError(f"loss.{term} needs experts: pass --model.experts 8")
+    _check_quantiles(fields)
     contrastive = fields.get("contrastive_type", "infonce")
     if fields.get("use_contrastive_loss") and contrastive != "simctg":
         raise ValueError(
@@ -419,3 +420,18 @@ def make_loss_config(
         "num_moe_layers": model.expert_layers or None,
     }
     return ava_jax.create_unified_loss(fields | derived).config
+
+
+def _check_quantiles(fields: LossFields) -> None:
+    """Refuses terms of the routers' logits where the loss gets their scores."""
+    quantiles = fields.get("moe_balancing_type") == "quantile"
+    if (
+        quantiles
+        and fields.get("use_moe_balancing")
+        and fields.get("use_auxiliary_loss")
+    ):
+        raise ValueError(
+            "loss.use_auxiliary_loss takes the logits of the routers, and "
+            "loss.moe_balancing_type='quantile' their scores, as the same argument: "
+            "pass --loss.no-use-auxiliary-loss"
+        )
