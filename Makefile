@@ -26,7 +26,7 @@ help:
 	@echo "make bench          times and memory against other implementations"
 	@echo "make bench-external other packages' losses, compiled for a TPU that need not be there"
 	@echo "make bench-maxtext  MaxText's training step, likewise, with its losses and with ours"
-	@echo "make experiments    what training under the losses does, in two and a half hours"
+	@echo "make experiments    what training under the losses does, in about three hours"
 	@echo "make clean          remove .venv and the caches; runs/ stays"
 
 demo: $(VENV)/.train

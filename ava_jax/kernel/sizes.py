@@ -11,9 +11,9 @@ MIB = 2**20
 _CPU_LOGITS_PER_BLOCK = 2**19
 # Large enough for matrix products at nearly full speed, small enough to save memory,
 # and to save time where most tokens are masked: only whole chunks are left out.
-_CPU_BYTES_PER_CHUNK = 60 * MIB
+_CPU_BYTES_PER_CHUNK = 92 * MIB
 # With fewer, accumulating the projection's gradient costs as much as computing it.
-_CPU_FEWEST_TOKENS_PER_CHUNK = 240
+_CPU_FEWEST_TOKENS_PER_CHUNK = 256
 # XLA:CPU materialises a product before it is added to its sum.
 _CPU_PARTS = 2
 
@@ -98,7 +98,7 @@ def choose_sizes(
     """Chooses the sizes of chunks and blocks; a size given by the user is kept.
 
     On a CPU, a block's logits fill the caches; a chunk's logits and their gradient take
-    60 MiB, or more if that is less than 240 tokens.
+    92 MiB, or more if that is less than 256 tokens.
 
     On TPUs and GPUs the sizes balance three costs, with F flops and M bytes per second,
     C tokens per chunk and c per block:

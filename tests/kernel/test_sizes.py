@@ -28,13 +28,13 @@ def test_sizes_fit_the_row(target):
 def test_a_processor_handles_what_its_caches_hold():
     sizes = choose_sizes(CPU, 4, 512, 32768)
     assert 4 * sizes.block * 32768 * 4 <= 2 * MIB
-    assert 200 <= 4 * sizes.chunk <= 240
+    assert 256 <= 4 * sizes.chunk <= 368
     long = choose_sizes(CPU, 4, 4096, 8192)
     assert choose_sizes(CPU, 4, 4096, 8192, itemsize=2).chunk < long.chunk
 
 
 def test_a_chunk_of_a_wide_vocabulary_is_still_worth_its_product():
-    assert 4 * choose_sizes(CPU, 4, 480, 256000).chunk == 240
+    assert 4 * choose_sizes(CPU, 4, 128, 256000).chunk == 256
 
 
 @pytest.mark.parametrize(
