@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from ava_jax.assemble import extra_arrays, plan_of
 from ava_jax.checks import check_inputs
-from ava_jax.config import Settings, UnifiedLossConfig
+from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, tokens_of
 from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
-from ava_jax.log_probs import token_operands
+from ava_jax.log_probs import given, pass_settings, token_operands
 from ava_jax.losses.arguments import check_range
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.distillation import Distillation, TopKDistillation
@@ -118,22 +118,21 @@ def distillation_loss(
             "no logits: pass logits [B, S, V], or hidden_states [B, S, D] and "
             "lm_head [D, V]"
         )
-    width = 2 if widest is None else widest.shape[-1]
-    config = UnifiedLossConfig(
-        vocab_size=width if vocab_size is None else vocab_size,
+    settings = pass_settings(
+        widest,
+        vocab_size,
         logit_soft_cap=logit_soft_cap,
         chunk_size=chunk_size,
         block_size=block_size,
         implementation=implementation,
         precision=precision,
     )
-    extra = {
-        "teacher_logits": teacher_logits,
-        "teacher_hidden_states": teacher_hidden_states,
-        "teacher_ids": teacher_ids,
-        "teacher_log_probs": teacher_log_probs,
-    }
-    extra = {name: value for name, value in extra.items() if value is not None}
+    extra = given(
+        teacher_logits=teacher_logits,
+        teacher_hidden_states=teacher_hidden_states,
+        teacher_ids=teacher_ids,
+        teacher_log_probs=teacher_log_probs,
+    )
     inputs: LossInputs = {
         "targets": jnp.zeros(source.shape[:2], jnp.int32),
         "logits": logits,
@@ -145,15 +144,13 @@ def distillation_loss(
         "teacher_lm_head_bias": teacher_lm_head_bias,
         "extra_inputs": extra,
     }
-    settings = config.settings
     soft_cap = teacher_logit_soft_cap
     term = _term(extra, settings.vocab_size, beta, temperature, tail, soft_cap)
     check_inputs(settings, (term,), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     compute = functools.partial(_compute, settings, layout, term)
-    given = {name: value for name, value in inputs.items() if value is not None}
     count = None if num_tokens is None else as_float(num_tokens)
-    return with_auto_axes(compute, given, count)
+    return with_auto_axes(compute, given(**inputs), count)
 
 
 def _term(

@@ -127,10 +127,9 @@ def token_log_probs(
         "attention_mask": attention_mask,
     }
     _check_logits(inputs, {"chunk_size": chunk_size, "precision": precision})
-    source = lm_head if logits is None else logits
-    width = source.shape[-1] if source is not None and source.ndim else 2
-    config = UnifiedLossConfig(
-        vocab_size=width if vocab_size is None else vocab_size,
+    settings = pass_settings(
+        lm_head if logits is None else logits,
+        vocab_size,
         ignore_index=ignore_index,
         logit_soft_cap=logit_soft_cap,
         chunk_size=chunk_size,
@@ -138,21 +137,40 @@ def token_log_probs(
         implementation=implementation,
         precision=precision,
     )
-    check_inputs(config.settings, (), inputs)
+    check_inputs(settings, (), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    compute = functools.partial(_compute, config.settings, layout)
+    compute = functools.partial(_compute, settings, layout)
     # Without a layout, under Explicit axes, the values are where the targets are.
     spec = (
         jax.typeof(targets).sharding.spec if layout is None else layout.token_arrays()
     )
-    given = {name: value for name, value in inputs.items() if value is not None}
     values, num_invalid = with_auto_axes(
         compute,
-        given,
+        given(**inputs),
         read_temperature(temperature),
         out_specs=(dict.fromkeys(_LogProbs.names, spec), P()),
     )
     return TokenLogProbs(**values, num_invalid_targets=num_invalid)
+
+
+def pass_settings(
+    widest: Float[Array, "..."] | None, vocab_size: int | None, **options: Any
+) -> Settings:
+    """Returns the settings of a pass without a config.
+
+    Args:
+      widest: the logits or `lm_head`, whose width is V unless that is given.
+      vocab_size: V, if it is given.
+      **options: fields of `UnifiedLossConfig`.
+    """
+    width = widest.shape[-1] if widest is not None and widest.ndim else 2
+    size = width if vocab_size is None else vocab_size
+    return UnifiedLossConfig(vocab_size=size, **options).settings
+
+
+def given(**arrays: Any) -> dict[str, Any]:
+    """Returns the arrays that are not None."""
+    return {name: value for name, value in arrays.items() if value is not None}
 
 
 def _compute(
