@@ -120,7 +120,7 @@ def test_every_case_is_compared() -> None:
 
 
 def test_a_wrong_number_is_noticed() -> None:
-    case = CASES[0]
+    case = post_training_cases_of("policy")[0]
     for group, key in (("out", "loss"), ("grad", "lm_head")):
         right = case.arrays[group]
         compare(case, group, right, FLOAT64)
