@@ -53,8 +53,10 @@ LIMITS = (
     Limit(V5P, "everything, from logits", 1.50, 0.05),
     Limit(V5E, "plain", 0.94, 0.15),
     Limit(V5E, "everything", 0.99, 0.15),
-    Limit(V6E, "plain", 0.81, 0.22),
-    Limit(V6E, "everything", 1.21, 0.22),
+    # 0.81 and 1.21 before chunks without an unmasked token were left out: with ids
+    # that are gathered, the compiler estimates the product for lm_head higher.
+    Limit(V6E, "plain", 0.83, 0.22),
+    Limit(V6E, "everything", 1.32, 0.22),
     Limit(V5P_32, "plain", None, 0.30),
     Limit(V5P_32, "everything", None, 0.30),
     # In-place scatters cost only the bytes they change, which lowers the baselines.
