@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from ava_jax.checks import main_arguments
 from ava_jax.config import Settings
-from ava_jax.inputs import LossInputs, Normalizers, array, to_width, width_of
+from ava_jax.inputs import LossInputs, Normalizers, array, width_of
 from ava_jax.kernel.execute import Plan
 from ava_jax.kernel.fused import token_sums
-from ava_jax.kernel.passes import Columns, Operands
+from ava_jax.kernel.passes import Columns, Operands, to_width
 from ava_jax.kernel.sharding import Layout
 from ava_jax.reduce import as_float, float_dtype, safe_divide
 from ava_jax.terms.base import Aux, BatchTerm, Call, Output, Scalar, Term, TokenTerm

@@ -151,9 +151,10 @@ def only_read(terms: Sequence[Term], inputs: LossInputs) -> LossInputs:
 def extra_entries(terms: Iterable[Term]) -> set[str] | None:
     """Returns the entries of `extra_inputs` that terms read; None if it may be any."""
     known: set[str] = set()
+    kinds = set(built_in())
     for term in terms:
         named = {*term.requires_extra, *(term.accepts_extra or ())}
-        is_own = term.accepts_extra is None and type(term) not in set(built_in())
+        is_own = term.accepts_extra is None and type(term) not in kinds
         # A batch term asks for all of them as for any other argument.
         asks = "extra_inputs" in (*term.requires, *term.accepts)
         if is_own or (asks and not named):

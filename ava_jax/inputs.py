@@ -99,14 +99,6 @@ def width_of(inputs: LossInputs) -> int:
     raise ValueError("no logits and no lm_head")
 
 
-def to_width(x: Float[Array, "*n V"], width: int) -> Float[Array, "*n W"]:
-    """Returns an array with that many columns: padding is cut off, or zeros added."""
-    missing = width - x.shape[-1]
-    if missing <= 0:
-        return x[..., :width]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-
-
 def mtp_parameters(inputs: LossInputs) -> Mapping[str, Mapping[str, Array]]:
     """Returns the parallel heads' parameters, which the checks have found present."""
     params = inputs.get("mtp_params")

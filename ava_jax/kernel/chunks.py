@@ -281,7 +281,7 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
             "...v,dv->...d",
             dz,
             kernel,
-            precision=pass_.precision,
+            precision=pass_.kernel.precision,
             preferred_element_type=float_dtype(),
         )
         if pass_.kernel.axis is not None:
@@ -397,7 +397,7 @@ def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
             part,
             dz,
             over_tokens,
-            precision=pass_.precision,
+            precision=pass_.kernel.precision,
             preferred_element_type=float_dtype(),
         )
         return total.kept(old) + product

@@ -7,7 +7,7 @@ vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from ava_jax.kernel.passes import (
     Sums,
     TokenFunction,
     is_columns,
+    to_width,
 )
 from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
 from ava_jax.kernel.product import sample_columns
@@ -128,13 +129,7 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
-    pass_ = Pass(
-        operands,
-        kernel,
-        sizes,
-        precision=plan.precision,
-        on_gpu=target.platform == "gpu",
-    )
+    pass_ = Pass(operands, kernel, sizes, on_gpu=target.platform == "gpu")
     if not is_finite or target.implementation != "xla":
         return pass_
     assert operands.kernel is not None
@@ -156,7 +151,7 @@ def with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
         return operands
 
     def pad(x):
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        return to_width(x, x.shape[-1] + missing)
 
     def pad_marked(x):
         return Columns(pad(x.value)) if is_columns(x) else x
@@ -185,7 +180,7 @@ def _specs(
             if not is_columns(x):
                 return plain
             between = x.value.ndim - len(plain) - 1
-            return Columns(P(*plain, *(None,) * between, columns))  # type: ignore
+            return Columns(cast(Any, P(*plain, *(None,) * between, columns)))
 
         return jax.tree.map(spec, tree, is_leaf=is_columns)
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.product import Product, near_largest
@@ -90,6 +89,14 @@ def is_columns(x: object) -> bool:
     return isinstance(x, Columns)
 
 
+def to_width(x: Float[Array, "*n V"], width: int) -> Float[Array, "*n W"]:
+    """Returns an array with that many columns: padding is cut off, or zeros added."""
+    missing = width - x.shape[-1]
+    if missing <= 0:
+        return x[..., :width]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
 @flax.struct.dataclass
 class Operands:
     """The arrays of a pass.
@@ -126,7 +133,6 @@ class Pass(NamedTuple):
       by_columns: see `Product`.
       rounded_sizes: the sizes where `may_round`; None if that is never allowed.
       may_round: see `Product`; it depends on the objective.
-      precision: of the products with the projection, see `jax.lax.Precision`.
       on_gpu: whether the program is compiled for a GPU.
     """
 
@@ -137,7 +143,6 @@ class Pass(NamedTuple):
     by_columns: bool = False
     rounded_sizes: Sizes | None = None
     may_round: bool = False
-    precision: lax.PrecisionLike = None
     on_gpu: bool = False
 
     def differentiating(self, objective: Objective, inputs) -> "Pass":
@@ -165,7 +170,7 @@ class Pass(NamedTuple):
             "bcd,dv->bcv",
             h,
             kernel,
-            precision=self.precision,
+            precision=self.kernel.precision,
             preferred_element_type=float_dtype(),
         )
 
@@ -181,7 +186,7 @@ class Pass(NamedTuple):
             shape=h.shape[:-1],
             by_columns=self.by_columns,
             may_round=self.may_round,
-            precision=self.precision,
+            precision=self.kernel.precision,
         )
 
     @property

@@ -135,7 +135,7 @@ class Kernel(NamedTuple):
       axis: see `Vocabulary`.
       finite: see `Vocabulary`.
       implementation: see `Vocabulary`.
-      precision: of an objective's own products with a matrix of logits.
+      precision: of the products that make logits, and of their gradients'.
     """
 
     axis: str | None = None

@@ -9,10 +9,10 @@ from jax.lax import PrecisionLike, stop_gradient
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight
-from ava_jax.inputs import LossInputs, check_float, to_width, width_of
+from ava_jax.inputs import LossInputs, check_float, width_of
 from ava_jax.kernel.divergence import divergence
 from ava_jax.kernel.logits import at_temperature
-from ava_jax.kernel.passes import Columns
+from ava_jax.kernel.passes import Columns, to_width
 from ava_jax.kernel.stats import TokenStats, Vocabulary
 from ava_jax.losses.distillation import top_k_divergence
 from ava_jax.reduce import as_float, float_dtype
