@@ -19,6 +19,7 @@ from ava_jax.log_probs import token_log_probs as token_log_probs
 from ava_jax.losses.moe import BiasBalanceState as BiasBalanceState
 from ava_jax.losses.moe import GradientBalanceState as GradientBalanceState
 from ava_jax.state import LossState as LossState
+from ava_jax.state import fold_temperature as fold_temperature
 from ava_jax.state import reset_statistics as reset_statistics
 from ava_jax.state import statistics as statistics
 from ava_jax.terms.base import BatchTerm as BatchTerm

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.losses.moe import BiasBalanceState, GradientBalanceState
+from ava_jax.reduce import as_float
 from ava_jax.terms.adaptive import AdaptiveMTPState
 from ava_jax.terms.base import Term
 from ava_jax.terms.temperature import LossHistory
@@ -113,3 +114,57 @@ def reset_statistics(state: LossState) -> LossState:
     """
     zeros = jax.tree.map(jnp.zeros_like, state.adaptive_mtp)
     return dataclasses.replace(state, adaptive_mtp=zeros)
+
+
+def fold_temperature(lm_head: Any, state: LossState) -> Any:
+    """Computes the head to decode and evaluate with, `lm_head / T`.
+
+    A model whose main loss is the cross-entropy of z/T is `softmax(z/T)`: read at 1, it
+    is another model. With T in the head, all that follows may forget about it.
+
+    - A bias is part of the logits: fold it as well, `fold_temperature((kernel, bias),
+      state)`.
+    - With a soft-cap, the cap becomes cap/T: `cap·tanh(z/cap)/T` is
+      `(cap/T)·tanh((z/T)/(cap/T))`.
+    - A head that is the embedding must not be divided in the embedding's place: keep
+      the result beside it, or fold T into the last norm's scale and bias instead.
+    - Heads of multi-token prediction are trained at 1, and so is the main head under
+      `use_focal_loss`: leave them as they are.
+
+    Args:
+      lm_head: [D, V], or a pytree of arrays that the logits are linear in.
+      state: the loss state, after training.
+
+    Returns:
+      The same pytree, divided by `state.temperature` and in its dtypes; as it was if
+      the state has no temperature.
+
+    Raises:
+      TypeError: `state` is no `LossState`, or an array holds no floating-point numbers.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, ava_jax
+      >>> loss_fn = ava_jax.create_unified_loss(vocab_size=8)
+      >>> state = dataclasses.replace(loss_fn.init(), temperature=jnp.asarray(0.5))
+      >>> float(ava_jax.fold_temperature(jnp.ones((4, 8)), state)[0, 0])
+      2.0
+    """
+    if not isinstance(state, LossState):
+        raise TypeError(
+            f"state must be a LossState, got {type(state).__name__}: pass what the "
+            "loss returned last"
+        )
+    temperature = state.temperature
+    if temperature is None:
+        return lm_head
+
+    def fold(x: Any) -> Array:
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"lm_head must hold floating-point numbers, got {dtype}: fold the "
+                "temperature in before quantization"
+            )
+        return (as_float(jnp.asarray(x)) / temperature).astype(dtype)
+
+    return jax.tree.map(fold, lm_head)

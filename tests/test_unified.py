@@ -35,6 +35,7 @@ def test_aux_has_exactly_the_terms_that_are_on():
     always |= {"nll", "perplexity", "accuracy", "entropy"}
     on = {
         "temperature",
+        "tempered_nll",
         "mtp_loss",
         "mtp_head_losses",
         "ngram_penalty",
@@ -215,7 +216,7 @@ def test_the_temperature_scales_the_main_loss_only():
     _, one, _ = step(cold, {**arrays, **ints})
     _, two, _ = step(hot, {**arrays, **ints})
     changed = {k for k in one if not np.allclose(one[k], two[k], rtol=1e-6)}
-    assert changed == {"temperature", "main_loss", "total_loss"}
+    assert changed == {"temperature", "tempered_nll", "main_loss", "total_loss"}
 
 
 variants: Any = chex.variants

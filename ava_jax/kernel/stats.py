@@ -76,6 +76,11 @@ class TokenStats:
         return self.log_sum - self.target
 
     @property
+    def tempered_nll(self) -> Float[Array, "*n"]:
+        """`−log p_y` at temperature T."""
+        return self.log_sum_tempered - self.target / self.temperature
+
+    @property
     def entropy(self) -> Float[Array, "*n"]:
         """`−Σ p log p` at temperature 1, in nats."""
         return self.log_sum - self.expected

@@ -36,7 +36,7 @@ def smoothed_cross_entropy(
     References:
       Szegedy et al., Rethinking the Inception Architecture, 2016.
     """
-    nll = stats.log_sum_tempered - stats.target / stats.temperature
+    nll = stats.tempered_nll
     if smoothing == 0:
         return nll
     others = safe_divide(stats.total - stats.target, stats.count - 1)

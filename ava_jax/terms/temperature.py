@@ -7,8 +7,9 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ava_jax.kernel.stats import TokenStats
 from ava_jax.reduce import as_float, float_dtype, safe_divide
-from ava_jax.terms.base import Aux, Scalar, Step, TokenTerm
+from ava_jax.terms.base import Aux, Scalar, Step, TokenInputs, TokenTerm
 from ava_jax.terms.likelihood import CrossEntropy, FocalLoss
 
 
@@ -118,12 +119,19 @@ class _Tempered(TokenTerm):
 class TemperedCrossEntropy(_Tempered, CrossEntropy):
     """`CrossEntropy` of z/T (DeepSeek style).
 
+    What it trains is the model `softmax(z/T)`. `aux["tempered_nll"]` is the likelihood
+    of that model, at the temperature that the step's loss has; see `fold_temperature`.
+
     Attributes:
       adaptive: how T moves.
     """
 
     adaptive: AdaptiveTemperature = AdaptiveTemperature()
     keys = ("temperature",)
+    measured = ("tempered_nll",)
+
+    def measurements(self, stats: TokenStats, inputs: TokenInputs) -> Aux:
+        return {"tempered_nll": stats.tempered_nll}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,9 @@ def test_every_term_of_aux_is_named_by_its_class():
         _, aux, _ = jitted(loss_fn)(loss_fn.init(), inputs)
         always = {"num_tokens", "num_invalid_targets", "nll", "accuracy", "entropy"}
         always |= {"total_loss", "main_loss", "perplexity"}
-        assert set(aux) == always.union(*(term.keys for term in loss_fn.terms))
+        assert set(aux) == always.union(
+            *({*term.keys, *getattr(term, "measured", ())} for term in loss_fn.terms)
+        )
 
 
 @pytest.mark.parametrize(
