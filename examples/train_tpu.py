@@ -244,7 +244,7 @@ class Run:
         record = evaluate(
             self.model,
             self.state.params,
-            routing_bias(self.state.loss),
+            self.state.loss,
             map(self.share.put, batches),
             self.mesh,
         )

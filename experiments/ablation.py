@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import ava_jax
 from experiments import repetition
 from experiments.additions import LearnedWeights
 from experiments.plots import plot_dots, plot_paths
 from experiments.records import Results, RunRecord, only, picture
 from experiments.sizes import Sizes
+from experiments.variants import PLAIN as PLAIN_FIELDS
 from experiments.variants import Variant
 
 SIZES = {
@@ -37,6 +39,17 @@ ALTERNATIVES: dict[str, Variant] = {
     "parallel heads, learned weights": Variant(
         TERMS["parallel heads"],
         (LearnedWeights(terms=("main_loss", "mtp_loss")),),
+    ),
+    "smoothing and temperature": Variant(
+        TERMS["label smoothing"] | TERMS["adaptive temperature"]
+    ),
+    # What `UnifiedLossConfig` has where nothing is set.
+    "defaults": Variant(
+        {
+            field.name: field.default
+            for field in dataclasses.fields(ava_jax.UnifiedLossConfig)
+            if field.name in PLAIN_FIELDS
+        }
     ),
 }
 

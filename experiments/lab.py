@@ -32,6 +32,7 @@ from trainer.model.language_model import (
     loss_inputs,
 )
 from trainer.model.layers import Batch
+from trainer.model.temperature import fold_own_temperature, is_tempered
 from trainer.run.devices import make_mesh
 from trainer.run.evaluate import evaluate as evaluate_rows
 from trainer.run.evaluate import routing_bias
@@ -255,11 +256,32 @@ def heldout_batches(sizes: Sizes, text: TextData) -> list[Batch]:
 
 
 def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
-    """Returns the trainer's held-out figures, and the calibration error at T = 1."""
+    """Returns the trainer's held-out figures, and the calibration error.
+
+    What is `tempered` is at the model's own temperature, and otherwise at 1. A model
+    without one has the same figures twice.
+    """
     model, params = trained.model, trained.params
     batches = heldout_batches(sizes, text)
     mesh = make_mesh("data=1", sizes.rows)
-    found = evaluate_rows(model, params, trained.bias, batches, mesh)
+    found = evaluate_rows(model, params, trained.state, batches, mesh)
+    found["calibration_error"] = _calibration_error(model, params, trained, batches)
+    own = fold_own_temperature(model, params, trained.state)
+    tempered = {"calibration_error": found["calibration_error"]}
+    if is_tempered(model.loss):
+        tempered = {"calibration_error": _calibration_error(*own, trained, batches)}
+    for name in ("nll", "perplexity"):
+        tempered[name] = found.get(f"tempered_{name}", found[name])
+    return found | {f"tempered_{name}": value for name, value in tempered.items()}
+
+
+def _calibration_error(
+    model: LanguageModel,
+    params: optax.Params,
+    trained: Trained,
+    batches: Iterable[Batch],
+) -> float:
+    """Returns the expected calibration error of a model at temperature 1."""
     decoder = Decoder(model)
 
     @jax.jit
@@ -271,9 +293,7 @@ def evaluate(sizes: Sizes, trained: Trained, text: TextData) -> Numbers:
         return metrics.calibration_bins(jnp.max(shares, -1), right, unmasked)
 
     bins = add_up(calibrate(params, batch) for batch in batches)
-    return found | {
-        "calibration_error": float(metrics.expected_calibration_error(bins))
-    }
+    return float(metrics.expected_calibration_error(bins))
 
 
 class Prompts(NamedTuple):

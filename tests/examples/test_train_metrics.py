@@ -1,5 +1,6 @@
 """What a run writes beside the loss's terms: experts' load, heads, samples."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import cast
@@ -16,10 +17,12 @@ from run_helpers import train, with_flags
 import ava_jax
 from ava_jax import heads
 from train_tpu import Run
+from trainer.decode.decoder import Decoder
 from trainer.errors import TrainingError
 from trainer.model.expert_load import count_choices, relative_load
-from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.language_model import LanguageModel, hidden_and_head, loss_inputs
 from trainer.model.layers import Batch, ModelConfig
+from trainer.model.temperature import fold_own_temperature, is_tempered
 from trainer.report.metrics import Metrics
 from trainer.report.samples import Sample, keep_sample, read_samples
 from trainer.run.devices import make_mesh
@@ -32,6 +35,9 @@ KINDS: dict[str, LossFields] = {
     "sequential": {"use_mtp": True, "mtp_type": "sequential"},
     "adaptive": {"primary_loss_type": "adaptive_mtp"},
 }
+
+
+STATE = ava_jax.unified_loss(ava_jax.UnifiedLossConfig(vocab_size=V)).init()
 
 
 def test_choices_are_counted_per_layer_and_expert_without_padding() -> None:
@@ -176,8 +182,15 @@ def test_heads_are_right_as_often_as_loops_say(kind: str) -> None:
     model, params = make_model(kind)
     logits = head_logits(model, params, kind)
     batches = [make_batch(), make_batch()]
-    record = evaluate(model, params, None, batches, make_mesh("data=1", ROWS))
-    assert list(record)[3:] == ["head_accuracy_1", "head_accuracy_2"]
+    record = evaluate(model, params, STATE, batches, make_mesh("data=1", ROWS))
+    given = [
+        "nll",
+        "accuracy",
+        *["tempered_nll"] * is_tempered(model.loss),
+        "perplexity",
+    ]
+    given += ["tempered_perplexity"] * is_tempered(model.loss)
+    assert list(record) == [*given, "head_accuracy_1", "head_accuracy_2"]
     expected = [accuracy_by_loops(logits, head) for head in (1, 2)]
     wrong = [accuracy_by_loops(logits, head, cross=True) for head in (1, 2)]
     assert expected != wrong
@@ -199,7 +212,7 @@ def test_adaptive_heads_are_asked_behind_a_closed_gate() -> None:
     inputs = [loss_inputs(model, gated(x), make_batch(), None) for x in (-1e3, 1e3)]
     assert [bool(x.get("mtp_active")) for x in inputs] == [False, True]
     records = [
-        evaluate(model, gated(x), None, [make_batch()], mesh) for x in (-1e3, 1e3)
+        evaluate(model, gated(x), STATE, [make_batch()], mesh) for x in (-1e3, 1e3)
     ]
     assert records[0] == records[1]
 
@@ -209,7 +222,7 @@ def test_adaptive_heads_are_asked_behind_a_closed_gate() -> None:
 def test_a_mesh_gives_the_same_head_accuracies(kind: str) -> None:
     model, params = make_model(kind)
     alone, shared = (
-        evaluate(model, params, None, [make_batch()], make_mesh(mesh, ROWS))
+        evaluate(model, params, STATE, [make_batch()], make_mesh(mesh, ROWS))
         for mesh in ("data=1", "data=2,tensor=2")
     )
     assert shared == pytest.approx(alone, rel=1e-5)
@@ -220,9 +233,54 @@ def test_a_head_that_never_has_a_target_has_no_accuracy() -> None:
     alone = make_batch()._replace(
         segment_ids=jnp.arange(1, LENGTH + 1)[None].repeat(ROWS, 0)
     )
-    record = evaluate(model, params, None, [alone], make_mesh("data=1", ROWS))
+    record = evaluate(model, params, STATE, [alone], make_mesh("data=1", ROWS))
     assert np.isfinite(record["accuracy"])
     assert np.isnan(record["head_accuracy_1"])
+
+
+def own_likelihood(cap: float | None) -> tuple[dict[str, float], float, float]:
+    """The record at T = 0.6; and by hand the nll at 1, and at 1 with T folded in."""
+    model, params = make_model("parallel")
+    loss = dataclasses.replace(model.loss, logit_soft_cap=cap)
+    model, batch = model.clone(loss=loss, fused=True), make_batch()
+    state = dataclasses.replace(STATE, temperature=jnp.asarray(0.6))
+    record = evaluate(model, params, state, [batch], make_mesh("data=1", ROWS))
+
+    def nll(model: LanguageModel, params: optax.Params) -> float:
+        hidden, _ = hidden_and_head(model, params, batch, None)
+        shares = jax.nn.log_softmax(Decoder(model).logits(params, hidden))
+        found = jnp.take_along_axis(shares, batch.targets[..., None], -1)[..., 0]
+        return -float(found[batch.segment_ids > 0].mean())
+
+    return record, nll(model, params), nll(*fold_own_temperature(model, params, state))
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_held_out_text_is_judged_at_one_and_at_the_models_temperature(
+    cap: float | None,
+) -> None:
+    record, at_one, own = own_likelihood(cap)
+    assert abs(at_one - own) > 0.05
+    assert record["nll"] == pytest.approx(at_one, rel=1e-5)
+    assert record["tempered_nll"] == pytest.approx(own, rel=1e-5)
+    assert record["tempered_perplexity"] == pytest.approx(np.exp(own), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"primary_loss_type": "standard"},
+        {"use_focal_loss": True},
+        {"adaptive_temperature": False},
+    ],
+)
+def test_a_model_at_temperature_one_is_left_as_it_is(fields: LossFields) -> None:
+    model, params = make_model("parallel")
+    loss = ava_jax.create_unified_loss({"vocab_size": V} | dict(fields)).config
+    state = dataclasses.replace(STATE, temperature=jnp.asarray(0.6))
+    assert not is_tempered(loss)
+    _, folded = fold_own_temperature(model.clone(loss=loss), params, state)
+    assert folded is params
 
 
 def test_samples_are_kept_once(tmp_path: Path) -> None:

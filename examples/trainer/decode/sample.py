@@ -6,6 +6,7 @@ import numpy as np
 from trainer.data.text import TextData
 from trainer.decode.decoder import Sampling, generate
 from trainer.model.language_model import LanguageModel
+from trainer.model.temperature import fold_own_temperature
 from trainer.report.samples import Sample
 from trainer.run.evaluate import routing_bias
 from trainer.run.settings import Settings
@@ -24,19 +25,16 @@ def sample_text(
     count = min(settings.sequence_length - len(ids), settings.sample_tokens)
     if count < 1:
         return Sample(step, prompt, prompt)
-    temperature = state.loss.temperature
+    model, params = fold_own_temperature(model, state.params, state.loss)
     made = generate(
         model,
-        state.params,
+        params,
         routing_bias(state.loss),
         np.array([ids], np.int32),
         np.array([len(ids)], np.int32),
         jax.random.key(settings.seed),
         count=count,
-        sampling=Sampling(
-            temperature=1.0 if temperature is None else float(temperature),
-            top_k=CANDIDATES,
-        ),
+        sampling=Sampling(temperature=1.0, top_k=CANDIDATES),
     )
     tokens = [*ids[1:], *np.asarray(made)[0].tolist()]
     return Sample(step, prompt, text.tokenizer.decode(tokens))

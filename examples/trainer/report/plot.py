@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from trainer.report.metrics import Record
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Loss": ("total_loss", "main_loss", "nll"),
+    "Loss": ("total_loss", "main_loss", "nll", "tempered_nll"),
     "Multi-token prediction": ("mtp_loss", "mtp_head_losses"),
     "Repetition": (
         "ngram_penalty",
@@ -45,6 +45,8 @@ HIDDEN = (
 )
 # One number per layer and expert: a picture, not lines of a table.
 PICTURED = ("expert_load_",)
+# Drawn as dots into the loss panel.
+HELDOUT = {"nll": "ko", "tempered_nll": "kx"}
 LOGARITHMIC = ("Perplexity", "Gradient norm")
 SMOOTH_ALREADY = ("Temperature", "Learning rate")
 MOST_LINES = 12
@@ -62,8 +64,11 @@ def plot_losses(records: list[Record], heldout: list[Record], path: Path) -> Non
             _draw(axis, title, names, records)
             if title == "Loss" and heldout:
                 steps = [record["step"] for record in heldout]
-                values = [record["nll"] for record in heldout]
-                axis.plot(steps, values, "ko", markersize=5, label="held-out nll")
+                for name, mark in HELDOUT.items():
+                    if name in heldout[-1]:
+                        values = [record[name] for record in heldout]
+                        label = f"held-out {name}"
+                        axis.plot(steps, values, mark, markersize=5, label=label)
                 axis.legend(fontsize=8)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()

@@ -1,5 +1,6 @@
-"""Held-out metrics at temperature 1."""
+"""Held-out metrics, at temperature 1 and at that of the model."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -15,6 +16,7 @@ from ava_jax import BiasBalanceState
 from ava_jax.losses import layer_norm
 from trainer.model.language_model import LanguageModel, is_adaptive, loss_inputs
 from trainer.model.layers import Batch
+from trainer.model.temperature import is_tempered
 from trainer.report.metrics import Record
 from trainer.run.devices import loss_on
 
@@ -40,43 +42,64 @@ def plain_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLossConfig:
 def evaluate(
     model: LanguageModel,
     params: optax.Params,
-    bias: Float[Array, "L E"] | None,
+    state: ava_jax.LossState,
     batches: Iterable[Batch],
     mesh: Mesh,
 ) -> Record:
     """Returns nll, perplexity and accuracy over all tokens of the batches.
+
+    `nll` and `perplexity` are those of softmax(z). A model that was trained at another
+    temperature than 1 is softmax(z/T), with T from the loss state: `tempered_nll` and
+    `tempered_perplexity`.
 
     `head_accuracy_j` is how often head j of multi-token prediction is right about
     `targets[t + j]`, where that lies in the segment of t; NaN if it never does.
     """
     # With lm_head, the loss makes the logits in chunks, and none are stored.
     model = model.clone(fused=True)
-    loss_fn = loss_on(mesh, plain_loss(model.loss))
-    state = loss_fn.init()
+    loss, names = plain_loss(model.loss), ["nll", "accuracy"]
+    if is_tempered(model.loss):
+        loss = dataclasses.replace(
+            loss, primary_loss_type="deepseek", adaptive_temperature=False
+        )
+        names.append("tempered_nll")
+    loss_fn = loss_on(mesh, loss)
 
-    def measure(inputs: ava_jax.LossInputs) -> Float[Array, "3"]:
-        _, aux, _ = loss_fn(state, train=False, **inputs)
+    def measure(
+        state: ava_jax.LossState, inputs: ava_jax.LossInputs
+    ) -> Float[Array, "sums"]:
+        own = loss_fn.init()
+        if own.temperature is not None:
+            own = dataclasses.replace(own, temperature=state.temperature)
+        _, aux, _ = loss_fn(own, train=False, **inputs)
         tokens = aux["num_tokens"].astype(jnp.float32)
-        return jnp.stack([tokens, aux["nll"] * tokens, aux["accuracy"] * tokens])
+        return jnp.stack([tokens, *(aux[name] * tokens for name in names)])
 
     @jax.jit
-    def count(params: optax.Params, batch: Batch) -> Float[Array, "heads 3"]:
-        inputs = loss_inputs(model, params, batch, bias)
-        main = measure(main_head(inputs, batch))[None]
+    def count(
+        params: optax.Params, state: ava_jax.LossState, batch: Batch
+    ) -> Float[Array, "heads sums"]:
+        inputs = loss_inputs(model, params, batch, routing_bias(state))
+        main = measure(state, main_head(inputs, batch))[None]
         shared, own = further_heads(model, params, inputs, batch)
         if not own:
             return main
-        further = jax.lax.map(lambda head: measure(shared | head), own)
+        further = jax.lax.map(lambda head: measure(state, shared | head), own)
         return jnp.concatenate([main, further])
 
-    total = sum(np.asarray(count(params, batch), np.float64) for batch in batches)
-    tokens, nll, right = np.asarray(total).T
-    nothing = np.full_like(right, np.nan)
-    accuracies = np.divide(right, tokens, out=nothing, where=tokens > 0).tolist()
-    mean = float(nll[0] / tokens[0])
-    perplexity = float(np.exp(mean))
-    record = {"nll": mean, "perplexity": perplexity, "accuracy": accuracies[0]}
-    further = enumerate(accuracies[1:], start=1)
+    total = sum(
+        np.asarray(count(params, state, batch), np.float64) for batch in batches
+    )
+    tokens, *sums = np.asarray(total).T
+    nothing = np.full_like(tokens, np.nan)
+    means = {
+        name: np.divide(x, tokens, out=nothing.copy(), where=tokens > 0).tolist()
+        for name, x in zip(names, sums, strict=True)
+    }
+    record = {name: values[0] for name, values in means.items()}
+    for name in [name for name in names if name.endswith("nll")]:
+        record[name.replace("nll", "perplexity")] = float(np.exp(record[name]))
+    further = enumerate(means["accuracy"][1:], start=1)
     return record | {f"head_accuracy_{j}": accuracy for j, accuracy in further}
 
 

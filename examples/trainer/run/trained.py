@@ -16,6 +16,7 @@ from trainer.data.text import TextData, end_of_text, load_tokenizer, prepare_dat
 from trainer.errors import TrainingError
 from trainer.model.language_model import LanguageModel
 from trainer.model.layers import ModelConfig
+from trainer.model.temperature import fold_own_temperature, own_temperature
 from trainer.report.run_files import read_run
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.evaluate import routing_bias
@@ -27,6 +28,9 @@ from trainer.run.state import init_state, make_model
 class Trained(NamedTuple):
     """The model of a run, with its tokenizer.
 
+    Its distribution is `softmax` of its logits: the temperature that it was trained at
+    is folded into the parameters.
+
     Attributes:
       model: the model.
       params: its parameters.
@@ -34,6 +38,7 @@ class Trained(NamedTuple):
       tokenizer: of the run.
       step: of the checkpoint.
       settings: of the run.
+      temperature: that was folded in.
     """
 
     model: LanguageModel
@@ -42,6 +47,7 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     step: int
     settings: Settings
+    temperature: float
 
     @property
     def length(self) -> int:
@@ -80,7 +86,9 @@ def load(folder: Path, step: int | None = None) -> Trained:
     state, _ = checkpoints.restore(chosen, shapes)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     bias = routing_bias(state.loss)
-    return Trained(model, state.params, bias, tokenizer, chosen, settings)
+    temperature = own_temperature(model.loss, state.loss)
+    model, params = fold_own_temperature(model, state.params, state.loss)
+    return Trained(model, params, bias, tokenizer, chosen, settings, temperature)
 
 
 def load_text(folder: Path, settings: Settings) -> TextData:

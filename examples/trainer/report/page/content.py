@@ -15,6 +15,7 @@ from trainer.report.metrics import Record
 from trainer.report.page.charts import NONE, Curve, heat_map, line_chart, short
 from trainer.report.page.loads import average, columns_for, levels
 from trainer.report.plot import (
+    HELDOUT,
     HIDDEN,
     LOGARITHMIC,
     MOST_LINES,
@@ -178,7 +179,10 @@ def _panel(run: RunFiles, title: str, names: list[str]) -> Chart:
         for color, name in enumerate(names[:MOST_LINES])
     ]
     if title == "Loss" and run.heldout:
-        curves.append(_heldout_curve("held-out nll", "nll", run, 9, "markers"))
+        for color, name in zip((9, 8), HELDOUT, strict=True):
+            if name in run.heldout[-1]:
+                label = f"held-out {name}"
+                curves.append(_heldout_curve(label, name, run, color, "markers"))
     notes = ["logarithmic"] * (title in LOGARITHMIC)
     notes += [f"mean of the last {window} records; faint: every one"] * (window > 1)
     if len(names) > MOST_LINES:
@@ -291,6 +295,8 @@ def _heldout(run: RunFiles) -> Content:
     names = [name for name in run.heldout[-1] if name != "step"]
     table = _first_and_last("First and last", "metric", names, run.heldout)
     text = "At temperature 1, without label smoothing, and without any penalty."
+    if "tempered_nll" in names:
+        text += " Tempered: at the temperature of the loss, which is the model's own."
     return Content(text=text, tables=[table])
 
 
