@@ -1,5 +1,12 @@
-"""Plots of a results file: the ratios with their goals, and the growth."""
+"""Plots of a results file: the ratios with their goals, and the growth.
 
+`python -m benchmarks.plots RECORD PICTURE` draws the picture of the README from a file
+that `benchmarks.compiled` wrote.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from benchmarks.records import (
     AxisRecord,
     CompiledRecord,
+    CompiledRow,
     FiguresRecord,
     OutcomeRecord,
     Results,
@@ -39,6 +47,40 @@ AXIS_LABELS = {
     "K": "K + 1, hidden states per token on one head",
 }
 MEBIBYTE = 2**20
+COLOR_OF_KIND = {"baseline": COLORS["temp"], "candidate": COLORS["time"]}
+
+
+class Place(NamedTuple):
+    """The label of a program's point: its text, and where it is, in points."""
+
+    text: str
+    x: int = 8
+    y: int = -4
+    align: str = "left"
+
+
+# What computes the loss and both gradients from hidden states, by its name in a record.
+PLACES = {
+    "naive": Place("naive: all logits, then optax"),
+    "naive, float32 logits": Place("naive with float32 logits"),
+    "checkpointed scan": Place("jax.checkpoint over chunks"),
+    "tokamax xla": Place("tokamax xla", 0, 8, "center"),
+    "tokamax chunked_xla": Place("tokamax chunked_xla", 6, -13),
+    "levanter grad_in_forward 2048": Place(
+        "Levanter grad_in_forward 2048", 0, 8, "center"
+    ),
+    "levanter grad_in_forward 4096": Place("Levanter grad_in_forward 4096"),
+    "levanter xla": Place("Levanter xla"),
+    "levanter xla, v5p blocks": Place("Levanter xla, v5p blocks", 0, -16, "center"),
+    "levanter xla_fast_bwd": Place("Levanter xla_fast_bwd", 0, -16, "center"),
+    "levanter xla_fast_bwd, v5p blocks": Place(
+        "Levanter xla_fast_bwd, v5p blocks", 0, 8, "center"
+    ),
+    "plain": Place("ava_jax, plain", 4, -17, "right"),
+    "everything": Place("ava_jax, every term on", -4, -17),
+}
+PRODUCTS = "three bare matmuls"
+PACKAGES = {"jax": "jax", "tokamax": "tokamax", "Levanter": "marin_levanter"}
 
 
 class Bar(NamedTuple):
@@ -128,7 +170,6 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
     rows = [row for row in record["rows"] if row.get("temp_bytes") is not None]
     if not rows:
         return False
-    colors = {"baseline": COLORS["temp"], "candidate": COLORS["time"]}
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(11, 6), layout="constrained")
         axis = figure.subplots()
@@ -136,12 +177,12 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
         for number, row in enumerate(rows, start=1):
             amount = row.get("moved_bytes", 0) / 2**30 or row.get("estimated_ms", 0)
             point = amount, row.get("temp_bytes", 0) / MEBIBYTE
-            axis.plot(*point, "o", color=colors[row["kind"]])
+            axis.plot(*point, "o", color=COLOR_OF_KIND[row["kind"]])
             # Alternately above and below, so that neighbours' numbers do not overlap.
             offset = (0, 5 if number % 2 else -12)
             axis.annotate(f"{number}", point, offset, textcoords="offset points")
             label = f"{number}  {row['name']}"
-            names.append(Patch(color=colors[row["kind"]], label=label))
+            names.append(Patch(color=COLOR_OF_KIND[row["kind"]], label=label))
         axis.set_xlim(0, None)
         axis.set_ylim(0, None)
         axis.set_xlabel("GiB moved" if moved else "ms, estimated by the compiler")
@@ -154,6 +195,71 @@ def plot_compiled(record: CompiledRecord, path: Path) -> bool:
         figure.legend(handles=names, loc="outside right upper", title=title)
         figure.savefig(path, dpi=120)
     return True
+
+
+def plot_tradeoff(record: CompiledRecord, path: Path) -> bool:
+    """Draws time against memory as ratios to naive; `False` without naive's figures.
+
+    The background is opaque and white, so that the labels are legible on a dark page.
+    """
+    rows = {row["name"]: row for row in record["rows"]}
+    naive = _amounts(rows.get("naive"))
+    if naive is None:
+        return False
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(9.5, 4.6), layout="constrained", facecolor="white")
+        axis = figure.subplots()
+        for name, place in PLACES.items():
+            if (found := _amounts(rows.get(name))) is not None:
+                point = found[0] / naive[0], found[1] / naive[1]
+                _draw_point(axis, point, place, rows[name]["kind"])
+        if (products := _amounts(rows.get(PRODUCTS))) is not None:
+            axis.axvline(products[0] / naive[0], color="0.4", linestyle=":")
+            text = axis.annotate(
+                "the three products alone", (products[0] / naive[0], 0.75), rotation=90
+            )
+            text.set(ha="right", va="center", color="0.4")
+        axis.set(ylim=(0, 1.1), axisbelow=True)
+        axis.margins(x=0.14)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("time ÷ naive (left is faster)")
+        axis.set_ylabel("temporary memory ÷ naive (down is less)")
+        axis.set_title(_title(record))
+        figure.savefig(path, dpi=150)
+    return True
+
+
+def _amounts(row: CompiledRow | None) -> tuple[float, float] | None:
+    """Returns the estimated milliseconds and the bytes, unless one is not known."""
+    if row is None or "estimated_ms" not in row or "temp_bytes" not in row:
+        return None
+    return row["estimated_ms"], row["temp_bytes"]
+
+
+def _draw_point(
+    axis: Axes, point: tuple[float, float], place: Place, kind: str
+) -> None:
+    ours = kind == "candidate"
+    axis.plot(*point, "o", color=COLOR_OF_KIND[kind], markersize=9 if ours else 7)
+    text = axis.annotate(
+        place.text, point, (place.x, place.y), textcoords="offset points"
+    )
+    text.set(ha=place.align, fontweight="bold" if ours else "normal")
+    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+
+
+def _title(record: CompiledRecord) -> str:
+    batch, length, width, vocab = record["shape"]
+    packages = ", ".join(
+        f"{name} {version.partition('.dev')[0]}"
+        for name, key in PACKAGES.items()
+        if (version := record["versions"].get(key)) is not None
+    )
+    return (
+        f"Loss and gradients of hidden states and lm_head on a TPU {record['chip']}: "
+        "the compiler's estimates\n"
+        f"{batch * length} tokens, D = {width}, V = {vocab}, bfloat16; {packages}"
+    )
 
 
 def _draw_axis(axis: Axes, record: AxisRecord) -> None:
@@ -204,3 +310,19 @@ def _where(results: Results) -> str:
             f"{results['machine']['processor']}, {results['machine']['cores']} cores"
         )
     return f"{device}, jax {results['versions']['jax']}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws a record's time against memory."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots")
+    parser.add_argument("record", type=Path, help="written by benchmarks.compiled")
+    parser.add_argument("picture", type=Path, help="the PNG file to write")
+    options = parser.parse_args(arguments)
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    record: CompiledRecord = json.loads(options.record.read_text())
+    if not plot_tradeoff(record, options.picture):
+        parser.error(f"{options.record} has no estimated time and memory of naive")
+
+
+if __name__ == "__main__":
+    main()
