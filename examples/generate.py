@@ -58,6 +58,11 @@ def write(trained: Trained, options: argparse.Namespace, sampling: Sampling) -> 
         f"{sum(counts)} tokens{calls}, {sum(counts) / seconds:,.0f} tokens/s, from the "
         f"checkpoint of step {trained.step}"
     )
+    if trained.temperature != 1:
+        _say(
+            f"the model was trained at temperature {trained.temperature:.4g}, which is "
+            "part of it: --temperature is relative to that"
+        )
 
 
 def _say(line: str) -> None:
