@@ -207,6 +207,13 @@ def test_the_rate_of_the_routing_bias_may_be_a_schedule(layers):
         np.testing.assert_allclose(bias, [[-moved, moved]] * (layers or 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("config", [EVERYTHING, ADAPTIVE], ids=["all", "adaptive"])
+def test_a_fresh_state_may_be_donated(config):
+    """An array in two places would be donated twice."""
+    leaves = jax.tree.leaves(ava_jax.create_unified_loss(config).init())
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_the_temperature_scales_the_main_loss_only():
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     arrays, ints = through("logits", floats()), integers()

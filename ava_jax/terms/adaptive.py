@@ -239,12 +239,9 @@ class _Adaptive(Term):
         return self.heads.counts(tokens, inputs)
 
     def init(self) -> dict[str, AdaptiveMTPState]:
-        zero = jnp.zeros((), float_dtype())
-        return {
-            "adaptive_mtp": AdaptiveMTPState(
-                zero, zero, zero, zero, jnp.zeros((), jnp.int32)
-            )
-        }
+        # An array each: the state may be donated.
+        sums = (jnp.zeros((), float_dtype()) for _ in range(4))
+        return {"adaptive_mtp": AdaptiveMTPState(*sums, jnp.zeros((), jnp.int32))}
 
     def update(self, state: dict[str, Any], statistics: AdaptiveParts, step: Step):
         old, new = state["adaptive_mtp"], statistics
