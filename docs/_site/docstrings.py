@@ -60,12 +60,16 @@ def _quote_shapes(parts: list[object]) -> None:
     for part in parts:
         if isinstance(part, list | tuple):
             _quote_shapes(list(part))
-        elif (
-            isinstance(part, griffe.ExprSubscript)
-            and "jaxtyping" in part.canonical_path
-        ):
+        elif isinstance(part, griffe.ExprSubscript) and _has_shape(part):
             array, shape = part.slice.elements
             text = str(shape).strip("'\"")
             part.slice.elements = [array, f'"{text}"']
         elif isinstance(part, griffe.Expr) and not isinstance(part, griffe.ExprName):
             _quote_shapes([getattr(part, f.name) for f in dataclasses.fields(part)])
+
+
+def _has_shape(annotation: griffe.ExprSubscript) -> bool:
+    """Tells `Float[Array, "B S"]` from `PyTree[Float]`."""
+    inner = annotation.slice
+    of_jaxtyping = annotation.canonical_path.startswith("jaxtyping.")
+    return of_jaxtyping and isinstance(inner, griffe.ExprTuple)
