@@ -8,11 +8,12 @@ MODELS := $(VENV)/models
 COMPILED := $(VENV)/compiled
 EXTERNAL := $(VENV)/external
 MAXTEXT := $(VENV)/maxtext
+DOCS := $(VENV)/docs
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo grpo distill test test-all test-models test-compiled lint bench \
-  bench-external bench-maxtext experiments clean
+.PHONY: help demo grpo distill test test-all test-models test-compiled lint docs \
+  bench bench-external bench-maxtext experiments clean
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
@@ -23,11 +24,12 @@ help:
 	@echo "make test-models    train other people's models with this loss"
 	@echo "make test-compiled  compile for TPUs and GPUs, which need not be there"
 	@echo "make lint           formatting, lint and types"
+	@echo "make docs           the documentation as a site, in site/"
 	@echo "make bench          times and memory against other implementations"
 	@echo "make bench-external other packages' losses, compiled for a TPU that need not be there"
 	@echo "make bench-maxtext  MaxText's training step, likewise, with its losses and with ours"
 	@echo "make experiments    what training under the losses does, in about three hours"
-	@echo "make clean          remove .venv and the caches; runs/ stays"
+	@echo "make clean          remove .venv, site/ and the caches; runs/ stays"
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
@@ -56,6 +58,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# The variable silences a notice about the theme's successor, which is no warning.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
+
 bench: $(VENV)/.bench
 	$(BENCH)/bin/python -m benchmarks.run --scaling $(ARGS)
 
@@ -71,7 +77,7 @@ experiments: $(VENV)/.train
 	$(BIN)/python -m experiments.tables
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -89,6 +95,12 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
 	@touch $@ $(VENV)/.train
+
+# An environment of its own: the site's packages are of no use to the tests.
+$(VENV)/.docs: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(DOCS) $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -e '.[docs]'
+	@touch $@
 
 # An environment of its own: tokamax pins a typeguard that tyro, of the train extra,
 # refuses.

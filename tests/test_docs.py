@@ -191,6 +191,12 @@ def test_terms_find_everything() -> None:
 
 # Links ---------------------------------------------------------------------------
 
+LINKING = (
+    *PAGES,
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted((DOCS / "api").rglob("*.md")),
+)
+
 
 def slug(heading: str) -> str:
     """GitHub's anchor of a heading."""
@@ -198,7 +204,7 @@ def slug(heading: str) -> str:
     return plain.replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     text = split(page)[0]
     for match in LINK.finditer(text):
@@ -211,6 +217,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             anchors = [slug(heading) for heading in split(file)[1]]
             assert anchor in anchors, f"{page.name}: {match['target']}"
+
+
+def test_citations_name_the_same_version() -> None:
+    versions = re.compile(r"^\W*version\W+([\d.]+)", re.MULTILINE)
+    named = [
+        versions.findall(file.read_text())
+        for file in (ROOT / "CITATION.cff", DOCS / "citation.md")
+    ]
+    assert named[0] == named[1]
+    assert len(named[0]) == 1
 
 
 def test_a_snippet_that_fails_is_reported_with_its_page_and_line(
