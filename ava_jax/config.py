@@ -70,6 +70,11 @@ class UnifiedLossConfig:
     config is immutable and hashable, so it may be a static argument of a jitted
     function.
 
+    By default the main loss is that of `softmax(z/T)`, and T moves: decode and evaluate
+    with `fold_temperature(lm_head, state)`. Read at T = 1, a model that was trained
+    with these defaults has two and a half times its perplexity.
+    `adaptive_temperature=False` keeps T at 1.
+
     Args:
       vocab_size: V, the number of classes; further columns of the logits are padding.
       hidden_size: D, required for `mtp_type="parallel"`.

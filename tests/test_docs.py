@@ -103,6 +103,7 @@ EVERYTHING = (
     {"use_mtp": True},
     {"use_mtp": True, "mtp_type": "adaptive"},
     {"primary_loss_type": "adaptive_mtp"},
+    {"use_focal_loss": False},
 )
 
 
