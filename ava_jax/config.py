@@ -72,7 +72,7 @@ class UnifiedLossConfig:
 
     By default the main loss is that of `softmax(z/T)`, and T moves: decode and evaluate
     with `fold_temperature(lm_head, state)`. Read at T = 1, a model that was trained
-    with these defaults has two and a half times its perplexity.
+    with these defaults has 2.7 times its perplexity.
     `adaptive_temperature=False` keeps T at 1.
 
     Args:

@@ -138,8 +138,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Every term of the DeepSeek style, spelled out for the reader. Two are off because they
-# make the model worse, and together much worse: see docs/results.md.
+# Every term of the DeepSeek style, spelled out for the reader. Two are off: smoothing
+# makes the model worse, and a temperature would be part of it: see docs/results.md.
 DEEPSEEK_STYLE: LossFields = {
     "primary_loss_type": "deepseek",
     "adaptive_temperature": False,
