@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.model_checks import REASON, V
+from support.model_checks import REASON, TUNIX_WARNINGS, V
 from support.tunix_checks import (
     PAD,
     STEPS,
-    TRAINER_WARNINGS,
     C,
     P,
     Run,
@@ -36,7 +35,7 @@ clusters = pytest.importorskip("tunix.rl.rl_cluster", reason=REASON)
 registry = pytest.importorskip("tunix.rl.function_registry", reason=REASON)
 rollouts = pytest.importorskip("tunix.rl.rollout.base_rollout", reason=REASON)
 
-pytestmark = TRAINER_WARNINGS
+pytestmark = TUNIX_WARNINGS
 
 BOS, EOS = 1, 2
 

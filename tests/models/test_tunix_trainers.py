@@ -5,19 +5,20 @@ hidden states, and every loss, every metric and every parameter is compared.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from numpy.typing import NDArray
-from support.model_checks import EVERYTHING, PLAIN, REASON, D, V
+from support.model_checks import EVERYTHING, PLAIN, REASON, TUNIX_WARNINGS, D, V
 from support.tunix_checks import (
     PAD,
     STEPS,
-    TRAINER_WARNINGS,
     B,
     C,
     P,
@@ -39,7 +40,7 @@ from ava_jax.heads import MTPHeads, NNXHeads
 peft = pytest.importorskip("tunix.sft.peft_trainer", reason=REASON)
 dpo = pytest.importorskip("tunix.sft.dpo.dpo_trainer", reason=REASON)
 
-pytestmark = TRAINER_WARNINGS
+pytestmark = TUNIX_WARNINGS
 
 Loss = Callable[..., Any]
 
@@ -69,11 +70,12 @@ def inputs_of(batch: Any) -> dict[str, jax.Array]:
     }
 
 
+def training_config(**options: Any) -> Any:
+    return peft.TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS, **options)
+
+
 def fine_tune(model: Any, loss: Loss | None = None, **options: Any) -> Run:
-    config = peft.TrainingConfig(
-        eval_every_n_steps=1000, max_steps=STEPS, pbar_description=None, **options
-    )
-    trainer = peft.PeftTrainer(model, optimizer(), config)
+    trainer = peft.PeftTrainer(model, optimizer(), training_config(**options))
     trainer.with_gen_model_input_fn(inputs_of)
     if loss is not None:
         trainer.with_loss_fn(loss, has_aux=True)
@@ -119,21 +121,32 @@ def test_sft() -> None:
     assert int(model.loss_state.get_value().step) == STEPS
 
 
-def test_sft_with_every_term_and_heads_as_a_layer() -> None:
-    """State and heads are in the model, and so in the trainer's checkpoints."""
-    loss_fn = ava_jax.create_unified_loss(EVERYTHING, use_contrastive_loss=False)
-    model = make()
-    width = jax.ShapeDtypeStruct((1, 1, D), jnp.float32)
+def with_heads(loss_fn: Any) -> Any:
+    """The model with heads and the loss's state as layers."""
+    model, width = make(), jax.ShapeDtypeStruct((1, 1, D), jnp.float32)
     model.mtp = NNXHeads(MTPHeads(2, V), width, rngs=nnx.Rngs(3))
     model.loss_state = LossVariable(loss_fn.init())
+    return model
+
+
+def test_sft_with_every_term_and_heads_as_a_layer(tmp_path: Path) -> None:
+    """State and heads are in the model, and so in the trainer's checkpoints."""
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING, use_contrastive_loss=False)
+    model = with_heads(loss_fn)
     before = model.mtp.params
-    own = fine_tune(model, sft_loss(loss_fn))
+    options: Any = {"checkpoint_root_directory": str(tmp_path)}
+    own = fine_tune(model, sft_loss(loss_fn), **options)
     state = model.loss_state.get_value()
     assert int(state.step) == int(state.loss_history.size) == STEPS
     moved = jax.tree.map(lambda a, b: abs(a - b).max(), before, model.mtp.params)
     assert min(jax.tree.leaves(moved)) > 1e-4
     plain = fine_tune(make()).history["loss"]
     assert abs(own.history["loss"] / plain - 1).min() > 1e-2
+
+    resumed = with_heads(loss_fn)
+    peft.PeftTrainer(resumed, optimizer(), training_config(**options))
+    chex.assert_trees_all_equal(resumed.loss_state.get_value(), state)
+    chex.assert_trees_all_equal(resumed.mtp.params, model.mtp.params)
 
 
 # Preferences ---------------------------------------------------------------------
@@ -182,9 +195,7 @@ def preference_loss(of_pairs: Callable[..., Any]) -> Loss:
 
 
 def prefer(of_pairs: Callable[..., Any] | None = None, **options: Any) -> Run:
-    config = dpo.DPOTrainingConfig(
-        eval_every_n_steps=1000, max_steps=STEPS, pbar_description=None, **options
-    )
+    config = dpo.DPOTrainingConfig(eval_every_n_steps=1000, max_steps=STEPS, **options)
     reference = make(seed=5) if config.algorithm == "dpo" else None
     trainer = dpo.DPOTrainer(make(), reference, optimizer(), config)
     if of_pairs is not None:

@@ -113,10 +113,12 @@ EVERYTHING_SETTINGS = pytest.mark.parametrize(
         ),
     ],
 )
-# What Tunix calls, JAX and Flax deprecate. The second is Flax's own doing.
+# What Tunix calls, JAX, Flax and optax deprecate. The second is Flax's own doing.
 TUNIX_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:tunix",
     "ignore:'sharding' is deprecated:DeprecationWarning:flax",
+    "ignore:optax.global_norm:DeprecationWarning",
+    "ignore:.with mesh:DeprecationWarning",
 )
 
 

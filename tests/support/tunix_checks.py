@@ -10,17 +10,10 @@ import pytest
 from flax import nnx
 from numpy.typing import NDArray
 
-from support.model_checks import REASON, TUNIX_WARNINGS, D, V, by_path
+from support.model_checks import REASON, D, V, by_path
 
 llama3 = pytest.importorskip("tunix.models.llama3.model", reason=REASON)
 utils = pytest.importorskip("tunix.sft.utils", reason=REASON)
-
-# Beside those of its models: a deprecated function of optax, a mesh as a context.
-TRAINER_WARNINGS = [
-    TUNIX_WARNINGS,
-    pytest.mark.filterwarnings("ignore:optax.global_norm:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning"),
-]
 
 PAD = 0
 STEPS, B, P, C = 6, 4, 5, 8  # steps, rows, tokens of a prompt and of a completion
