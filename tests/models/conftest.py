@@ -8,6 +8,10 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def standard_promotion() -> Iterator[None]:
-    """The models, and optax's Adam, mix dtypes, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+    """The models, and optax's Adam, mix dtypes, which strict promotion refuses.
+
+    Set for all threads: Tunix samples in one of its own.
+    """
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from support.model_checks import (
     EVERYTHING_SETTINGS,
+    PLAIN,
     PLAIN_SETTINGS,
     REASON,
     STEPS,
@@ -24,6 +26,8 @@ from support.model_checks import (
     mtp_params,
     run_of,
 )
+
+import ava_jax
 
 pz = pytest.importorskip("penzai.pz", reason=REASON)
 llama = pytest.importorskip(
@@ -102,3 +106,39 @@ def test_smoothing_gets_mesh_apart() -> None:
 @EVERYTHING_SETTINGS
 def test_everything_learns(setting: Setting) -> None:
     check_everything_learns(train, setting)
+
+
+def test_a_tied_head_with_a_final_cap_is_optax() -> None:
+    """The last layers are the head and a `TanhSoftCap`; the loss takes both over."""
+    config = llama.LlamalikeTransformerConfig(
+        num_kv_heads=1,
+        query_head_multiplier=2,
+        embedding_dim=D,
+        projection_dim=D // 2,
+        mlp_hidden_dim=2 * D,
+        num_decoder_blocks=1,
+        vocab_size=V,
+        mlp_variant="geglu_approx",
+        tie_embedder_and_logits=True,
+        final_logit_softcap=30.0,
+    )
+    model = llama.build_llamalike_transformer(config, jax.random.key(0))
+    ids = batch_of(0, Setting()).ids
+    tokens, positions = pz.nx.wrap(ids[:, :-1], "batch", "seq"), pz.nx.arange("seq", S)
+    *body, head, _ = model.body.sublayers
+    # So large that the cap bends the logits.
+    table = head.table.embeddings
+    table.value = jax.tree.map(lambda x: 2 * x / jnp.std(x), table.value)
+    logits = model(tokens, token_positions=positions)
+    logits = logits.unwrap("batch", "seq", "vocabulary")
+    assert 15 < abs(logits).max() < 30
+    named = pz.nn.Sequential(body)(tokens, token_positions=positions)
+    loss_fn = ava_jax.create_unified_loss(PLAIN, logit_soft_cap=30.0)
+    loss, _, _ = loss_fn(
+        loss_fn.init(),
+        hidden_states=named.unwrap("batch", "seq", "embedding"),
+        lm_head=table.value.unwrap("embedding", "vocabulary"),
+        targets=ids[:, 1:],
+    )
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+    assert float(loss) == pytest.approx(float(nll.mean()), rel=1e-5)

@@ -10,23 +10,19 @@ from support.model_checks import (
     EVERYTHING_SETTINGS,
     PLAIN_SETTINGS,
     REASON,
-    STEPS,
     TUNIX_WARNINGS,
     Batch,
     D,
     K,
-    Line,
-    Run,
     Setting,
     V,
-    batch_of,
     check_everything_learns,
     check_plain_is_optax,
     check_smoothing_gets_mesh_apart,
-    run_of,
+    nnx_trainer,
 )
 
-from ava_jax.heads import MTPHeads
+from ava_jax.heads import MTPHeads, NNXHeads
 
 llama3 = pytest.importorskip("tunix.models.llama3.model", reason=REASON)
 tunix = pytest.importorskip("tunix.sft.utils", reason=REASON)
@@ -50,9 +46,8 @@ def make(setting: Setting) -> nnx.Module:
     )
     model = llama3.Llama3(config, rngs=nnx.Rngs(0))
     if setting.mtp:
-        heads = MTPHeads(num_heads=K, vocab_size=V)
-        model.mtp = nnx.bridge.ToNNX(heads, rngs=nnx.Rngs(1))
-        model.mtp.lazy_init(jnp.zeros((1, 1, D)))
+        heads, width = MTPHeads(num_heads=K, vocab_size=V), jnp.zeros((1, 1, D))
+        model.mtp = NNXHeads(heads, width, rngs=nnx.Rngs(1))
     rngs = nnx.Rngs(2)
 
     def ready(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
@@ -74,10 +69,7 @@ def outputs_of(model: Any, batch: Batch, setting: Setting) -> dict[str, Any]:
     for layer in model.layers:
         _, x = layer(x, positions, None, attention)
     hidden = {"hidden_states": model.final_norm(x)}
-    mtp = {}
-    if setting.mtp:
-        params = nnx.to_pure_dict(nnx.state(model.mtp, nnx.Param))
-        mtp = hidden | {"mtp_params": params}
+    mtp = hidden | {"mtp_params": model.mtp.params} if setting.mtp else {}
     if setting.path == "logits":
         return {"logits": model(ids, positions, None, attention)[0]} | mtp
     if setting.tied:
@@ -87,28 +79,7 @@ def outputs_of(model: Any, batch: Batch, setting: Setting) -> dict[str, Any]:
     return hidden | {"lm_head": head} | mtp
 
 
-def train(line: Line, state: Any, setting: Setting) -> Run:
-    model = make(setting)
-    optimizer = nnx.Optimizer(model, setting.optimizer, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model: Any, optimizer: Any, state: Any, batch: Batch) -> Any:
-        def objective(model: Any) -> Any:
-            outputs = outputs_of(model, batch, setting)
-            loss, aux, new_state = line(state, *batch, **outputs)
-            return loss, (aux, new_state)
-
-        graded = nnx.value_and_grad(objective, has_aux=True)
-        (loss, (aux, new_state)), grads = graded(model)
-        optimizer.update(model, grads)
-        return new_state, (loss, aux)
-
-    history = []
-    for number in range(STEPS):
-        state, reported = step(model, optimizer, state, batch_of(number, setting))
-        history.append(reported)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return run_of(history, params, state)
+train = nnx_trainer(make, outputs_of)
 
 
 @PLAIN_SETTINGS

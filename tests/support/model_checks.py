@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from numpy.typing import NDArray
 
 import ava_jax
@@ -112,10 +113,12 @@ EVERYTHING_SETTINGS = pytest.mark.parametrize(
         ),
     ],
 )
-# What Tunix calls, JAX and Flax deprecate. The second is Flax's own doing.
+# What Tunix calls, JAX, Flax and optax deprecate. The second is Flax's own doing.
 TUNIX_WARNINGS = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:tunix",
     "ignore:'sharding' is deprecated:DeprecationWarning:flax",
+    "ignore:optax.global_norm:DeprecationWarning",
+    "ignore:.with mesh:DeprecationWarning",
 )
 
 
@@ -143,6 +146,39 @@ class Trainer(Protocol):
     """
 
     def __call__(self, line: Line, state: Any, setting: Setting) -> Run: ...
+
+
+def nnx_trainer(
+    make: Callable[[Setting], Any],
+    outputs_of: Callable[[Any, Batch, Setting], dict[str, Any]],
+) -> Trainer:
+    """The training loop of an NNX model; `outputs_of` is what the loss line gets."""
+
+    def train(line: Line, state: Any, setting: Setting) -> Run:
+        model = make(setting)
+        optimizer = nnx.Optimizer(model, setting.optimizer, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model: Any, optimizer: Any, state: Any, batch: Batch) -> Any:
+            def objective(model: Any) -> Any:
+                outputs = outputs_of(model, batch, setting)
+                loss, aux, new_state = line(state, *batch, **outputs)
+                return loss, (aux, new_state)
+
+            graded = nnx.value_and_grad(objective, has_aux=True)
+            (loss, (aux, new_state)), grads = graded(model)
+            optimizer.update(model, grads)
+            return new_state, (loss, aux)
+
+        history = []
+        for number in range(STEPS):
+            batch = batch_of(number, setting)
+            state, reported = step(model, optimizer, state, batch)
+            history.append(reported)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return run_of(history, params, state)
+
+    return train
 
 
 def batch_of(step: int, setting: Setting) -> Batch:
@@ -214,7 +250,7 @@ def train_with_optax(train: Trainer, setting: Setting) -> Run:
 # The checks ----------------------------------------------------------------------
 
 
-def check_plain_is_optax(train: Trainer, setting: Setting) -> None:
+def check_plain_is_optax(train: Trainer, setting: Setting, **overrides: Any) -> None:
     """Every loss, and the parameters at the end, are those of optax within 1e-6.
 
     In float32 the losses are so relatively: where they are 4.6, neighbouring numbers
@@ -223,7 +259,7 @@ def check_plain_is_optax(train: Trainer, setting: Setting) -> None:
     reference = train_with_optax(train, setting)
     assert reference.losses[-1] < 0.95 * reference.losses[0]
     assert {x.dtype for x in reference.params.values()} == {np.dtype(setting.dtype)}
-    run = train_with(train, PLAIN, setting)
+    run = train_with(train, PLAIN, setting, **overrides)
     scale = reference.losses if setting.dtype == "float32" else 1.0
     assert (abs(run.losses - reference.losses) < 1e-6 * scale).all()
     for name, gap in gaps(run, reference).items():
