@@ -20,7 +20,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
@@ -30,10 +30,13 @@ import jax
 from jax.stages import Compiled
 
 from benchmarks import costs, hlo, machine, maxtext_training
-from benchmarks.maxtext_training import Settings, Training
+from benchmarks.maxtext_training import Options, Settings, Training
 from benchmarks.topologies import CHIPS, ENVIRONMENT
 
-OPTIONS = {"plain": maxtext_training.PLAIN, "everything": maxtext_training.EVERYTHING}
+OPTIONS: Mapping[str, Options] = {
+    "plain": maxtext_training.PLAIN,
+    "everything": maxtext_training.EVERYTHING,
+}
 LOSSES = ("own", "tiling", *OPTIONS)
 # The z-loss is a setting of MaxText, whichever loss computes it.
 MORE_SETTINGS = {"everything": {"z_loss_multiplier": 1e-4}}
