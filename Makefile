@@ -12,8 +12,8 @@ DOCS := $(VENV)/docs
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo grpo distill test test-all test-models test-compiled lint docs \
-  bench bench-external bench-maxtext experiments clean
+.PHONY: help demo grpo distill test test-all test-models test-compiled \
+  test-maxtext lint docs bench bench-external bench-maxtext experiments clean
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all       the test suite, slow tests included"
 	@echo "make test-models    train other people's models with this loss"
 	@echo "make test-compiled  compile for TPUs and GPUs, which need not be there"
+	@echo "make test-maxtext   train in MaxText with this loss"
 	@echo "make lint           formatting, lint and types"
 	@echo "make docs           the documentation as a site, in site/"
 	@echo "make bench          times and memory against other implementations"
@@ -65,12 +66,15 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.bench
 	$(BENCH)/bin/python -m benchmarks.run --scaling $(ARGS)
 
-# Both need Python 3.12: make PYTHON=python3.12 bench-maxtext
+# This and the next two need Python 3.12: make PYTHON=python3.12 bench-maxtext
+test-maxtext: $(VENV)/.maxtext
+	$(MAXTEXT)/bin/python -m pytest tests/maxtext $(ARGS)
+
 bench-external: $(VENV)/.external
 	$(EXTERNAL)/bin/python -m benchmarks.external $(ARGS)
 
 bench-maxtext: $(VENV)/.maxtext
-	$(MAXTEXT)/bin/python -m benchmarks.maxtext own tiling plain everything $(ARGS)
+	$(MAXTEXT)/bin/python -m benchmarks.maxtext own tiling plain everything train $(ARGS)
 
 experiments: $(VENV)/.train
 	$(BIN)/python -m experiments.run all --jobs 2 $(ARGS)

@@ -1,48 +1,53 @@
-"""MaxText's training step with our loss in it: `python -m benchmarks.maxtext own`.
+"""MaxText with our loss in it, by the adapter `examples/maxtext_loss.py`.
+
+    python -m benchmarks.maxtext own tiling plain everything
+    python -m benchmarks.maxtext train
 
 MaxText's ahead-of-time compiler compiles Llama-3.1-8B's step for a v5p-64, 32 chips
 that need not be present, with one of four losses: MaxText's own, its vocabulary tiling,
 or ours in place of that tiling, plain or with everything. The compiler's estimate of
-the time and the temporary memory per chip are printed and saved in
-`benchmarks/results`; nothing is run. `make bench-maxtext` compiles all four in one to
-two minutes each; it needs Python 3.12 and 4 GB of packages.
+the time and the temporary memory per chip are printed; nothing is run. It takes one to
+two minutes each.
+
+`train` trains a tiny model with MaxText's loss, with its tiling and with ours, and
+prints by how much the metrics differ, in three minutes. `make bench-maxtext` does both
+and saves the figures in `benchmarks/results`; it needs Python 3.12 and 4 GB of
+packages.
 """
 
 import argparse
 import importlib
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import TypedDict
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 from jax.stages import Compiled
 
-import ava_jax
-from benchmarks import candidates, costs, hlo, machine
+from benchmarks import costs, hlo, machine, maxtext_training
+from benchmarks.maxtext_training import Options, Settings, Training
 from benchmarks.topologies import CHIPS, ENVIRONMENT
 
-LOSSES = ("own", "tiling", "plain", "everything")
-CONFIGS = {"plain": candidates.plain, "everything": candidates.everything}
-TILES = 8
+OPTIONS: Mapping[str, Options] = {
+    "plain": maxtext_training.PLAIN,
+    "everything": maxtext_training.EVERYTHING,
+}
+LOSSES = ("own", "tiling", *OPTIONS)
+# The z-loss is a setting of MaxText, whichever loss computes it.
+MORE_SETTINGS = {"everything": {"z_loss_multiplier": 1e-4}}
 CHIP = "v5p"
-SETTINGS: Mapping[str, str | int] = {
+SETTINGS: Settings = {
     "model_name": "llama3.1-8b",
     "compile_topology": f"{CHIP}-64",
     "compile_topology_num_slices": 1,
     "per_device_batch_size": 4,
     "max_target_length": 4096,
     "attention": "flash",
-    "dataset_type": "synthetic",
-    "enable_checkpointing": "false",
-    "jax_cache_dir": "",
-    "run_name": "benchmark",
 }
 GIB = 2**30
 
@@ -63,75 +68,18 @@ class Step(TypedDict):
     temp_bytes: int
     argument_bytes: int
     compile_seconds: float
-    settings: dict[str, str | int]
+    settings: dict[str, str | int | float]
     versions: dict[str, str | None]
 
 
-class Settings(Protocol):
-    """The used part of MaxText's config."""
-
-    vocab_size: int
-
-
-# From a model, its last hidden states [B, S, D], the batch, the config and whether it
-# trains to the sums of the loss and of the z-loss over the tokens.
-Hook = Callable[
-    [Any, jax.Array, Mapping[str, jax.Array], Settings, bool],
-    tuple[jax.Array, jax.Array],
-]
-
-
-def hook(config: Callable[[int], ava_jax.UnifiedLossConfig]) -> Hook:
-    """Returns our loss with the signature of MaxText's vocabulary tiling.
-
-    Args:
-      config: returns the loss's config for a vocabulary size.
-    """
-
-    nnx = importlib.import_module("flax.nnx")
-
-    def loss(
-        model: Any,
-        hidden_states: jax.Array,
-        data: Mapping[str, jax.Array],
-        settings: Settings,
-        is_train: bool,
-    ) -> tuple[jax.Array, jax.Array]:
-        del is_train
-        # Both gradients of the norm are computed before those of the layers. Otherwise
-        # XLA keeps the operands of the scale's gradient until the end. Tiling has the
-        # norm in its own gradient.
-        norm, scale = nnx.split(model.decoder.decoder_norm)
-        hidden_states, scale = jax.lax.optimization_barrier((hidden_states, scale))
-        hidden = nnx.merge(norm, scale)(hidden_states)
-        head = model.decoder.logits_dense.kernel[...].astype(hidden.dtype)
-        loss_fn = ava_jax.unified_loss(
-            config(settings.vocab_size), mesh=model.mesh, batch_axes=("data", "fsdp")
-        )
-        unmasked = data["targets_segmentation"] != 0
-        mean, _, _ = loss_fn(
-            loss_fn.init(),
-            targets=data["targets"],
-            attention_mask=unmasked,
-            hidden_states=hidden,
-            lm_head=head,
-        )
-        return mean * unmasked.sum(), jnp.zeros(())
-
-    return loss
-
-
-def compile_step(loss: str, settings: Mapping[str, str | int]) -> Compiled:
+def compile_step(loss: str, settings: Settings) -> Compiled:
     """Compiles MaxText's training step.
 
     Args:
       loss: one of `LOSSES`.
       settings: MaxText's settings; the others keep their defaults.
     """
-    maxtext = importlib.import_module("maxtext")
-    trainers = "maxtext.trainers.pre_train"
-    compiler = importlib.import_module(f"{trainers}.train_compile")
-    train = importlib.import_module(f"{trainers}.train")
+    compiler = importlib.import_module(f"{maxtext_training.PRE_TRAIN}.train_compile")
     compiled: list[Compiled] = []
     real = compiler.jit_and_compile
 
@@ -139,28 +87,21 @@ def compile_step(loss: str, settings: Mapping[str, str | int]) -> Compiled:
         compiled.append(real(*args, **kwargs))
         return compiled[-1]
 
-    tiling = train.vocab_tiling_nnx_loss
-    tiling = hook(CONFIGS[loss]) if loss in CONFIGS else tiling
-    base = Path(maxtext.__path__[0]) / "configs" / "base.yml"
-    with (
-        tempfile.TemporaryDirectory() as out,
-        mock.patch.object(compiler, "jit_and_compile", jit_and_compile),
-        mock.patch.object(train, "vocab_tiling_nnx_loss", tiling),
-    ):
-        given = [f"{name}={value}" for name, value in settings.items()]
-        compiler.main(["", str(base), f"base_output_directory={out}", *given])
+    with mock.patch.object(compiler, "jit_and_compile", jit_and_compile):
+        maxtext_training.run("train_compile", settings, OPTIONS.get(loss))
     return compiled[0]
 
 
-def measure(loss: str, extra: Mapping[str, str | int]) -> Step:
+def measure(loss: str, extra: Settings) -> Step:
     """Compiles a step and reads the figures of its program.
 
     Args:
       loss: one of `LOSSES`.
       extra: MaxText's settings that override `SETTINGS`.
     """
-    tiles = 1 if loss == "own" else TILES
-    settings = {**SETTINGS, "num_vocab_tiling": tiles, **extra}
+    tiles = 1 if loss == "own" else maxtext_training.TILES
+    own = {"num_vocab_tiling": tiles, **MORE_SETTINGS.get(loss, {})}
+    settings = {**SETTINGS, **own, **extra}
     start = time.perf_counter()
     program = compile_step(loss, settings)
     seconds = time.perf_counter() - start
@@ -182,37 +123,60 @@ def measure(loss: str, extra: Mapping[str, str | int]) -> Step:
     )
 
 
-def keep(path: Path, loss: str, step: Step) -> None:
-    """Writes a step to a results file and keeps the file's other losses."""
+def keep(path: Path, name: str, figures: Step | Training) -> None:
+    """Writes figures to a results file and keeps the file's others."""
     old = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**old, loss: step}, indent=1) + "\n")
+    path.write_text(json.dumps({**old, name: figures}, indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def compile_steps(losses: Sequence[str], extra: Settings, out: Path) -> None:
     """Compiles the steps of the named losses, prints and saves their figures."""
-    parser = argparse.ArgumentParser(description="Our loss in MaxText's step.")
-    parser.add_argument("losses", nargs="+", choices=LOSSES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument(
-        "--set", nargs="*", default=(), metavar="NAME=VALUE", help="MaxText's settings"
-    )
-    options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")
-    # MaxText connects to Google Cloud when it is imported, unless this is set.
-    for name, value in {**ENVIRONMENT, "DECOUPLE_GCLOUD": "TRUE"}.items():
-        os.environ.setdefault(name, value)
-    extra = dict(setting.split("=", 1) for setting in options.set)
-    path = options.out / f"maxtext-{metadata.version('maxtext')}.json"
-    for loss in options.losses:
+    for loss in losses:
         step = measure(loss, extra)
-        keep(path, loss, step)
+        keep(out / f"maxtext-{metadata.version('maxtext')}.json", loss, step)
         print(
             f"{loss}: estimated {step['estimated_ms']:,.1f} ms, temporaries of a chip "
             f"{step['temp_bytes'] / GIB:.2f} GiB, compiled in "
             f"{step['compile_seconds']:.0f} s",
             flush=True,
         )
+
+
+def train_cases(extra: Settings, out: Path) -> None:
+    """Trains every case with both losses, prints and saves what differs."""
+    path = out / f"maxtext-training-{metadata.version('maxtext')}.json"
+    for name, settings in maxtext_training.CASES.items():
+        training = maxtext_training.compare({**settings, **extra})
+        keep(path, name, training)
+        first, last = training["losses"]
+        print(f"{name}: loss {first:.3f} to {last:.3f}", flush=True)
+        for loss, gaps in (
+            ("ours", training["gaps"]),
+            ("tiling", training["tiling_gaps"]),
+        ):
+            figures = ", ".join(f"{metric} {gap:.1e}" for metric, gap in gaps.items())
+            print(f"  {loss}: {figures}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles steps, or trains; prints and saves the figures."""
+    parser = argparse.ArgumentParser(description="Our loss in MaxText.")
+    parser.add_argument("what", nargs="+", choices=(*LOSSES, "train"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--set", nargs="*", default=(), metavar="NAME=VALUE", help="MaxText's settings"
+    )
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", maxtext_training.DEVICES)
+    # MaxText connects to Google Cloud when it is imported, unless this is set.
+    for name, value in {**ENVIRONMENT, "DECOUPLE_GCLOUD": "TRUE"}.items():
+        os.environ.setdefault(name, value)
+    extra = dict(setting.split("=", 1) for setting in options.set)
+    compile_steps([w for w in options.what if w != "train"], extra, options.out)
+    if "train" in options.what:
+        train_cases(extra, options.out)
 
 
 if __name__ == "__main__":

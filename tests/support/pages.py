@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
 HEADING = re.compile(r"(#+) +(.+)")
 CODE = re.compile(r"`([^`]+)`")
-MODELS = re.compile(r"^from (penzai|transformers|tunix)\b", re.MULTILINE)
+MODELS = re.compile(r"^from (maxtext|penzai|transformers|tunix)\b", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def codes(cell: str) -> list[str]:
 
 
 def models_of(page: Path, name: str) -> list[str]:
-    """The packages of the models extra that a section imports."""
+    """The packages, of the models extra or MaxText, that a section imports."""
     return [m for s in sections(page)[name] for m in MODELS.findall(s.source)]
 
 

@@ -1,0 +1,17 @@
+"""MaxText runs as its authors run it."""
+
+import os
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+# MaxText connects to Google Cloud when it is imported, unless this is set.
+os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+
+
+@pytest.fixture(autouse=True)
+def as_maxtext_does() -> Iterator[None]:
+    """With ordinary promotion of dtypes, which MaxText's arithmetic needs."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
