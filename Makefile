@@ -60,10 +60,10 @@ test-compiled: $(VENV)/.compiled
 
 .PHONY: test-lowest test-newest newest-dependencies package release-check
 
-# What a release promises of its dependencies: the package without the trainer. Flax
-# 0.12.0 calls what JAX 0.10 has deprecated.
+# What a release promises of its dependencies: the package without the trainer. The
+# lowest Flax calls what the lowest JAX has deprecated.
 CORE_TESTS := --doctest-modules ava_jax tests/losses tests/kernel tests/heads
-OLD_FLAX := -W "ignore:jax.core.get_opaque_trace_state:DeprecationWarning"
+OLD_FLAX := -W "ignore:jax.core.:DeprecationWarning"
 
 test-lowest: $(VENV)/.lowest
 	$(LOWEST)/bin/python -m pytest -n 1 -m "not slow" $(OLD_FLAX) $(CORE_TESTS) $(ARGS)
