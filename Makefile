@@ -62,7 +62,9 @@ test-compiled: $(VENV)/.compiled
 
 # What a release promises of its dependencies: the package without the trainer. The
 # lowest Flax calls what the lowest JAX has deprecated.
-CORE_TESTS := --doctest-modules ava_jax tests/losses tests/kernel tests/heads
+CORE_TESTS := --doctest-modules ava_jax tests/losses tests/heads tests/test_public_api.py \
+  $(addprefix tests/kernel/test_,blocks.py collectives.py divergence.py platforms.py \
+  implementations.py) $(addprefix tests/terms/test_,compose.py user_terms.py)
 OLD_FLAX := -W "ignore:jax.core.:DeprecationWarning"
 
 test-lowest: $(VENV)/.lowest
