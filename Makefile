@@ -8,9 +8,6 @@ MODELS := $(VENV)/models
 COMPILED := $(VENV)/compiled
 EXTERNAL := $(VENV)/external
 MAXTEXT := $(VENV)/maxtext
-LOWEST := $(VENV)/lowest
-NEWEST := $(VENV)/newest
-PACKAGE := $(VENV)/package
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
@@ -57,6 +54,10 @@ test-models: $(VENV)/.models
 # One worker: the compilers use all cores, and the tests share compiled programs.
 test-compiled: $(VENV)/.compiled
 	$(COMPILED)/bin/python -m pytest tests/compiled $(ARGS)
+
+LOWEST := $(VENV)/lowest
+NEWEST := $(VENV)/newest
+PACKAGE := $(VENV)/package
 
 .PHONY: test-lowest test-newest newest-dependencies package release-check
 
