@@ -9,11 +9,15 @@ COMPILED := $(VENV)/compiled
 EXTERNAL := $(VENV)/external
 MAXTEXT := $(VENV)/maxtext
 DOCS := $(VENV)/docs
+LOWEST := $(VENV)/lowest
+NEWEST := $(VENV)/newest
+PACKAGE := $(VENV)/package
 OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo grpo distill test test-all test-models test-compiled \
-  test-maxtext lint docs bench bench-external bench-maxtext experiments clean
+  test-maxtext test-lowest test-newest newest-dependencies package release-check \
+  lint docs bench bench-external bench-maxtext experiments clean
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
@@ -29,6 +33,10 @@ help:
 	@echo "make bench          times and memory against other implementations"
 	@echo "make bench-external other packages' losses, compiled for a TPU that need not be there"
 	@echo "make bench-maxtext  MaxText's training step, likewise, with its losses and with ours"
+	@echo "make test-lowest    the package's tests with the oldest dependencies that it allows"
+	@echo "make test-newest    the same with the newest"
+	@echo "make package        build sdist and wheel, install each on its own, and try it there"
+	@echo "make release-check  TAG, version and change log agree: make release-check TAG=v1.2.3"
 	@echo "make experiments    what training under the losses does, in about three hours"
 	@echo "make clean          remove .venv, site/ and the caches; runs/ stays"
 
@@ -53,6 +61,24 @@ test-models: $(VENV)/.models
 # One worker: the compilers use all cores, and the tests share compiled programs.
 test-compiled: $(VENV)/.compiled
 	$(COMPILED)/bin/python -m pytest tests/compiled $(ARGS)
+
+# What a release promises of its dependencies: the package without the trainer.
+CORE_TESTS := --doctest-modules ava_jax tests/losses tests/heads tests/test_public_api.py \
+  $(addprefix tests/kernel/test_,blocks.py collectives.py divergence.py platforms.py \
+  implementations.py) $(addprefix tests/terms/test_,compose.py user_terms.py)
+
+test-lowest: $(VENV)/.lowest
+	$(LOWEST)/bin/python -m pytest -n 1 -m "not slow" $(CORE_TESTS) $(ARGS)
+
+# The newest JAX needs the newest Python: make PYTHON=python3.13 test-newest
+test-newest: newest-dependencies
+	$(NEWEST)/bin/python -m pytest -n 1 -m "not slow" $(CORE_TESTS) $(ARGS)
+
+package: $(VENV)/.package
+	$(PACKAGE)/bin/python tools/check_package.py
+
+release-check:
+	@$(PYTHON) tools/check_release.py $(TAG)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -129,4 +155,25 @@ $(VENV)/.compiled: pyproject.toml
 $(VENV)/.external $(VENV)/.maxtext: $(VENV)/.%: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(VENV)/$* $(VENV)/$*/bin/python
 	$(VENV)/$*/bin/python -m pip install --disable-pip-version-check -q -e '.[$*]'
+	@touch $@
+
+# Exactly the lower bounds of the core dependencies.
+$(VENV)/.lowest: pyproject.toml tools/lower_bounds.py
+	@$(MAKE) --no-print-directory VENV=$(LOWEST) $(LOWEST)/bin/python
+	$(LOWEST)/bin/python tools/lower_bounds.py > $(LOWEST)/bounds.txt
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -q \
+	  -c $(LOWEST)/bounds.txt -e '.[core-test]'
+	@touch $@
+
+# No stamp: what is newest changes.
+newest-dependencies:
+	@$(MAKE) --no-print-directory VENV=$(NEWEST) $(NEWEST)/bin/python
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q \
+	  --upgrade --upgrade-strategy eager -e '.[core-test]'
+
+# Without the package: it is installed into environments of its own.
+$(VENV)/.package:
+	@$(MAKE) --no-print-directory VENV=$(PACKAGE) $(PACKAGE)/bin/python
+	$(PACKAGE)/bin/python -m pip install --disable-pip-version-check -q \
+	  build twine 'readme-renderer[md]'
 	@touch $@

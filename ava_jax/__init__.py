@@ -31,4 +31,4 @@ from ava_jax.unified import compose as compose
 from ava_jax.unified import create_unified_loss as create_unified_loss
 from ava_jax.unified import unified_loss as unified_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -114,6 +114,8 @@ def _check_logits(name: str, logits: Float[Array, "B S V"], tokens: Tokens) -> N
 
 
 def _check(name: str, fine: Bool[Array, "..."], values: Array, problem: str) -> None:
+    if not fine.size:
+        return
     first = jnp.argmin(fine.reshape(-1))
     position = jnp.unravel_index(first, fine.shape)
     slots = ", ".join(f"{{i{axis}}}" for axis in range(fine.ndim))

@@ -9,7 +9,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.lax import PrecisionLike
 from jax.sharding import Mesh
@@ -221,20 +220,21 @@ def read_temperature(
       TypeError: it is no number.
       ValueError: it is not above 0, as far as its value is known, or no scalar.
     """
-    is_array = isinstance(temperature, jax.Array | np.ndarray)
-    if not is_array and not isinstance(temperature, int | float | np.number):
+    # NumPy's float64 is a Python float as well.
+    is_number = isinstance(temperature, int | float)
+    if not is_number and not hasattr(temperature, "ndim"):
         raise TypeError(
             f"temperature must be a number or a scalar array, got {temperature!r}"
         )
-    if is_array and temperature.ndim:
+    if not is_number and jnp.ndim(temperature):
         raise ValueError(
-            f"temperature must be a number or a scalar, got {temperature.shape}: "
+            f"temperature must be a number or a scalar, got {jnp.shape(temperature)}: "
             "divide the logits where it differs from token to token"
         )
     is_known = not isinstance(temperature, Tracer)
     if is_known and not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    return None if not is_array and temperature == 1 else as_float(temperature)
+    return None if is_number and temperature == 1 else as_float(temperature)
 
 
 def query_of(tokens: Tokens) -> Query:

@@ -7,7 +7,6 @@ mask or weight of 0 are left out, whatever their values.
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
@@ -238,9 +237,9 @@ def calibration_bins(
     unmasked = given != 0
     known = unmasked & (level >= 0) & (level <= 1)
     values = (given, given * level, given * as_float(correct))
-    # NumPy's quotients are correctly rounded; XLA's, by a constant, are not.
-    edges = np.arange(num_bins + 1) / num_bins
-    bounds = jnp.asarray(np.append(-1.0, edges[1:-1])), jnp.asarray(edges[1:])
+    # Python's quotients are correctly rounded; XLA's, by a constant, are not.
+    edges = [edge / num_bins for edge in range(1, num_bins + 1)]
+    bounds = jnp.asarray([-1.0, *edges[:-1]]), jnp.asarray(edges)
 
     def sums(bound: tuple[Float[Array, ""], Float[Array, ""]]) -> list[Array]:
         within = known & (level > bound[0]) & (level <= bound[1])

@@ -355,9 +355,9 @@ def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Toke
 
 
 def longest_runs(tokens: Tokens) -> Int[Array, "B"]:
-    """Returns each row's longest run of equal targets; 1 if all are masked."""
+    """Returns each row's longest run of equal targets; 1 if there are none."""
     runs = jnp.where(tokens.active, run_lengths(tokens, tokens.raw), 1)
-    return jnp.max(runs, axis=1)
+    return jnp.max(runs, axis=1, initial=1)
 
 
 def repeated_token(

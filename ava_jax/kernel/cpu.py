@@ -136,7 +136,9 @@ def _num_segments(width: int) -> int:
 
 
 def _split(z):
-    return z.reshape(*z.shape[:-1], _num_segments(z.shape[-1]), -1)
+    *lead, width = z.shape
+    count = _num_segments(width)
+    return z.reshape(*lead, count, width // count)
 
 
 def _local_max(z) -> _LocalMax:

@@ -142,6 +142,29 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     return pass_._replace(rounded_sizes=choose(is_one_block=is_one_block))
 
 
+def with_masked_token(plan: Plan, operands: Operands) -> tuple[Plan, Operands]:
+    """Returns the pass of a batch without tokens, with a masked one on each device."""
+    plan = plan._replace(batch=plan.batch or 1, length=plan.length or 1)
+    rows, parts = (1, 1) if plan.layout is None else plan.layout.token_shards
+    batch, length = plan.batch * rows, plan.length * parts
+
+    def of_tokens(x):
+        return jnp.zeros((x.shape[0], batch, length, *x.shape[3:]), x.dtype)
+
+    def of_rows(x):
+        return jnp.zeros((batch, *(size or 1 for size in x.shape[1:])), x.dtype)
+
+    tokens = operands.sources, operands.inputs, operands.active
+    sources, inputs, active = jax.tree.map(of_tokens, tokens)
+    return plan, dataclasses.replace(
+        operands,
+        sources=sources,
+        inputs=inputs,
+        active=active,
+        rows=jax.tree.map(of_rows, operands.rows),
+    )
+
+
 def with_equal_shards(layout: Layout | None, operands: Operands) -> Operands:
     """Pads the vocabulary so that every device holds equally many columns."""
     kernel, bias = operands.kernel, operands.bias

@@ -22,6 +22,7 @@ from ava_jax.kernel.execute import (
     run_sums,
     run_values,
     with_equal_shards,
+    with_masked_token,
 )
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.passes import Objective, Operands, Sums, TokenFunction
@@ -47,9 +48,16 @@ def token_sums(
       plan: the static options.
 
     Returns:
-      The total and the sums.
+      The total and the sums; zeros for a batch without tokens.
     """
+    is_empty = plan.batch * plan.length == 0
+    if is_empty:
+        plan, operands = with_masked_token(plan, operands)
     operands = _ready(plan, operands)
+    if is_empty:
+        run = functools.partial(_token_sums, objectives, plan)
+        shapes = jax.eval_shape(run, operands, dict(coefficients))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return _token_sums(objectives, plan, operands, dict(coefficients))
 
 
@@ -69,6 +77,9 @@ def token_values(
     Returns:
       The values by name; those of masked tokens have no meaning.
     """
+    if plan.batch * plan.length == 0:
+        shape = operands.sources[0].shape[:3]
+        return {name: jnp.zeros(shape, float_dtype()) for name in function.names}
     return _token_values(function, plan, _ready(plan, operands))
 
 

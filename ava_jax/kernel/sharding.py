@@ -96,6 +96,12 @@ class Layout:
         """The number of the vocabulary's shards."""
         return self._count(self.vocab_axis)
 
+    @property
+    def token_shards(self) -> tuple[int, int]:
+        """The number of shards of the rows, and of each row's tokens."""
+        rows = math.prod(map(self._count, self.batch_axes))
+        return rows, self._count(self.sequence_axis)
+
     def rows(self) -> P:
         """Returns the spec of arrays [B, ...]."""
         return P(self.batch_axes or None)
@@ -114,8 +120,7 @@ class Layout:
         Raises:
           ValueError: the devices do not divide the rows or tokens evenly.
         """
-        rows = math.prod(map(self._count, self.batch_axes))
-        parts = self._count(self.sequence_axis)
+        rows, parts = self.token_shards
         for what, size, count, argument in (
             ("rows", batch, rows, f"batch_axes={self.batch_axes}"),
             ("tokens a row", length, parts, f"sequence_axis={self.sequence_axis!r}"),

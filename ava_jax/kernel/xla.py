@@ -217,6 +217,8 @@ def _without_underflow(vocabulary: Vocabulary, logits, shift, exists, exp_sum):
 
     left = exists & (exp_sum < _UNDERFLOW)
     start = (left, jnp.zeros_like(exp_sum), exp_sum)
+    if not left.size:
+        return start[1:]
     return lax.while_loop(is_left, sum_again, start)[1:]
 
 

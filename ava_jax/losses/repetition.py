@@ -301,7 +301,8 @@ def anti_repetition_loss(
     stats, weights, _ = read_logits(logits, labels)
     base = weighted_mean(stats.nll, weights)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
-    repetition, misuse, diversity = (jnp.mean(s) for s in scores)
+    rows = max(labels.shape[0], 1)
+    repetition, misuse, diversity = (jnp.sum(s) / rows for s in scores)
     a, b, c = (
         weight_at(w, jnp.asarray(step))
         for w in (repetition_penalty_weight, eos_penalty_weight, diversity_bonus_weight)

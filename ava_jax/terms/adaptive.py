@@ -240,8 +240,17 @@ class _Adaptive(Term):
 
     def init(self) -> dict[str, AdaptiveMTPState]:
         # An array each: the state may be donated.
-        sums = (jnp.zeros((), float_dtype()) for _ in range(4))
-        return {"adaptive_mtp": AdaptiveMTPState(*sums, jnp.zeros((), jnp.int32))}
+        sums = {
+            name: jnp.zeros((), float_dtype())
+            for name in (
+                "primary_loss",
+                "additional_loss",
+                "confidence_reg",
+                "confidence",
+            )
+        }
+        count = jnp.zeros((), jnp.int32)
+        return {"adaptive_mtp": AdaptiveMTPState(**sums, count=count)}
 
     def update(self, state: dict[str, Any], statistics: AdaptiveParts, step: Step):
         old, new = state["adaptive_mtp"], statistics

@@ -1,6 +1,7 @@
 """Mixture of experts: the router's balance and its auxiliary losses, and diversity."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -379,14 +380,14 @@ class ExpertDiversity(BatchTerm):
         batch, length = call.tokens.targets.shape
         count = batch * length
         if outputs.shape[1:3] == (batch, length) and outputs.ndim > 3:
-            outputs = outputs.reshape(outputs.shape[0], count, -1)
+            outputs = outputs.reshape(outputs.shape[0], count, *outputs.shape[3:])
         if outputs.ndim < 3 or outputs.shape[1] != count:
             raise ValueError(
                 f"expert_outputs must be [E, N, D] or [E, B, S, D] with N = B·S = "
                 f"{count}, got {outputs.shape}"
             )
         return moe.expert_diversity_loss(
-            outputs.reshape(outputs.shape[0], count, -1),
+            outputs.reshape(*outputs.shape[:2], math.prod(outputs.shape[2:])),
             similarity=self.similarity,
             token_weights=call.tokens.weights.reshape(-1),
         )
