@@ -38,7 +38,7 @@ help:
 	@echo "make package        build sdist and wheel, install each on its own, and try it there"
 	@echo "make release-check  TAG, version and change log agree: make release-check TAG=v1.2.3"
 	@echo "make experiments    what training under the losses does, in about three hours"
-	@echo "make clean          remove .venv, site/ and the caches; runs/ stays"
+	@echo "make clean          remove .venv, site/, dist/ and the caches; runs/ stays"
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/train_tpu.py --preset demo --out $(OUT) $(ARGS)
@@ -107,7 +107,7 @@ experiments: $(VENV)/.train
 	$(BIN)/python -m experiments.tables
 
 clean:
-	rm -rf $(VENV) site .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site dist .cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
