@@ -65,21 +65,18 @@ class Settings:
 class UnifiedLossConfig:
     """Which terms the unified loss has, and their constants.
 
-    Every field whose name ends in `_weight`, and `bias_update_rate`, may be a number
-    or an optax schedule `step -> number`, which is evaluated at `state.step`. The
-    config is immutable and hashable, so it may be a static argument of a jitted
-    function.
+    Every field whose name ends in `_weight`, and `bias_update_rate`, may be an optax
+    schedule `step -> number`, evaluated at `state.step`. A config is hashable.
 
     By default the main loss is that of `softmax(z/T)`, and T moves: decode and evaluate
-    with `fold_temperature(lm_head, state)`. Read at T = 1, a model that was trained
-    with these defaults has 2.7 times its perplexity.
-    `adaptive_temperature=False` keeps T at 1.
+    with `fold_temperature(lm_head, state)`. Read at T = 1, such a model has about three
+    times its perplexity. `adaptive_temperature=False` keeps T at 1.
 
     Args:
       vocab_size: V, the number of classes; further columns of the logits are padding.
       hidden_size: D, required for `mtp_type="parallel"`.
-      primary_loss_type: `"standard"` (temperature 1), `"deepseek"` (temperature from
-        the state) or `"adaptive_mtp"`.
+      primary_loss_type: `"standard"` (T = 1), `"deepseek"` (T from the state) or
+        `"adaptive_mtp"`.
       ignore_index: a target id that carries no weight.
       initial_temperature: the temperature of the first step.
       adaptive_temperature: whether the temperature follows the recent losses.
@@ -96,9 +93,8 @@ class UnifiedLossConfig:
       focal_gamma: focusing exponent γ ≥ 0.
       z_loss_weight: weight of mean(log_z²), part of the main loss.
       use_mtp: adds a multi-token-prediction loss to the primary loss.
-      mtp_type: `"parallel"` (heads with matrices of their own; `"deepseek"` is another
-        name for it), `"sequential"` (hidden states per depth, shared head) or
-        `"adaptive"` (given logits and confidences).
+      mtp_type: `"parallel"` (heads with matrices of their own; alias `"deepseek"`),
+        `"sequential"` (depths, shared head) or `"adaptive"` (logits and confidences).
       num_future_tokens: K, the number of heads or depths.
       mtp_weight: weight of the multi-token-prediction loss.
       use_confidence_weighting: scales the adaptive heads by the mean confidence.

@@ -1,7 +1,7 @@
 """Held-out metrics, at temperature 1 and at that of the model."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -90,7 +90,12 @@ def evaluate(
     total = sum(
         np.asarray(count(params, state, batch), np.float64) for batch in batches
     )
-    tokens, *sums = np.asarray(total).T
+    return _record(names, np.asarray(total))
+
+
+def _record(names: Sequence[str], total: Float[np.ndarray, "heads sums"]) -> Record:
+    """Returns the means of all heads' sums, the first of which are the tokens."""
+    tokens, *sums = total.T
     nothing = np.full_like(tokens, np.nan)
     means = {
         name: np.divide(x, tokens, out=nothing.copy(), where=tokens > 0).tolist()
