@@ -40,6 +40,16 @@ ALTERNATIVES: dict[str, Variant] = {
         TERMS["parallel heads"],
         (LearnedWeights(terms=("main_loss", "mtp_loss")),),
     ),
+    "contrastive token": Variant(
+        {"contrastive_token_weight": 0.1, "contrastive_token_window": 60}
+    ),
+    "temperature 0.5": Variant(
+        {
+            "primary_loss_type": "deepseek",
+            "adaptive_temperature": False,
+            "initial_temperature": 0.5,
+        }
+    ),
     "smoothing and temperature": Variant(
         TERMS["label smoothing"] | TERMS["adaptive temperature"]
     ),
@@ -76,8 +86,8 @@ def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
 def plot(results: Results) -> None:
     """Draws the figures of every variant, and what is learned or adapted on the way."""
     panels = {
-        "nll": "held-out nll",
-        "calibration_error": "calibration error",
+        "tempered_perplexity": "held-out perplexity",
+        "tempered_calibration_error": "calibration error",
         "repeated_4grams": "repeated 4-grams",
         "step_milliseconds": "ms per step",
     }

@@ -55,7 +55,7 @@ VARIANTS = {
     "bias, falling rate": Variant(BIAS | {"bias_update_rate": Falling(3e-3)}),
     "bias + sequence": Variant(BIAS, (SequenceBalance(weight=1e-4),)),
     "quantile": Variant(QUANTILE),
-    "quantile, momentum 0.9": Variant(QUANTILE | {"bias_momentum": 0.9}, seeds=1),
+    "quantile, momentum 0.9": Variant(QUANTILE | {"bias_momentum": 0.9}),
 }
 # An expert with less than this of an even share counts as dead.
 DEAD = 0.1

@@ -10,13 +10,6 @@ from benchmarks.records import MachineRecord
 from trainer.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
-# Experiments that compare with variants of another one, of the same sizes.
-BASELINES = {
-    "contrastive": (
-        "repetition",
-        ("plain", "token unlikelihood", "sequence unlikelihood", "token and sequence"),
-    )
-}
 
 
 class RunRecord(TypedDict):
@@ -66,24 +59,6 @@ def only(results: Results, variants: Collection[str]) -> Results:
 def load(path: Path) -> Results | None:
     """Reads a results file, if it exists."""
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def with_baselines(results: Results) -> Results:
-    """Returns the results after the runs of another experiment they compare with.
-
-    Raises:
-      ValueError: the other experiment was not made, or not at these sizes.
-    """
-    if results["experiment"] not in BASELINES:
-        return results
-    name, variants = BASELINES[results["experiment"]]
-    others = load(path_of(name, results["preset"]))
-    if others is None or others["sizes"] != results["sizes"]:
-        raise ValueError(
-            f"the baselines of {results['experiment']} are runs of {name} at the same "
-            f"sizes: make them first, python -m experiments.run {name}"
-        )
-    return {**results, "runs": only(others, variants)["runs"] + results["runs"]}
 
 
 def save(path: Path, results: Results) -> None:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Int
 from ava_jax import metrics
 from experiments.additions import RepetitionDecay, SequenceUnlikelihood
 from experiments.lab import Numbers, evaluate, heldout_prompts, load_text, train
-from experiments.plots import plot_dots
+from experiments.plots import plot_changes, plot_dots
 from experiments.records import Results, RunRecord, picture
 from experiments.sizes import CPU, GPU, Sizes
-from experiments.variants import Variant
+from experiments.variants import Late, Variant
 from trainer.decode.decoder import before_end, generate
 
 SIZES = {"cpu": CPU, "gpu": GPU}
@@ -26,6 +26,13 @@ PENALTIES: dict[str, object] = {
     "eos_penalty_weight": 0.05,
 }
 SEQUENCES = SequenceUnlikelihood(weight=1.0, rows=4, prompt=50, count=100, start=300)
+
+
+def contrastive(weight: float | Late, window: int) -> dict[str, object]:
+    """Returns the fields of the contrastive token loss."""
+    return {"contrastive_token_weight": weight, "contrastive_token_window": window}
+
+
 VARIANTS = {
     "plain": Variant(),
     "penalties on targets": Variant(PENALTIES | {"penalty_source": "targets"}),
@@ -39,6 +46,12 @@ VARIANTS = {
         {"unlikelihood_weight": 0.5},
         (dataclasses.replace(SEQUENCES, weight=3.0),),
     ),
+    "contrastive 0.1, 60": Variant(contrastive(0.1, 60)),
+    "contrastive 0.3, 60": Variant(contrastive(0.3, 60)),
+    "contrastive 0.3, 120": Variant(contrastive(0.3, 120)),
+    "contrastive 1.0, 120": Variant(contrastive(1.0, 120), seeds=1),
+    "contrastive 0.3, 120, late": Variant(contrastive(Late(0.3, 0.5), 120)),
+    "contrastive 0.3, 120 and sequence": Variant(contrastive(0.3, 120), (SEQUENCES,)),
 }
 PATHS = ("step", "nll", "temperature", "learned_weights")
 
@@ -95,7 +108,7 @@ def measure(sizes: Sizes, variant: Variant, seed: int) -> RunRecord:
 
 
 def plot(results: Results) -> None:
-    """Draws repetition and perplexity, with the text's own repetition."""
+    """Draws repetition and perplexity, and the change of one against the other's."""
     panels = {
         "repeated_4grams": "repeated 4-grams",
         "repeated_1grams": "repeated tokens",
@@ -106,3 +119,9 @@ def plot(results: Results) -> None:
     human = extra["human"] if isinstance(extra["human"], dict) else {}
     marks = {name: {"text": human[name]} for name in panels if name in human}
     plot_dots(results, panels, picture(results), marks)
+    axes = {
+        "perplexity": "held-out perplexity, change",
+        "repeated_4grams": "repeated 4-grams, change",
+    }
+    goal = {"perplexity": 0.02, "repeated_4grams": -0.87}
+    plot_changes(results, axes, "plain", picture(results, "changes"), goal)

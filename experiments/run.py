@@ -29,7 +29,7 @@ from experiments.records import Results, RunRecord, load, path_of, save
 from experiments.sizes import Sizes
 from experiments.variants import Variant
 
-EXPERIMENTS = ("repetition", "contrastive", "experts", "heads", "ablation")
+EXPERIMENTS = ("repetition", "experts", "heads", "ablation")
 # Eigen's threads would take turns on the cores that the jobs share.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 

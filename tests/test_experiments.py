@@ -238,7 +238,7 @@ EVERY_KIND = [
     pytest.param("heads", "adaptive", marks=pytest.mark.slow),
     pytest.param("heads", "adaptive, taught gate", marks=pytest.mark.slow),
     pytest.param("repetition", "token and sequence", marks=pytest.mark.slow),
-    pytest.param("contrastive", "contrastive 0.3, 120, late", marks=pytest.mark.slow),
+    pytest.param("repetition", "contrastive 0.3, 120, late", marks=pytest.mark.slow),
     pytest.param("experts", "bias + sequence", marks=pytest.mark.slow),
     pytest.param("experts", "quantile", marks=pytest.mark.slow),
     pytest.param("ablation", "parallel heads, learned weights", marks=pytest.mark.slow),
@@ -250,7 +250,7 @@ def test_a_variant_is_trained_measured_kept_and_drawn(
     name, variant, text, monkeypatch, tmp_path
 ):
     experiment = importlib.import_module(f"experiments.{name}")
-    module = repetition if name in ("ablation", "contrastive") else experiment
+    module = repetition if name == "ablation" else experiment
     monkeypatch.setattr(module, "load_text", lambda sizes: text)
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     sizes = TINY
@@ -269,13 +269,9 @@ def test_a_variant_is_trained_measured_kept_and_drawn(
         sizes, dataclasses.replace(given, additions=short), 0
     )
     record["variant"] = variant
-    found["runs"].append(record)
+    found["runs"] += [record, {**record, "variant": "plain"}]
     found["experiment"] = name
     records.save(records.path_of(name, "cpu"), found)
-    if name == "contrastive":
-        baseline = results()
-        baseline["runs"].append({**record, "variant": "plain"})
-        records.save(records.path_of("repetition", "cpu"), baseline)
     experiment.plot(records.load(records.path_of(name, "cpu")))
     assert records.picture(found).stat().st_size > 5000
     assert all(np.isfinite(list(record["numbers"].values())))
@@ -339,26 +335,6 @@ def test_a_table_says_which_variants_have_fewer_seeds():
     ]
     found["runs"].append({**found["runs"][0], "seed": 1})
     assert "| x (2 seeds) |" in tables.table(found, columns)
-
-
-def test_baselines_are_runs_of_another_experiment(monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
-    alone = results(("0.3, 120", 0, 1.0))
-    assert records.with_baselines(alone) == alone
-    own: records.Results = {**alone, "experiment": "contrastive"}
-    with pytest.raises(ValueError, match=r"experiments\.run repetition"):
-        records.with_baselines(own)
-    others = results(("plain", 0, 2.0), ("penalties", 0, 3.0), ("plain", 1, 4.0))
-    records.save(records.path_of("repetition", "cpu"), others)
-    joined = records.with_baselines(own)
-    assert [(r["variant"], r["seed"]) for r in joined["runs"]] == [
-        ("plain", 0),
-        ("plain", 1),
-        ("0.3, 120", 0),
-    ]
-    assert joined["experiment"] == "contrastive"
-    with pytest.raises(ValueError, match="at the same sizes"):
-        records.with_baselines({**own, "sizes": {"steps": 1}})
 
 
 def test_a_variant_has_its_own_number_of_seeds():
