@@ -92,6 +92,9 @@ def main_loss(
         value = primary(cfg, tokens, state.temperature if tempered else 1.0)
     if cfg.use_focal_loss:
         aux["focal_loss"] = primary(cfg, tokens, 1.0)
+    elif cfg.primary_loss_type == "deepseek":
+        own = state.temperature
+        aux["tempered_nll"] = mean_term(tokens, lambda z, y: term.nll(z / own, y))
     return aux | {"main_loss": value + extras}
 
 
