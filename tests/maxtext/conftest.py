@@ -8,6 +8,9 @@ import pytest
 
 # MaxText connects to Google Cloud when it is imported, unless this is set.
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
+# Fake devices may run collectives that do not depend on each other in different orders,
+# and then wait for each other for ever. XLA reads its flags when the first one is used.
+os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 @pytest.fixture(autouse=True)
