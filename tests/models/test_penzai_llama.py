@@ -36,21 +36,28 @@ llama = pytest.importorskip(
 training = pytest.importorskip("penzai.toolshed.basic_training", reason=REASON)
 
 
-def make(setting: Setting) -> dict[str, Any]:
-    """The model beside the heads' parameters."""
+def build(**fields: Any) -> Any:
+    """A tiny model, with these fields of its config."""
     config = llama.LlamalikeTransformerConfig(
         num_kv_heads=1,
         query_head_multiplier=2,
         embedding_dim=D,
         projection_dim=D // 2,
         mlp_hidden_dim=2 * D,
-        num_decoder_blocks=2,
         vocab_size=V,
+        **fields,
+    )
+    return llama.build_llamalike_transformer(config, jax.random.key(0))
+
+
+def make(setting: Setting) -> dict[str, Any]:
+    """The model beside the heads' parameters."""
+    built = build(
+        num_decoder_blocks=2,
         mlp_variant="swiglu",
         tie_embedder_and_logits=setting.tied,
         activation_dtype=jnp.dtype(setting.dtype),
     )
-    built = llama.build_llamalike_transformer(config, jax.random.key(0))
     model = {"model": built}
     if setting.mtp:
         model["mtp"] = pz.Parameter(value=mtp_params(), label="mtp")
@@ -110,19 +117,12 @@ def test_everything_learns(setting: Setting) -> None:
 
 def test_a_tied_head_with_a_final_cap_is_optax() -> None:
     """The last layers are the head and a `TanhSoftCap`; the loss takes both over."""
-    config = llama.LlamalikeTransformerConfig(
-        num_kv_heads=1,
-        query_head_multiplier=2,
-        embedding_dim=D,
-        projection_dim=D // 2,
-        mlp_hidden_dim=2 * D,
+    model = build(
         num_decoder_blocks=1,
-        vocab_size=V,
         mlp_variant="geglu_approx",
         tie_embedder_and_logits=True,
         final_logit_softcap=30.0,
     )
-    model = llama.build_llamalike_transformer(config, jax.random.key(0))
     ids = batch_of(0, Setting()).ids
     tokens, positions = pz.nx.wrap(ids[:, :-1], "batch", "seq"), pz.nx.arange("seq", S)
     *body, head, _ = model.body.sublayers

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.typing import NDArray
-from support.model_checks import REASON, TUNIX_WARNINGS, B, D, V, by_path
+from support.model_checks import REASON, TUNIX_WARNINGS, B, V, by_path
+from support.tunix_checks import PAD, Fused, fused_of, llama, masks_of
 
 import ava_jax
 from ava_jax import losses, terms
 
-llama3 = pytest.importorskip("tunix.models.llama3.model", reason=REASON)
-utils = pytest.importorskip("tunix.sft.utils", reason=REASON)
 common = pytest.importorskip("tunix.rl.common", reason=REASON)
 core = pytest.importorskip("tunix.rl.algo_core", reason=REASON)
 dpo = pytest.importorskip("tunix.sft.dpo.dpo_trainer", reason=REASON)
 
 pytestmark = TUNIX_WARNINGS
 
-PAD, EOS = 0, 1
+EOS = 1
 PROMPT, COMPLETION = 5, 12
 LENGTHS = (12, 3, 7, 9)
 
@@ -61,19 +60,7 @@ class Sample(NamedTuple):
 @functools.cache
 def make(vocab: int = V) -> tuple[Any, Any]:
     """The model, as its definition and its parameters."""
-    config = llama3.ModelConfig(
-        num_layers=1,
-        vocab_size=vocab,
-        embed_dim=D,
-        hidden_dim=2 * D,
-        num_heads=2,
-        head_dim=D // 2,
-        num_kv_heads=1,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        weight_tying=False,
-    )
-    return nnx.split(llama3.Llama3(config, rngs=nnx.Rngs(0)))
+    return nnx.split(llama(vocab_size=vocab))
 
 
 @functools.cache
@@ -96,31 +83,9 @@ def sample() -> Sample:
     )
 
 
-class Arrays(TypedDict):
-    """The arrays that the losses take from the model."""
-
-    targets: jax.Array
-    hidden_states: jax.Array
-    lm_head: jax.Array
-
-
-def arrays_of(model: Any, ids: jax.Array, keep: int) -> Arrays:
-    """What the losses take of the last `keep` tokens: their targets and hidden states.
-
-    Position t of the hidden states predicts token t + 1.
-    """
-    mask = ids != PAD
-    positions = utils.build_positions_from_mask(mask)
-    attention = utils.make_causal_attn_mask(mask)
-    x = model.embedder.encode(ids)
-    for layer in model.layers:
-        _, x = layer(x, positions, None, attention)
-    hidden = model.final_norm(x)[:, -keep - 1 : -1]
-    return {
-        "targets": ids[:, -keep:],
-        "hidden_states": hidden,
-        "lm_head": model.lm_head.w[...],
-    }
+def arrays_of(model: Any, ids: jax.Array, keep: int) -> Fused:
+    """What the losses take of the last `keep` tokens, whose rows are padded."""
+    return fused_of(model, ids, ids != PAD, keep)
 
 
 def graded(loss: Loss) -> tuple[float, dict[str, NDArray], dict[str, NDArray]]:
@@ -361,12 +326,12 @@ def test_their_log_ratio_ends_at_20() -> None:
 
 def their_pairs(data: Sample, **options: Any) -> Loss:
     """Tunix's loss of pairs: the first half of the rows are the preferred ones."""
-    mask = data.ids != PAD
+    positions, attention = masks_of(data.ids != PAD)
     sums = jnp.sum(data.ref * data.mask, -1)
     example = dpo.TrainExample(
         input_ids=data.ids,
-        positions=utils.build_positions_from_mask(mask),
-        attention_mask=utils.make_causal_attn_mask(mask),
+        positions=positions,
+        attention_mask=attention,
         ref_chosen_logps=sums[: B // 2],
         ref_rejected_logps=sums[B // 2 :],
         completion_mask=data.mask,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import pytest
 from flax import nnx
 from support.model_checks import (
@@ -19,9 +18,9 @@ from support.model_checks import (
     train_with,
     train_with_optax,
 )
+from support.tunix_checks import hidden_of, masks_of, redraw
 
 gemma = pytest.importorskip("tunix.models.gemma.model", reason=REASON)
-tunix = pytest.importorskip("tunix.sft.utils", reason=REASON)
 
 pytestmark = TUNIX_WARNINGS
 
@@ -47,28 +46,17 @@ def make(setting: Setting) -> Any:
         sliding_window_size=4,
     )
     model = gemma.Gemma(config, rngs=nnx.Rngs(0))
-    rngs = nnx.Rngs(2)
-
-    def ready(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        start = 2 * rngs.params.normal(x.shape) if "embedder" in path else x
-        return start.astype(setting.dtype)
-
-    nnx.update(model, nnx.map_state(ready, nnx.state(model, nnx.Param)))
-    return model
+    return redraw(model, "embedder", 2, seed=2, dtype=setting.dtype)
 
 
 def outputs_of(model: Any, batch: Batch, setting: Setting) -> dict[str, Any]:
     """What the model gives to the loss line."""
     ids, mask = batch.ids[:, :-1], batch.mask[:, :-1]
-    positions = tunix.build_positions_from_mask(mask)
-    attention = tunix.make_causal_attn_mask(mask)
+    positions, attention = masks_of(mask)
     if setting.path == "logits":
         return {"logits": model(ids, positions, None, attention)[0]}
-    x = model.embedder.encode(ids)
-    for layer in model.layers:
-        _, x = layer(x, positions, None, attention)
     return {
-        "hidden_states": model.final_norm(x),
+        "hidden_states": hidden_of(model, ids, positions, attention),
         "lm_head": model.embedder.input_embedding[...].T,
     }
 

@@ -28,9 +28,9 @@ from support.tunix_checks import (
     fused_of,
     hidden_of,
     make,
+    masks_of,
     optimizer,
     run_of,
-    utils,
 )
 
 import ava_jax
@@ -61,12 +61,12 @@ def texts() -> list[Any]:
 
 
 def inputs_of(batch: Any) -> dict[str, jax.Array]:
-    mask = batch.input_tokens != PAD
+    positions, attention = masks_of(batch.input_tokens != PAD)
     return {
         "input_tokens": batch.input_tokens,
         "input_mask": batch.input_mask,
-        "positions": utils.build_positions_from_mask(mask),
-        "attention_mask": utils.make_causal_attn_mask(mask),
+        "positions": positions,
+        "attention_mask": attention,
     }
 
 

@@ -1,13 +1,15 @@
-"""What the tests of Tunix's trainers share: a tiny Llama3, and runs to compare."""
+"""What the tests of Tunix share: a tiny Llama3, its inputs, and runs to compare."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from support.model_checks import REASON, D, V, by_path
@@ -26,28 +28,50 @@ class Run(NamedTuple):
     params: dict[str, NDArray]
 
 
-def make(seed: int = 0) -> Any:
-    """The model; its feed-forward layers, which start at 0, are drawn anew."""
-    config = llama3.ModelConfig(
-        num_layers=1,
-        vocab_size=V,
-        embed_dim=D,
-        hidden_dim=2 * D,
-        num_heads=2,
-        head_dim=D // 2,
-        num_kv_heads=1,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        weight_tying=False,
-    )
-    model = llama3.Llama3(config, rngs=nnx.Rngs(seed))
-    rngs = nnx.Rngs(seed + 1)
+def llama(seed: int = 0, **fields: Any) -> Any:
+    """The model; fields of its config over those of the tiny one."""
+    tiny = {
+        "num_layers": 1,
+        "vocab_size": V,
+        "embed_dim": D,
+        "hidden_dim": 2 * D,
+        "num_heads": 2,
+        "head_dim": D // 2,
+        "num_kv_heads": 1,
+        "rope_theta": 10_000,
+        "norm_eps": 1e-5,
+        "weight_tying": False,
+    }
+    config = llama3.ModelConfig(**(tiny | fields))
+    return llama3.Llama3(config, rngs=nnx.Rngs(seed))
 
-    def drawn(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return 0.1 * rngs.params.normal(x.shape) if "mlp" in path else x
 
-    nnx.update(model, nnx.map_state(drawn, nnx.state(model, nnx.Param)))
+def redraw(
+    model: Any, layer: str, scale: float, seed: int, dtype: DTypeLike = jnp.float32
+) -> Any:
+    """Draws a layer's parameters anew, and casts all of them.
+
+    Tunix expects a checkpoint: its feed-forward layers start at 0, where their gradient
+    is 0 too, so that they would never move.
+    """
+    rngs = nnx.Rngs(seed)
+
+    def ready(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        start = scale * rngs.params.normal(x.shape) if layer in path else x
+        return start.astype(dtype)
+
+    nnx.update(model, nnx.map_state(ready, nnx.state(model, nnx.Param)))
     return model
+
+
+def make(seed: int = 0) -> Any:
+    """The model that the trainers train."""
+    return redraw(llama(seed), "mlp", 0.1, seed + 1)
+
+
+def masks_of(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The positions of the tokens, and which of them attend to which."""
+    return utils.build_positions_from_mask(mask), utils.make_causal_attn_mask(mask)
 
 
 def hidden_of(
@@ -60,11 +84,20 @@ def hidden_of(
     return model.final_norm(x)
 
 
-def fused_of(model: Any, ids: jax.Array, mask: jax.Array, keep: int) -> dict[str, Any]:
-    """Targets and hidden states of the last tokens of each row, and the head."""
-    positions = utils.build_positions_from_mask(mask)
-    attention = utils.make_causal_attn_mask(mask)
-    hidden = hidden_of(model, ids, positions, attention)
+class Fused(TypedDict):
+    """What the losses take from the model."""
+
+    targets: jax.Array
+    hidden_states: jax.Array
+    lm_head: jax.Array
+
+
+def fused_of(model: Any, ids: jax.Array, mask: jax.Array, keep: int) -> Fused:
+    """Targets and hidden states of the last tokens of each row, and the head.
+
+    Position t of the hidden states predicts token t + 1.
+    """
+    hidden = hidden_of(model, ids, *masks_of(mask))
     return {
         "targets": ids[:, -keep:],
         "hidden_states": hidden[:, -keep - 1 : -1],
