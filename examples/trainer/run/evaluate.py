@@ -68,10 +68,7 @@ def evaluate(
     def measure(
         state: ava_jax.LossState, inputs: ava_jax.LossInputs
     ) -> Float[Array, "sums"]:
-        own = loss_fn.init()
-        if own.temperature is not None:
-            own = dataclasses.replace(own, temperature=state.temperature)
-        _, aux, _ = loss_fn(own, train=False, **inputs)
+        _, aux, _ = loss_fn(state, train=False, **inputs)
         tokens = aux["num_tokens"].astype(jnp.float32)
         return jnp.stack([tokens, *(aux[name] * tokens for name in names)])
 
