@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", maxtext_training.DEVICES)
+    maxtext_training.use_one_order()
     # MaxText connects to Google Cloud when it is imported, unless this is set.
     for name, value in {**ENVIRONMENT, "DECOUPLE_GCLOUD": "TRUE"}.items():
         os.environ.setdefault(name, value)

@@ -7,6 +7,7 @@ fake devices, once with each loss. The metrics are those that MaxText writes.
 import contextlib
 import importlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +112,16 @@ def installed(options: Options | None) -> Iterator[None]:
         if options is not None:
             importlib.import_module("maxtext_loss").use(**options)
         yield
+
+
+def use_one_order() -> None:
+    """Has all fake devices run a program's collectives in the same order.
+
+    Otherwise those that do not depend on each other may run in different orders, and
+    then wait for each other for ever. XLA reads its flags when the first is used.
+    """
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
 def run(program: str, settings: Settings, options: Options | None) -> None:

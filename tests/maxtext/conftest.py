@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from benchmarks.maxtext_training import use_one_order
+
 # MaxText connects to Google Cloud when it is imported, unless this is set.
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
-# Fake devices may run collectives that do not depend on each other in different orders,
-# and then wait for each other for ever. XLA reads its flags when the first one is used.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+use_one_order()
 
 
 @pytest.fixture(autouse=True)
