@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import types
 
 from support import compiling
 
@@ -21,11 +22,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling costs far more than running at these sizes.
 jax.config.update("jax_disable_most_optimizations", True)
 
-jaxtyping.install_import_hook("ava_jax", f"{typechecking.__name__}.check")
+typechecking.install("ava_jax")
 
-# Tracing makes many small objects, and little garbage.
+# Tracing makes many small objects, and little garbage: it is collected after a module.
 gc.freeze()
-gc.set_threshold(100_000, 50, 50)
+gc.disable()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +34,18 @@ def drop_programs():
     """Unmaps compiled programs: Linux allows a process 65,530 maps by default."""
     yield
     jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def here_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Traces the program of the platform here, unless a test is of every platform.
+
+    Only one of them runs, and tracing the others takes as long again.
+    """
+    if "every_platform" not in request.keywords:
+        choose = types.SimpleNamespace(platform_dependent=lambda *x, cpu, **_: cpu(*x))
+        monkeypatch.setattr("ava_jax.kernel.platforms.lax", choose)
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from support.pages import (
 import ava_jax
 from ava_jax import heads, losses, metrics
 
+pytestmark = pytest.mark.every_platform
+
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 ALL_FIELDS = {f.name: f.default for f in dataclasses.fields(ava_jax.UnifiedLossConfig)}
 

@@ -33,6 +33,8 @@ from support.oracles import OracleState, statistics, unified_oracle
 
 import ava_jax
 
+pytestmark = pytest.mark.every_platform
+
 # Float32: a few hundred roundings of 6e-8 in sums over V and S, on logits up to ~30,
 # whose own rounding (2e-6) a difference of two logsumexps inherits.
 FLOAT32 = (5e-5, 1e-5)

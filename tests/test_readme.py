@@ -5,6 +5,8 @@ import re
 import pytest
 from support.pages import DOCS, ROOT, rows_of, split
 
+pytestmark = pytest.mark.every_platform
+
 README = ROOT / "README.md"
 PACKAGES = (
     "",

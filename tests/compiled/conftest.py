@@ -7,6 +7,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def here_alone() -> None:
+    """Nothing here is compiled for the platform here."""
+
+
+@pytest.fixture(autouse=True)
 def as_users_do(unannotated: None) -> Iterator[None]:
     """Optimized, without the annotations' checks, and with ordinary promotion."""
     del unannotated

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from support.pages import DOCS, ROOT
 
+pytestmark = pytest.mark.every_platform
+
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 SLOW = ("quick_start", "fused_on_a_mesh")  # five seconds and more of compiling
 MAGIC = re.compile(r"^( *)%.*$", re.MULTILINE)

@@ -15,6 +15,8 @@ import ava_jax
 from ava_jax import Query, Vocabulary, token_statistics
 from ava_jax.kernel import statistics
 
+pytestmark = pytest.mark.every_platform
+
 # What a program computes and stores ------------------------------------------------
 
 

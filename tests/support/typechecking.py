@@ -1,16 +1,71 @@
-"""The type checker of the import hook: beartype, but not for constructors.
+"""Annotations checked by jaxtyping and beartype, once per function and kind of call.
 
-JAX rebuilds records with placeholders in place of arrays, so only functions are held to
-the shapes in their annotations.
+A check takes longer than many a traced operation. What it finds depends on shapes,
+dtypes and static values alone, so a call like an earlier one is not checked again.
+Constructors are not checked: JAX rebuilds records with placeholders in place of arrays.
 """
 
-from collections.abc import Callable
+import collections
+import functools
+from collections.abc import Hashable
+from types import CodeType
+from typing import Any
 
 import beartype
+import jax
+import jaxtyping
+
+_with_check = functools.partial(
+    jaxtyping.jaxtyped, typechecker=beartype.beartype
+)  # before `install` replaces the name
+# By code: a function inside another one is a new object whenever that one is called.
+_seen: dict[CodeType, set[int]] = collections.defaultdict(set)
 
 
-def check(function: Callable) -> Callable:
-    """Wraps a function in beartype unless it is a constructor."""
-    if function.__name__ == "__init__":
+def install(package: str) -> None:
+    """Has all functions of the package checked; to be called before its import."""
+    # The import hook decorates every function and class with what has this name.
+    jaxtyping.jaxtyped = lambda typechecker: checked
+    jaxtyping.install_import_hook(package, "beartype.beartype")
+
+
+def checked(function: Any) -> Any:
+    is_annotated = bool(getattr(function, "__annotations__", None))
+    if isinstance(function, type) or not is_annotated:
         return function
-    return beartype.beartype(function)
+    seen = _seen[function.__code__]
+    with_check = functools.cache(lambda: _with_check(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        kind = _kind_of(args, kwargs, function.__closure__ or ())
+        if kind in seen:
+            return function(*args, **kwargs)
+        out = with_check()(*args, **kwargs)
+        if kind is not None:
+            seen.add(kind)
+        return out
+
+    return call
+
+
+def _kind_of(args: tuple, kwargs: dict[str, Any], closure: tuple) -> int | None:
+    """Returns a hash of all that a check can depend on; None if something has none."""
+    free = [cell.cell_contents for cell in closure]
+    leaves, structure = jax.tree.flatten((args, kwargs, free))
+    is_wide = jax.config.read("jax_enable_x64")
+    try:
+        return hash((is_wide, structure, *map(_kind_of_leaf, leaves)))
+    except TypeError:
+        return None
+
+
+def _kind_of_leaf(leaf: Any) -> Hashable:
+    kind = type(leaf)
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return isinstance(leaf, jax.Array) or kind, leaf.shape, leaf.dtype
+    # Objects that only equal themselves are of one kind.
+    is_value = kind.__eq__ is not object.__eq__
+    return kind, leaf if is_value else getattr(leaf, "__code__", None)
