@@ -1,5 +1,7 @@
 """Masked tokens cost nothing: unmasked ones are brought together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,11 @@ G, B, S, X = 2, 3, 11, 4
 
 
 def arrays(groups=G):
-    keys = jax.random.split(jax.random.key(0), 3)
-    active = jax.random.bernoulli(keys[0], 0.4, (groups, B, S))
-    source = jax.random.normal(keys[1], (groups, B, S, X))
-    weights = jax.random.uniform(keys[2], (groups, B, S)) + 0.5
-    return source, {"weights": jnp.where(active, weights, 0.0)}, active
+    rng = np.random.default_rng(0)
+    active = rng.random((groups, B, S)) < 0.4
+    source = rng.normal(size=(groups, B, S, X)).astype(np.float32)
+    weights = rng.random((groups, B, S), np.float32) + np.float32(0.5)
+    return source, {"weights": np.where(active, weights, np.float32(0))}, active
 
 
 def visit(source, inputs, active, size, is_open=False):
@@ -32,11 +34,15 @@ def visit(source, inputs, active, size, is_open=False):
         twice = weights[..., None] * chunk
         return total + jnp.sum(twice), {"scaled": twice, "weights": 2 * weights}
 
-    like = {"scaled": source, "weights": inputs["weights"]}
-    start = jnp.zeros(())
-    out = fold_unmasked(
-        body, start, source, inputs, active, size, like, is_open=is_open
-    )
+    @jax.jit
+    def fold(source, inputs, active):
+        like = {"scaled": source, "weights": inputs["weights"]}
+        start = jnp.zeros(())
+        return fold_unmasked(
+            body, start, source, inputs, active, size, like, is_open=is_open
+        )
+
+    out = fold(source, inputs, active)
     jax.block_until_ready(out)
     jax.effects_barrier()
     return *out, seen
@@ -48,23 +54,23 @@ def visit(source, inputs, active, size, is_open=False):
 def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups, is_open):
     source, inputs, active = arrays(groups)
     # A masked token may hold anything.
-    source = jnp.where(active[..., None], source, jnp.nan)
+    source = np.where(active[..., None], source, np.float32(np.nan))
     total, outputs, seen = visit(source, inputs, active, size, is_open)
-    want = jnp.where(active[..., None], inputs["weights"][..., None] * source, 0.0)
-    np.testing.assert_allclose(total, jnp.sum(want), rtol=1e-5)
+    want = np.where(active[..., None], inputs["weights"][..., None] * source, 0.0)
+    np.testing.assert_allclose(total, np.sum(want), rtol=1e-5)
     np.testing.assert_array_equal(outputs["scaled"], want)
     np.testing.assert_array_equal(outputs["weights"], 2 * inputs["weights"])
-    most = np.max(np.sum(np.array(active), 2), 1)
+    most = np.max(np.sum(active, 2), 1)
     if groups > 1 or size < S:
         assert len(seen) == sum(-(-int(count) // size) for count in most)
 
 
 def test_a_first_group_without_a_token_costs_one_chunk():
     source, inputs, active = arrays()
-    active = active.at[0].set(False)
-    inputs = {"weights": jnp.where(active, inputs["weights"], 0.0)}
+    active[0] = False
+    inputs = {"weights": np.where(active, inputs["weights"], np.float32(0))}
     *_, seen = visit(source, inputs, active, 3)
-    most = int(np.max(np.sum(np.array(active[1]), 1)))
+    most = int(np.max(np.sum(active[1], 1)))
     assert len(seen) == 1 + -(-most // 3)
 
 
@@ -80,11 +86,11 @@ def test_the_order_of_a_row_is_kept():
 @pytest.mark.parametrize("groups", [1, G])
 def test_without_an_unmasked_token_only_the_first_chunk_is_visited(groups):
     source, inputs, active = arrays(groups)
-    none = jnp.zeros_like(active)
+    none = np.zeros_like(active)
     total, outputs, seen = visit(source, inputs, none, 3)
     assert float(total) == 0
     assert len(seen) == 1
-    np.testing.assert_array_equal(outputs["scaled"], jnp.zeros_like(source))
+    np.testing.assert_array_equal(outputs["scaled"], np.zeros_like(source))
 
 
 # Whole losses ---------------------------------------------------------------------
@@ -100,42 +106,51 @@ MASKS = {
 }
 
 
-def loss_and_gradients(mask, chunk_size, loss_fn=None, **options):
-    keys = jax.random.split(jax.random.key(1), 4)
-    hidden = jax.random.normal(keys[0], (2, 24, D))
-    hidden = jnp.where(mask[..., None], hidden, jnp.nan)
-    head, bias = jax.random.normal(keys[1], (D, V)), jax.random.normal(keys[2], (V,))
-    targets = jax.random.randint(keys[3], (2, 24), 0, 5)
-    loss_fn = loss_fn or ava_jax.create_unified_loss(
-        vocab_size=V - 2, chunk_size=chunk_size, block_size=2, **options
-    )
+@functools.cache
+def program(loss_fn):
+    """Returns the jitted loss, aux and gradients; masks are arguments."""
     state = loss_fn.init()
 
-    def loss(hidden, head, bias):
-        total, aux, _ = loss_fn(
-            state,
-            targets=targets,
-            hidden_states=hidden,
-            lm_head=head,
-            lm_head_bias=bias,
-            attention_mask=mask,
-        )
+    def loss(floats, targets, mask):
+        total, aux, _ = loss_fn(state, targets=targets, attention_mask=mask, **floats)
         return total, aux
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    return step(hidden, head, bias)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def loss_and_gradients(mask, loss_fn):
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(2, 24, D))
+    floats = {
+        "hidden_states": np.where(mask[..., None], hidden, np.nan),
+        "lm_head": rng.normal(size=(D, V)),
+        "lm_head_bias": rng.normal(size=V),
+    }
+    floats = {k: x.astype(np.float32) for k, x in floats.items()}
+    return program(loss_fn)(floats, rng.integers(0, 5, (2, 24), np.int32), mask)
+
+
+def config_of(chunk_size, unlikelihood):
+    return ava_jax.UnifiedLossConfig(
+        vocab_size=V - 2,
+        chunk_size=chunk_size,
+        block_size=2,
+        unlikelihood_weight=unlikelihood,
+        eos_token_id=3,
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("unlikelihood", [0.0, 0.3])
 def test_values_and_gradients_are_those_of_one_chunk(mask, unlikelihood):
-    mask = jnp.broadcast_to(mask, (2, 24))
-    options = {"unlikelihood_weight": unlikelihood, "eos_token_id": 3}
-    want = loss_and_gradients(mask, 24, **options)
-    got = loss_and_gradients(mask, 5, **options)
+    mask = np.broadcast_to(mask, (2, 24))
+    want, got = (
+        loss_and_gradients(mask, ava_jax.unified_loss(config_of(size, unlikelihood)))
+        for size in (24, 5)
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
-    assert np.all(np.array(got[1][0])[~np.array(mask)] == 0)
+    assert np.all(np.array(got[1]["hidden_states"])[~mask] == 0)
 
 
 @pytest.mark.parametrize("unlikelihood", [0.0, 0.3])
@@ -144,13 +159,11 @@ def test_on_a_mesh_too(axes, unlikelihood):
     """A device's rows are one row, unless a term needs them as they are."""
     kinds = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((2, 2), ("data", "model"), kinds, devices=jax.devices()[:4])
-    mask = jnp.stack([MASKS["starts"], MASKS["scattered"]]).astype(bool)
-    options = {"unlikelihood_weight": unlikelihood, "eos_token_id": 3}
-    config = ava_jax.UnifiedLossConfig(
-        vocab_size=V - 2, chunk_size=5, block_size=2, **options
+    mask = np.stack([MASKS["starts"], MASKS["scattered"]])
+    whole = ava_jax.unified_loss(config_of(24, unlikelihood))
+    sharded = ava_jax.unified_loss(
+        config_of(5, unlikelihood), mesh=mesh, vocab_axis="model", **axes
     )
-    loss_fn = ava_jax.unified_loss(config, mesh=mesh, vocab_axis="model", **axes)
-    want = loss_and_gradients(mask, 24, **options)
-    got = loss_and_gradients(mask, 5, loss_fn=loss_fn)
+    want, got = (loss_and_gradients(mask, loss_fn) for loss_fn in (whole, sharded))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)

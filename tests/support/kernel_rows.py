@@ -200,7 +200,7 @@ def mixed(stats: TokenStats, query: Query, left_out: dict[str, np.ndarray]):
     values = describe(stats, query)
     total = jnp.zeros_like(stats.temperature)
     for name, value in values.items():
-        mix = weights_of(name, value)
+        mix = jnp.asarray(weights_of(name, value.shape), value.dtype)
         kept = query.active[(..., *[None] * (value.ndim - 2))]
         # log(1 − p) of a class alone is a constant.
         kept &= jnp.isfinite(value) & (jnp.abs(value) < 1e29)
@@ -253,19 +253,17 @@ def measured(
     return jax.tree.map(np.asarray, (values, found, grads))
 
 
-def weights_of(name, value):
+def weights_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """What a mixture multiplies a value with, other numbers for every name."""
-    return jax.random.normal(
-        jax.random.key(zlib.crc32(name.encode())), value.shape, value.dtype
-    )
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
 
 
 def gradient_of_temperature(options: Options) -> float:
     """−Σ mix·E[z]/T², the mean over p at that temperature, in float64."""
     _, z, query = batch(options)
-    mix = weights_of("log_sum_tempered", jnp.zeros(z.shape[:-1], float))
+    mix = weights_of("log_sum_tempered", z.shape[:-1])
     z = np.asarray(z, np.float64)[..., : options.size]
-    mix, active = np.asarray(mix, np.float64), np.asarray(query.active)
+    active = np.asarray(query.active)
     z = np.where(active[..., None], z, 0.0)
     if options.cap is not None:
         z = np.where(np.isinf(z), z, options.cap * np.tanh(z / options.cap))
