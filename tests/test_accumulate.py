@@ -47,7 +47,7 @@ def cut(arrays, ints, rows):
 def whole_and_parts(config, arrays, ints, path, count):
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
-    normalizers = loss_fn.normalizers(
+    normalizers = jax.jit(loss_fn.normalizers)(
         targets=ints["targets"], attention_mask=ints["attention_mask"]
     )
 
@@ -62,12 +62,15 @@ def whole_and_parts(config, arrays, ints, path, count):
 
         return jax.value_and_grad(loss, has_aux=True)(arrays)
 
-    parts = jnp.arange(len(ints["targets"])).reshape(count, -1)
-    shares = [part(arrays, rows) for rows in parts]
-    (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
-    after = loss_fn.commit(state, stats)
+    @jax.jit
+    def add_up(shares):
+        (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+        after = loss_fn.commit(state, stats)
+        return (total, (loss_fn.summary(after, stats), after)), grads
+
+    parts = np.arange(len(ints["targets"])).reshape(count, -1)
     whole = value_and_grads(loss_fn, state, arrays, ints, path)
-    return whole, ((total, (loss_fn.summary(after, stats), after)), grads)
+    return whole, add_up([part(arrays, rows) for rows in parts])
 
 
 DEFAULT = [
@@ -116,14 +119,14 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
     }
     loss_fn = ava_jax.create_unified_loss(config)
     # Loads of the micro-batches: (5, 1, 0), (1, 2, 3), (1, 3, 2).
-    chosen = jnp.array([[0, 0, 0, 0, 0, 1], [0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2]])
+    chosen = np.array([[0, 0, 0, 0, 0, 1], [0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2]])
     given: dict[str, Any] = {
         "logits": jnp.zeros((1, 6, 8)),
         "targets": jnp.ones((1, 6), int),
         "gate_logits": jnp.zeros((1, 6, 3)),
     }
     state = loss_fn.init()
-    normalizers = loss_fn.normalizers(targets=jnp.ones((3, 6), int))
+    normalizers = jax.jit(loss_fn.normalizers)(targets=np.ones((3, 6), np.int32))
 
     @jax.jit
     def share(chosen):
@@ -134,7 +137,7 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
             normalizers=normalizers,
         )[2]
 
-    shares = [share(c) for c in chosen]
+    shares = [jax.device_get(share(c)) for c in chosen]
     stats = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
 
     def bias(stats):
@@ -165,9 +168,9 @@ def test_terms_that_couple_the_batch_are_averaged():
     arrays, ints = floats(), integers()
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     state = loss_fn.init()
-    twice = loss_fn.normalizers(
-        targets=jnp.stack([ints["targets"]] * 2),
-        attention_mask=jnp.stack([ints["attention_mask"]] * 2),
+    twice = jax.jit(loss_fn.normalizers)(
+        targets=np.stack([ints["targets"]] * 2),
+        attention_mask=np.stack([ints["attention_mask"]] * 2),
     )
     step = jax.jit(lambda given, n: loss_fn.accumulate(state, normalizers=n, **given))
     given = {**arrays, **ints}
@@ -183,8 +186,9 @@ def test_terms_that_couple_the_batch_are_averaged():
 def test_the_mean_of_means_is_far_off():
     """The usual mistake, on the same ragged batch."""
     ints = integers()
-    ints["attention_mask"] = jnp.zeros((B, S)).at[0].set(1).at[1:, 0].set(1)
-    arrays = floats()
+    weights = np.zeros((B, S), np.float32)
+    weights[0], weights[1:, 0] = 1, 1
+    arrays, ints = jax.device_get((floats(), {**ints, "attention_mask": weights}))
     loss_fn = ava_jax.create_unified_loss(ADDITIVE)
     state = loss_fn.init()
     step = jitted(loss_fn)

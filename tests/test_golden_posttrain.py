@@ -9,65 +9,62 @@ from support.post_training_cases import (
     FLOAT32,
     FLOAT64,
     Arrays,
-    Call,
+    LossOfLogProbs,
     PostTrainingCase,
     check,
     compare,
+    compare_both,
     log_probs_case,
-    plain_log_probs,
     post_training_cases_of,
+    run_of_log_probs,
 )
 
 from ava_jax import losses
 
-Out = dict[str, jax.Array]
 
-
-def policy(inputs: Arrays, config: dict[str, Any]) -> Out:
-    log_probs = plain_log_probs(inputs, config.pop("temperature"))
+def policy(log_probs: jax.Array, inputs: Arrays, config: dict[str, Any]) -> jax.Array:
     names = ("old_log_probs", "ref_log_probs", "sampler_weights")
     arrays = {name: inputs[name] for name in names if name in inputs}
     mask = inputs["attention_mask"]
     loss, _ = losses.policy_loss(
         log_probs, inputs["advantages"], mask, **arrays, **config
     )
-    return {"loss": loss}
+    return loss
 
 
-def rows_of(inputs: Arrays, average: bool) -> jax.Array:
-    return losses.sequence_log_probs(
-        plain_log_probs(inputs), inputs["attention_mask"], average=average
-    )
-
-
-def dpo(inputs: Arrays, config: dict[str, Any]) -> Out:
-    chosen, rejected = jnp.split(rows_of(inputs, config.pop("average")), 2)
+def dpo(log_probs: jax.Array, inputs: Arrays, config: dict[str, Any]) -> jax.Array:
+    chosen, rejected = pairs_of(log_probs, inputs, config.pop("average"))
     ref_chosen, ref_rejected = jnp.split(inputs["ref"], 2)
     pairs, _ = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **config)
-    return {"loss": pairs.mean()}
+    return pairs.mean()
 
 
-def without_reference(loss: Any) -> Call:
-    def call(inputs: Arrays, config: dict[str, Any]) -> Out:
-        chosen, rejected = jnp.split(rows_of(inputs, config.pop("average")), 2)
-        return {"loss": loss(chosen, rejected, **config)[0].mean()}
+def pairs_of(log_probs: jax.Array, inputs: Arrays, average: bool) -> list[jax.Array]:
+    mask = inputs["attention_mask"]
+    rows = losses.sequence_log_probs(log_probs, mask, average=average)
+    return jnp.split(rows, 2)
+
+
+def without_reference(loss: Any) -> LossOfLogProbs:
+    def call(log_probs: jax.Array, inputs: Arrays, config: dict[str, Any]) -> jax.Array:
+        chosen, rejected = pairs_of(log_probs, inputs, config.pop("average"))
+        return loss(chosen, rejected, **config)[0].mean()
 
     return call
 
 
-def kto(inputs: Arrays, config: dict[str, Any]) -> Out:
+def kto(log_probs: jax.Array, inputs: Arrays, config: dict[str, Any]) -> jax.Array:
     rows, _ = losses.kto_loss(
-        rows_of(inputs, average=False),
+        losses.sequence_log_probs(log_probs, inputs["attention_mask"], average=False),
         inputs["ref"],
         inputs["desirable"],
         inputs.get("kl"),
         **config,
     )
-    return {"loss": rows.mean()}
+    return rows.mean()
 
 
-CALLS: dict[str, Call] = {
-    "log_probs": log_probs_case(),
+LOSSES: dict[str, LossOfLogProbs] = {
     "policy": policy,
     "dpo": dpo,
     "orpo": without_reference(losses.orpo_loss),
@@ -75,18 +72,26 @@ CALLS: dict[str, Call] = {
     "simpo": without_reference(losses.simpo_loss),
     "kto": kto,
 }
-CASES = post_training_cases_of(*CALLS)
+KINDS = ("log_probs", *LOSSES)
+CASES = post_training_cases_of(*KINDS)
+
+
+def check_any(case: PostTrainingCase, tolerance: float) -> None:
+    if case.kind == "log_probs":
+        check(case, log_probs_case(), tolerance)
+    else:
+        compare_both(case, run_of_log_probs(case, LOSSES[case.kind]), tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32(case: PostTrainingCase) -> None:
-    check(case, CALLS[case.kind], FLOAT32)
+    check_any(case, FLOAT32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float64(case: PostTrainingCase) -> None:
     with jax.enable_x64(True):
-        check(case, CALLS[case.kind], FLOAT64)
+        check_any(case, FLOAT64)
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "reference", "cpu"])
@@ -106,7 +111,7 @@ def test_log_probs_in_chunks(case: PostTrainingCase, implementation: Any) -> Non
 
 
 def test_every_case_is_compared() -> None:
-    counts = {kind: len(post_training_cases_of(kind)) for kind in CALLS}
+    counts = {kind: len(post_training_cases_of(kind)) for kind in KINDS}
     assert counts == {
         "log_probs": 5,
         "policy": 63,

@@ -71,6 +71,44 @@ def run(case: PostTrainingCase, call: Call) -> tuple[Arrays, Arrays]:
     return out, grad
 
 
+# From log-probabilities, `in` and `config` to the loss.
+LossOfLogProbs = Callable[[jax.Array, Arrays, dict[str, Any]], jax.Array]
+
+
+def run_of_log_probs(
+    case: PostTrainingCase, loss: LossOfLogProbs
+) -> tuple[Arrays, Arrays]:
+    """(out, grad) of a case whose loss is one of log-probabilities.
+
+    They and their gradient are two programs that all cases of a shape share.
+    """
+    inputs, config = on_device(case.arrays["in"]), dict(case.config)
+    temperature = on_device(np.asarray(config.pop("temperature", 1.0)))
+    trained = {key: inputs[key] for key in case.arrays["grad"]}
+    given = (trained, inputs["targets"], temperature)
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_slope(log_probs: jax.Array, inputs: Arrays) -> jax.Array:
+        return loss(log_probs, inputs, dict(config))
+
+    value, slope = value_and_slope(_log_probs(*given), inputs)
+    return {"loss": value}, _pull_back(*given, slope)
+
+
+@jax.jit
+def _log_probs(trained: Arrays, targets: jax.Array, temperature: jax.Array):
+    return plain_log_probs({**trained, "targets": targets}, temperature)
+
+
+@jax.jit
+def _pull_back(
+    trained: Arrays, targets: jax.Array, temperature: jax.Array, slope: jax.Array
+) -> Arrays:
+    _, pull = jax.vjp(lambda x: _log_probs(x, targets, temperature), trained)
+    return pull(slope)[0]
+
+
 def compare(case: PostTrainingCase, group: str, got: Arrays, tolerance: float) -> None:
     """Every stored entry of the group against `got`."""
     for key, want in case.arrays[group].items():
@@ -79,7 +117,14 @@ def compare(case: PostTrainingCase, group: str, got: Arrays, tolerance: float) -
 
 def check(case: PostTrainingCase, call: Call, tolerance: float) -> None:
     """Runs a case, and compares values and gradients."""
-    out, grad = run(case, call)
+    compare_both(case, run(case, call), tolerance)
+
+
+def compare_both(
+    case: PostTrainingCase, got: tuple[Arrays, Arrays], tolerance: float
+) -> None:
+    """Compares the values and the gradients of a run."""
+    out, grad = got
     compare(case, "out", out, tolerance)
     compare(case, "grad", grad, tolerance)
 
@@ -98,7 +143,7 @@ def log_probs_case(**options: Any) -> Call:
     return call
 
 
-def plain_log_probs(inputs: Arrays, temperature: float = 1.0) -> jax.Array:
+def plain_log_probs(inputs: Arrays, temperature: jax.Array) -> jax.Array:
     """The targets' log-probabilities, with the logits as one array."""
     logits = jnp.matmul(inputs["hidden_states"], inputs["lm_head"], precision="highest")
     every = jax.nn.log_softmax(logits / temperature)

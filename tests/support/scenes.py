@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import ava_jax
 
@@ -40,44 +42,47 @@ ADAPTIVE: dict[str, Any] = {
 
 def integers(key: int = 0, rows: int = B, *, experts: bool = True) -> dict[str, Any]:
     """Targets with repeats and a mask with holes, no row empty, and chosen experts."""
-    one, two, three = jax.random.split(jax.random.key(key), 3)
-    mask = (jax.random.uniform(two, (rows, S)) < 0.8).at[:, 0].set(True)
+    rng = np.random.default_rng(key)
+    mask = rng.random((rows, S)) < 0.8
+    mask[:, 0] = True
     ints = {
-        "targets": jax.random.randint(one, (rows, S), 0, 4),
+        "targets": rng.integers(0, 4, (rows, S), np.int32),
         "attention_mask": mask,
     }
     if experts:
-        ints["expert_indices"] = jax.random.randint(three, (rows, S, 2), 0, E)
-    return ints
+        ints["expert_indices"] = rng.integers(0, E, (rows, S, 2), np.int32)
+    return jax.tree.map(jnp.asarray, ints)
 
 
 def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
     """The differentiable inputs of `EVERYTHING`, both paths' among them."""
-    keys = iter(jax.random.split(jax.random.key(key), 8))
+    rng = np.random.default_rng(key)
 
-    def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape)
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
 
-    return {
+    arrays = {
         "hidden_states": normal(rows, S, D),
         "lm_head": normal(D, V),
         "gate_logits": normal(rows, S, E),
         "expert_outputs": normal(E, rows, S, 4),
         "mtp_params": {
-            "norm": {"scale": 1 + 0.1 * normal(D), "bias": normal(D)},
+            "norm": {"scale": 1 + normal(D) / 10, "bias": normal(D)},
             "heads": {"kernel": normal(K, D, V), "bias": normal(K, V)},
         },
     }
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def adaptive_floats(key: int = 2) -> dict[str, Any]:
     """The differentiable inputs of `ADAPTIVE`."""
-    one, two, three = jax.random.split(jax.random.key(key), 3)
-    return {
-        "logits": jax.random.normal(one, (B, S, V)),
-        "additional_logits": jax.random.normal(two, (K, B, S, V)),
-        "confidence_scores": jax.random.uniform(three, (B, S)),
+    rng = np.random.default_rng(key)
+    arrays = {
+        "logits": rng.standard_normal((B, S, V), np.float32),
+        "additional_logits": rng.standard_normal((K, B, S, V), np.float32),
+        "confidence_scores": rng.random((B, S), np.float32),
     }
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "train"))
