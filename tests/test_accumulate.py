@@ -44,6 +44,10 @@ def cut(arrays, ints, rows):
     return part, {k: v[rows] for k, v in ints.items()}
 
 
+def added(shares):
+    return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+
+
 def whole_and_parts(config, arrays, ints, path, count):
     loss_fn = ava_jax.create_unified_loss(config)
     state = loss_fn.init()
@@ -64,7 +68,7 @@ def whole_and_parts(config, arrays, ints, path, count):
 
     @jax.jit
     def add_up(shares):
-        (total, stats), grads = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+        (total, stats), grads = added(shares)
         after = loss_fn.commit(state, stats)
         return (total, (loss_fn.summary(after, stats), after)), grads
 
@@ -137,8 +141,8 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
             normalizers=normalizers,
         )[2]
 
-    shares = [jax.device_get(share(c)) for c in chosen]
-    stats = jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
+    shares = [share(c) for c in chosen]
+    stats = jax.jit(added)(shares)
 
     def bias(stats):
         balance = loss_fn.commit(state, stats).moe_balancing

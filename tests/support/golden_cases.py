@@ -183,20 +183,7 @@ def stored_gradients(grads: Mapping[str, Any]) -> dict[str, Any]:
 
 def unified_steps(case: GoldenCase) -> list[Result]:
     """The steps of a unified case, which share one state."""
-    # The first temperature is the state's alone.
-    config = {k: v for k, v in case.config.items() if k != "initial_temperature"}
-    run = unified_program(ava_jax.create_unified_loss(config))
-    state, results = ava_jax.create_unified_loss(case.config).init(), []
-    for groups in case.arrays:
-        inputs = on_device(call_inputs(groups["in"]))
-        aux, state, grads = run(*split_floats(inputs), state)
-        results.append((aux, grads, flattened(ava_jax.statistics(state))))
-    return results
-
-
-@functools.cache
-def unified_program(loss_fn: ava_jax.UnifiedLoss) -> Callable[..., Any]:
-    """The jitted step of floats, other inputs and state: aux, state and gradients."""
+    loss_fn = ava_jax.create_unified_loss(case.config)
 
     def call(floats: dict, fixed: dict, state: Any) -> tuple[Any, Any]:
         loss, aux, state = loss_fn(state, **floats, **fixed, train=True)
@@ -214,7 +201,12 @@ def unified_program(loss_fn: ava_jax.UnifiedLoss) -> Callable[..., Any]:
             grads = {**grads, "mtp_params": of_mtp["mtp_params"]}
         return aux, after, stored_gradients(grads)
 
-    return run
+    state, results = loss_fn.init(), []
+    for groups in case.arrays:
+        inputs = on_device(call_inputs(groups["in"]))
+        aux, state, grads = run(*split_floats(inputs), state)
+        results.append((aux, grads, flattened(ava_jax.statistics(state))))
+    return results
 
 
 def focal(case: GoldenCase, x: dict[str, Any]) -> dict[str, jax.Array]:
