@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,26 +38,29 @@ SIZES = {
 
 def arrays(path: str, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Floats and integers; devices have many unmasked tokens, few or none."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    lengths = jnp.array([S, 0, 3, 1])
-    mask = jnp.arange(S) < lengths[:, None]
-    targets = jax.random.randint(keys[3], (B, S), 0, V).at[0, 2].set(V)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    mask = np.arange(S) < np.array([S, 0, 3, 1])[:, None]
+    targets = rng.integers(0, V, (B, S), np.int32)
+    targets[0, 2] = V
     ints = {"targets": targets, "attention_mask": mask}
-    temperature = jnp.asarray(1.3)
+    nan, temperature = np.float32(np.nan), np.float32(1.3)
     if path == "logits":
-        logits = 2 * jax.random.normal(keys[0], (B, S, columns))
-        logits = jnp.where(mask[..., None], logits, jnp.nan)
-        return {"logits": logits, "temperature": temperature}, ints
-    hidden = jax.random.normal(keys[0], (B, S, D))
+        logits = np.where(mask[..., None], 2 * normal(B, S, columns), nan)
+        floats = {"logits": logits, "temperature": temperature}
+        return jax.tree.map(jnp.asarray, (floats, ints))
     floats = {
-        "hidden_states": jnp.where(mask[..., None], hidden, jnp.nan),
-        "lm_head": jax.random.normal(keys[1], (D, columns)),
-        "lm_head_bias": jax.random.normal(keys[2], (columns,)),
+        "hidden_states": np.where(mask[..., None], normal(B, S, D), nan),
+        "lm_head": normal(D, columns),
+        "lm_head_bias": normal(columns),
         "temperature": temperature,
     }
     if path == "plain":
         del floats["lm_head_bias"], floats["temperature"]
-    return floats, ints
+    return jax.tree.map(jnp.asarray, (floats, ints))
 
 
 def make_step(path: str, **layout: Any) -> Any:

@@ -346,8 +346,9 @@ def test_sequence_unlikelihood(wide: bool, seed: int) -> None:
     weights = mask.astype(np.float64)
     terms = sequence_unlikelihood(logits.astype(np.float64), ids, weights, n)
     arrays = {"logits": logits, "token_ids": ids, "mask": mask}
+    run = jax.jit(ava_jax.losses.sequence_unlikelihood, static_argnames="ngram_size")
     with jax.enable_x64(wide):
-        got = ava_jax.losses.sequence_unlikelihood(**widened(arrays), ngram_size=n)
+        got = run(**widened(arrays), ngram_size=n)
         want = weighted_mean(terms, weights)
         assert_near("mean", got, want, FLOAT64 if wide else FLOAT32)
 
@@ -365,9 +366,10 @@ def test_repetition_decay(wide: bool, seed: int) -> None:
     weights = kept * rng.integers(1, 5, (3, 12)) / 2
     terms = repetition_decay(logits.astype(np.float64), ids, weights, span, decay)
     arrays = {"logits": logits, "targets": ids, "mask": weights.astype(np.float32)}
+    run = jax.jit(
+        ava_jax.losses.repetition_decay_loss, static_argnames=("span_length", "decay")
+    )
     with jax.enable_x64(wide):
-        got = ava_jax.losses.repetition_decay_loss(
-            **widened(arrays), span_length=span, decay=decay
-        )
+        got = run(**widened(arrays), span_length=span, decay=decay)
         want = weighted_mean(terms, weights)
         assert_near("mean", got, want, FLOAT64 if wide else FLOAT32)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ava_jax.kernel import execute
 from ava_jax.kernel.platforms import Target
@@ -25,18 +26,22 @@ WHOLE: dict[str, Any] = {
 
 def whole_batch() -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns floats and integers; masked floats are NaN."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    weights = jax.random.uniform(keys[4], (B, S)).at[0, 3:7].set(0.0)
-    hidden = jnp.where(weights[..., None] == 0, jnp.nan, normal(keys[0], B, S, D))
+    rng = np.random.default_rng(0)
+    weights = rng.random((B, S))
+    weights[0, 3:7] = 0.0
+    hidden = rng.normal(size=(B, S, D))
+    depths = rng.normal(size=(2, B, S, D))
     # The last position predicts no further token.
-    depths = normal(keys[3], 2, B, S, D).at[:, :, -1].set(jnp.nan)
+    depths[:, :, -1] = np.nan
     arrays = {
-        "hidden_states": hidden,
-        "lm_head": normal(keys[1], D, V),
-        "lm_head_bias": normal(keys[2], V),
+        "hidden_states": np.where(weights[..., None] == 0, np.nan, hidden),
+        "lm_head": rng.normal(size=(D, V)),
+        "lm_head_bias": rng.normal(size=V),
         "mtp_hidden_states": depths,
     }
-    targets = jax.random.randint(keys[5], (B, S), 0, 6)
+    arrays = {k: jnp.asarray(x, jnp.float32) for k, x in arrays.items()}
+    targets = jnp.asarray(rng.integers(0, 6, (B, S)), jnp.int32)
+    weights = jnp.asarray(weights, jnp.float32)
     return arrays, {"targets": targets, "attention_mask": weights}
 
 
