@@ -195,12 +195,19 @@ def test_the_loss_and_an_aux_entry_may_be_differentiated_together():
 
     def value(arrays: dict[str, Any]):
         loss, aux, _ = loss_fn(state, **arrays, **integers)
-        return 2.0 * loss + 3.0 * aux["nll"]
+        # The loss has no part of nll, but of the main loss.
+        return 2.0 * loss + 3.0 * aux["nll"] + 5.0 * aux["main_loss"]
 
-    both = jax.jit(jax.grad(value))(arrays)
-    loss, nll = run(arrays, integers, fused=True)["grads"], gradient_of("nll")
-    want = {k: 2 * np.asarray(loss[k]) + 3 * np.asarray(nll[k]) for k in arrays}
-    assert_trees_close(both, want, 1e-5)
+    got = jax.jit(jax.grad(value))(arrays)
+    parts = (
+        run(arrays, integers, fused=True)["grads"],
+        gradient_of("nll"),
+        gradient_of("main_loss"),
+    )
+    want = jax.tree.map(
+        lambda *g: np.tensordot([2, 3, 5], np.asarray(g, np.float64), 1), *parts
+    )
+    assert_trees_close(got, want, 1e-5)
 
 
 def test_a_scaled_loss_has_a_scaled_gradient():
