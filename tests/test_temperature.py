@@ -95,27 +95,28 @@ def test_a_step_has_the_temperature_from_before_it():
 
 
 def test_micro_batches_add_up():
-    hidden, lm_head, _, targets, mask = map(jnp.asarray, arrays())
+    hidden, lm_head, _, targets, mask = arrays()
     loss_fn, state = loss_at()
-    normalizers = loss_fn.normalizers(targets=targets, attention_mask=mask)
-    whole: ava_jax.LossInputs = {
-        "targets": targets,
-        "attention_mask": mask,
-        "hidden_states": hidden,
-        "lm_head": lm_head,
-    }
-    _, aux, _ = loss_fn(state, **whole)
+    normalizers = loss_fn.normalizers(
+        targets=jnp.asarray(targets), attention_mask=jnp.asarray(mask)
+    )
+    accumulate = jax.jit(loss_fn.accumulate)
+
+    def inputs(rows: slice) -> ava_jax.LossInputs:
+        return {
+            "targets": jnp.asarray(targets[rows]),
+            "attention_mask": jnp.asarray(mask[rows]),
+            "hidden_states": jnp.asarray(hidden[rows]),
+            "lm_head": jnp.asarray(lm_head),
+        }
+
+    _, aux, _ = jax.jit(loss_fn)(state, **inputs(slice(None)))
     parts = []
     for row in range(B):
-        own: ava_jax.LossInputs = {
-            "targets": targets[row : row + 1],
-            "attention_mask": mask[row : row + 1],
-            "hidden_states": hidden[row : row + 1],
-            "lm_head": lm_head,
-        }
-        parts += loss_fn.accumulate(state, normalizers=normalizers, **own)[2:]
+        own = inputs(slice(row, row + 1))
+        parts += accumulate(state, normalizers=normalizers, **own)[2:]
     stats = jax.tree.map(jnp.add, *parts)
-    found = loss_fn.summary(state, stats)["tempered_nll"]
+    found = jax.jit(loss_fn.summary)(state, stats)["tempered_nll"]
     np.testing.assert_allclose(found, aux["tempered_nll"], rtol=1e-6)
 
 
