@@ -97,9 +97,7 @@ def test_a_step_has_the_temperature_from_before_it():
 def test_micro_batches_add_up():
     hidden, lm_head, _, targets, mask = arrays()
     loss_fn, state = loss_at()
-    normalizers = loss_fn.normalizers(
-        targets=jnp.asarray(targets), attention_mask=jnp.asarray(mask)
-    )
+    normalizers = jax.jit(loss_fn.normalizers)(targets=targets, attention_mask=mask)
     accumulate = jax.jit(loss_fn.accumulate)
 
     def inputs(rows: slice) -> ava_jax.LossInputs:
@@ -135,6 +133,7 @@ def test_a_loss_at_temperature_one_has_no_such_entry(options):
     assert "tempered_nll" not in names
 
 
+@functools.partial(jax.jit, static_argnames="cap")
 def log_probs(lm_head, bias, cap):
     hidden, _, _, targets, _ = arrays()
     return ava_jax.token_log_probs(
@@ -153,10 +152,11 @@ def test_the_folded_head_is_the_trained_model(cap):
     _, lm_head, bias, _, mask = arrays()
     _, state = loss_at()
     folded, shift = jax.jit(ava_jax.fold_temperature)((lm_head, bias), state)
-    found = log_probs(folded, shift, None if cap is None else cap / T)
+    cap_of_folded = None if cap is None else cap / T
+    found = np.asarray(log_probs(folded, shift, cap_of_folded))
     np.testing.assert_allclose(-found[mask > 0].mean(), mean_nll(T, cap), rtol=2e-6)
-    untouched = log_probs(jnp.asarray(lm_head), jnp.asarray(bias), cap)
-    assert abs(float(untouched[mask > 0].mean()) + mean_nll(T, cap)) > 0.1
+    untouched = np.asarray(log_probs(lm_head, bias, cap))
+    assert abs(untouched[mask > 0].mean() + mean_nll(T, cap)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
