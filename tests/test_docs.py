@@ -27,8 +27,6 @@ from support.pages import (
 import ava_jax
 from ava_jax import heads, losses, metrics
 
-pytestmark = pytest.mark.every_platform
-
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 ALL_FIELDS = {f.name: f.default for f in dataclasses.fields(ava_jax.UnifiedLossConfig)}
 
@@ -50,6 +48,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.every_platform
 @pytest.mark.usefixtures("at_home")
 @pytest.mark.parametrize(("page", "name"), SECTIONS)
 def test_snippets_run(page: Path, name: str) -> None:

@@ -1,9 +1,11 @@
 """A bad call is an error that names the argument, what it got and what to do."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import checkify
 from support.scenes import EVERYTHING, B, D, E, K, S, V, floats, integers, through
@@ -121,6 +123,15 @@ def test_bad_calls(config, inputs, error, words):
         assert word in str(caught.value)
 
 
+@functools.cache
+def checked_everything():
+    """A checked loss under jit, its state, and arguments that are fine."""
+    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
+    ints = integers() | {"attention_mask": np.ones((B, S), bool)}
+    run = jax.jit(checkify.checkify(ava_jax.checked(loss_fn)))
+    return run, loss_fn.init(), through("logits", floats()), ints
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -131,16 +142,14 @@ def test_bad_calls(config, inputs, error, words):
     ],
 )
 def test_checked_names_the_position_and_the_value(change, message):
-    loss_fn = ava_jax.create_unified_loss(EVERYTHING)
-    ints = integers()
-    ints["attention_mask"] = jnp.ones((B, S), bool)
-    call = ava_jax.checked(loss_fn)
-    arrays = through("logits", floats())
-    call(loss_fn.init(), **arrays, **ints)
+    run, state, arrays, ints = checked_everything()
+    run(state, **arrays, **ints)[0].throw()
     [(name, (row, column, value))] = change.items()
-    ints[name] = ints[name].at[row, column].set(value)
+    ints = ints | {name: np.array(ints[name])}
+    ints[name][row, column] = value
+    error, _ = run(state, **arrays, **ints)
     with pytest.raises(checkify.JaxRuntimeError, match=message):
-        call(loss_fn.init(), **arrays, **ints)
+        error.throw()
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])

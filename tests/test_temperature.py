@@ -95,27 +95,26 @@ def test_a_step_has_the_temperature_from_before_it():
 
 
 def test_micro_batches_add_up():
-    hidden, lm_head, _, targets, mask = map(jnp.asarray, arrays())
+    hidden, lm_head, _, targets, mask = arrays()
     loss_fn, state = loss_at()
-    normalizers = loss_fn.normalizers(targets=targets, attention_mask=mask)
-    whole: ava_jax.LossInputs = {
-        "targets": targets,
-        "attention_mask": mask,
-        "hidden_states": hidden,
-        "lm_head": lm_head,
-    }
-    _, aux, _ = loss_fn(state, **whole)
+    normalizers = jax.jit(loss_fn.normalizers)(targets=targets, attention_mask=mask)
+    accumulate = jax.jit(loss_fn.accumulate)
+
+    def inputs(rows: slice) -> ava_jax.LossInputs:
+        return {
+            "targets": jnp.asarray(targets[rows]),
+            "attention_mask": jnp.asarray(mask[rows]),
+            "hidden_states": jnp.asarray(hidden[rows]),
+            "lm_head": jnp.asarray(lm_head),
+        }
+
+    _, aux, _ = jax.jit(loss_fn)(state, **inputs(slice(None)))
     parts = []
     for row in range(B):
-        own: ava_jax.LossInputs = {
-            "targets": targets[row : row + 1],
-            "attention_mask": mask[row : row + 1],
-            "hidden_states": hidden[row : row + 1],
-            "lm_head": lm_head,
-        }
-        parts += loss_fn.accumulate(state, normalizers=normalizers, **own)[2:]
+        own = inputs(slice(row, row + 1))
+        parts += accumulate(state, normalizers=normalizers, **own)[2:]
     stats = jax.tree.map(jnp.add, *parts)
-    found = loss_fn.summary(state, stats)["tempered_nll"]
+    found = jax.jit(loss_fn.summary)(state, stats)["tempered_nll"]
     np.testing.assert_allclose(found, aux["tempered_nll"], rtol=1e-6)
 
 
@@ -134,6 +133,7 @@ def test_a_loss_at_temperature_one_has_no_such_entry(options):
     assert "tempered_nll" not in names
 
 
+@functools.partial(jax.jit, static_argnames="cap")
 def log_probs(lm_head, bias, cap):
     hidden, _, _, targets, _ = arrays()
     return ava_jax.token_log_probs(
@@ -152,10 +152,11 @@ def test_the_folded_head_is_the_trained_model(cap):
     _, lm_head, bias, _, mask = arrays()
     _, state = loss_at()
     folded, shift = jax.jit(ava_jax.fold_temperature)((lm_head, bias), state)
-    found = log_probs(folded, shift, None if cap is None else cap / T)
+    cap_of_folded = None if cap is None else cap / T
+    found = np.asarray(log_probs(folded, shift, cap_of_folded))
     np.testing.assert_allclose(-found[mask > 0].mean(), mean_nll(T, cap), rtol=2e-6)
-    untouched = log_probs(jnp.asarray(lm_head), jnp.asarray(bias), cap)
-    assert abs(float(untouched[mask > 0].mean()) + mean_nll(T, cap)) > 0.1
+    untouched = np.asarray(log_probs(lm_head, bias, cap))
+    assert abs(untouched[mask > 0].mean() + mean_nll(T, cap)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -1,5 +1,6 @@
 """The heads and the gate: reference numbers, oracles, masks, dropout."""
 
+import functools
 from typing import Any
 
 import chex
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.test_util import check_grads
 from numpy.typing import NDArray
 from support.golden_cases import GoldenCase, cases_of, compare, on_device
 from support.head_checks import (
@@ -32,6 +32,7 @@ from support.head_checks import (
     oracle_gelu,
     oracle_layer_norm,
 )
+from support.loss_checks import check_gradient
 
 from ava_jax.heads import ConfidenceGate, MTPHeads
 
@@ -96,7 +97,7 @@ def golden_confidence(case: GoldenCase, x: Params) -> dict[str, jax.Array]:
     module = ConfidenceGate(**case.config)
     variables = {"params": on_device(gate_params(case))}
     scores = apply(module, variables, x["hidden_states"], x.get("attention_mask"))
-    return {"confidence": scores, "avg_confidence": scores.mean()}
+    return {"confidence": scores, "avg_confidence": np.mean(scores)}
 
 
 GOLDEN = {"confidence_gate": golden_confidence, "mtp_heads": golden_logits}
@@ -201,20 +202,20 @@ def test_heads_equal_the_oracle(
 
 
 def test_heads_read_masked_positions_as_zeros() -> None:
-    module, mask = MTPHeads(K, V), jnp.arange(S) < jnp.array([[S], [2]])
+    module, mask = MTPHeads(K, V), np.arange(S) < np.array([[S], [2]])
     h = normal(B, S, D)
     variables = init(module, h)
-    poisoned = jnp.where(mask[..., None], h, jnp.nan)
+    poisoned = np.where(mask[..., None], h, np.float32(np.nan))
 
-    def loss(variables: Any, h: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(apply(module, variables, h, mask)))
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def run(variables: Any, h: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(apply(module, variables, h, jnp.asarray(mask))))
 
-    got = jax.value_and_grad(loss, argnums=(0, 1))(variables, poisoned)
-    chex.assert_trees_all_equal(
-        got, jax.value_and_grad(loss, argnums=(0, 1))(variables, h)
-    )
+    got = run(variables, poisoned)
+    chex.assert_trees_all_equal(got, run(variables, h))
     chex.assert_tree_all_finite(got)
-    np.testing.assert_array_equal(got[1][1][1, 2:], 0)
+    np.testing.assert_array_equal(np.asarray(got[1][1])[1, 2:], 0)
     assert np.isnan(apply(module, variables, poisoned)).any()
 
 
@@ -224,7 +225,7 @@ def test_mlp_dropout_is_active_only_on_request(shared: bool) -> None:
     plain = MTPHeads(K, V, "mlp", shared)
     h = normal(1, 1, D)
     variables = init(module, h)
-    exact = apply(plain, variables, h)
+    exact = np.asarray(apply(plain, variables, h))
     chex.assert_trees_all_equal(apply(module, variables, h), exact)
     with pytest.raises(Exception, match="dropout"):
         apply(module, variables, h, deterministic=False)
@@ -232,7 +233,7 @@ def test_mlp_dropout_is_active_only_on_request(shared: bool) -> None:
     def draw(key: jax.Array) -> Any:
         return apply(module, variables, h, deterministic=False, rngs={"dropout": key})
 
-    draws = jax.vmap(draw)(jax.random.split(KEY, 4000))
+    draws = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, 4000)))
     assert np.std(draws, axis=0).min() > 0.1
     error = np.abs(draws.mean(0) - exact) / np.std(draws, axis=0)
     assert error.max() < 5 / 4000**0.5
@@ -288,7 +289,7 @@ def test_gate_equals_the_oracle(
     with jax.enable_x64(True):
         h = normal(*mask.shape, D, seed=seed, dtype="float64")
         variables = init(module, h, seed=seed)
-        got = apply(module, variables, h, jnp.asarray(mask))
+        got = np.asarray(apply(module, variables, h, jnp.asarray(mask)))
     params, x = in_numpy(variables["params"]), np.asarray(h)
     if not module.per_token:
         x = oracle_pool(x, mask, params)
@@ -303,32 +304,33 @@ def test_masked_positions_do_not_matter_to_the_gate(
     pooling: dict, poison: float
 ) -> None:
     module = ConfidenceGate((5, 3), **pooling)
-    mask = jnp.arange(S) < jnp.array([[S], [2], [0]])
+    mask = np.arange(S) < np.array([[S], [2], [0]])
     h = normal(3, S, D)
     variables = init(module, h)
 
     def loss(variables: Any, h: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.log(apply(module, variables, h, mask)))
+        return jnp.sum(jnp.log(apply(module, variables, h, jnp.asarray(mask))))
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    got = grad(variables, jnp.where(mask[..., None], h, poison))
+    got = grad(variables, np.where(mask[..., None], h, np.float32(poison)))
     chex.assert_trees_all_equal(got, grad(variables, h))
     chex.assert_tree_all_finite(got)
-    np.testing.assert_array_equal(got[1][1][~mask], 0)
-    assert np.all(np.abs(np.asarray(got[1][1][mask])).sum(-1) > 0)
+    of_rows = np.asarray(got[1][1])
+    np.testing.assert_array_equal(of_rows[~mask], 0)
+    assert np.all(np.abs(of_rows[mask]).sum(-1) > 0)
 
 
 def test_attention_pooling_survives_huge_scores() -> None:
     module = ConfidenceGate((3,), use_attention_pooling=True)
     h = jnp.array([[[1e4, 1.0], [-1e4, 1.0], [0.0, 1.0]]])
     variables = init(module, h)
-    grad = jax.grad(lambda v: apply(module, v, h).sum())(variables)
-    chex.assert_tree_all_finite((apply(module, variables, h), grad))
+    run = jax.jit(jax.value_and_grad(lambda v: apply(module, v, h).sum()))
+    chex.assert_tree_all_finite(run(variables))
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "float32", "bfloat16"])
 def test_gate_takes_masks_of_any_dtype(dtype: str) -> None:
-    module, mask = ConfidenceGate((3,)), jnp.arange(S) < jnp.array([[S], [2]])
+    module, mask = ConfidenceGate((3,)), np.arange(S) < np.array([[S], [2]])
     h = normal(B, S, D)
     variables = init(module, h)
     got = apply(module, variables, h, mask.astype(dtype))
@@ -340,13 +342,15 @@ def test_gate_gradient(pooling: dict) -> None:
     module = ConfidenceGate((3,), **pooling)
     with jax.enable_x64(True):
         h = normal(1, 3, D, dtype="float64")
-        variables = init(module, h)
-        check_grads(
-            jax.jit(lambda v, h: module.apply(v, h, jnp.array([[1, 0, 1]]))),
-            (variables, h),
-            order=1,
-            modes=["rev"],
-        )
+        leaves, structure = jax.tree.flatten(init(module, h))
+
+    def loss(h: jax.Array, *leaves: jax.Array) -> jax.Array:
+        variables = jax.tree.unflatten(structure, leaves)
+        scores = module.apply(variables, h, jnp.array([[1, 0, 1]]))
+        assert isinstance(scores, jax.Array)
+        return jnp.sum(scores * jnp.arange(1.0, 1 + scores.size).reshape(scores.shape))
+
+    check_gradient(loss, np.asarray(h), *map(np.asarray, leaves))
 
 
 @pytest.mark.parametrize("start", [0.2, 0.7])
@@ -358,8 +362,8 @@ def test_new_gate_has_about_the_initial_confidence(start: float) -> None:
 
 def test_gate_dropout_is_active_only_on_request() -> None:
     module, h = ConfidenceGate((32,), dropout_rate=0.5), normal(B, S, D)
-    variables = jax.tree.map(lambda x: 0.3 * x, init(module, h))
-    exact = apply(module, variables, h)
+    variables = jax.tree.map(lambda x: 0.3 * np.asarray(x), init(module, h))
+    exact = np.asarray(apply(module, variables, h))
     chex.assert_trees_all_equal(apply(ConfidenceGate((32,)), variables, h), exact)
     noisy = apply(module, variables, h, deterministic=False, rngs={"dropout": KEY})
     assert np.all(np.abs(noisy / exact - 1) > 1e-3)

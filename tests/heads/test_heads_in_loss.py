@@ -45,6 +45,7 @@ def call(loss_fn: ava_jax.UnifiedLoss, **inputs: Any) -> dict[str, jax.Array]:
     return run(loss_fn.init(), {"targets": TARGETS, **inputs})[1]
 
 
+@jax.jit
 def head_losses(logits: jax.Array) -> list[jax.Array]:
     """Computes optax's cross-entropy of head j at t with the target at t + j."""
     nll = optax.softmax_cross_entropy_with_integer_labels
@@ -74,7 +75,7 @@ def test_sequential_heads_give_the_loss_their_hidden_states() -> None:
         lm_head=lm_head,
         mtp_hidden_states=hidden,
     )
-    want = head_losses(hidden @ lm_head)
+    want = head_losses(np.asarray(hidden) @ np.asarray(lm_head))
     np.testing.assert_allclose(aux["mtp_head_losses"], want, rtol=1e-4)
 
 
@@ -84,8 +85,8 @@ def test_adaptive_heads_give_the_loss_their_whole_output(threshold: float) -> No
     out = apply(module, init(module, h), h)
     loss_fn = loss_function(primary_loss_type="adaptive_mtp", mtp_weight=0.5)
     aux = call(loss_fn, logits=normal(B, S, V), **vars(out))
-    weight = float(out.confidence_scores.mean()) * (0.5 if threshold == 0 else 0.0)
-    want = weight * np.mean(np.asarray(head_losses(out.additional_logits)))
+    weight = float(np.mean(out.confidence_scores)) * (0.5 if threshold == 0 else 0.0)
+    want = weight * np.mean(head_losses(out.additional_logits))
     np.testing.assert_allclose(aux["main_additional_loss"], want, rtol=1e-4)
     np.testing.assert_allclose(aux["main_effective_mtp_weight"], weight, rtol=1e-5)
     chex.assert_tree_all_finite(aux)

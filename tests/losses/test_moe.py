@@ -1,5 +1,6 @@
 """Expert balance over steps, bias and routing: reference numbers, oracles."""
 
+import functools
 import math
 
 import chex
@@ -43,8 +44,9 @@ GATES = values(5, 3)
 
 
 def fresh(experts: int) -> GradientBalanceState:
-    zeros = jnp.zeros(experts, jnp.result_type(float))
-    return GradientBalanceState(counts=zeros, scores=zeros, tokens=zeros[0])
+    zeros = jnp.asarray(np.zeros(experts), jnp.result_type(float))
+    none = jnp.asarray(np.zeros(()), zeros.dtype)
+    return GradientBalanceState(counts=zeros, scores=zeros, tokens=none)
 
 
 def balance_of(counts: list[float], tokens: float) -> GradientBalanceState:
@@ -62,6 +64,23 @@ def load_of(counts: list[float], scores: list[float], tokens: float) -> RouterLo
 # Against the reference. ------------------------------------------------------------
 
 
+@jax.jit
+def balance_step(
+    state: GradientBalanceState, gates: jax.Array, choices: jax.Array, weight: float
+) -> tuple[GradientBalanceState, dict[str, jax.Array]]:
+    """The state after a step, and what the reference has of the step."""
+    state = update_gradient_balance(state, router_load(gates, choices))
+    ratio = expert_balance_ratio(state)
+    return state, {
+        "expert_counts": state.counts,
+        "expert_scores": state.scores,
+        "total_tokens": state.tokens,
+        "moe_balancing_term": gradient_balance_loss(gates, state, weight=weight),
+        "moe_expert_balance_ratio": ratio,
+        "moe_cv": coefficient_of_variation(ratio),
+    }
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("case", BALANCED, ids=lambda c: c.name)
 def test_reference_balance(case: GoldenCase, x64: bool) -> None:
@@ -71,20 +90,8 @@ def test_reference_balance(case: GoldenCase, x64: bool) -> None:
         state = fresh(case.config["num_experts"])
         for groups in case.arrays:
             inputs = on_device(groups["in"])
-            gates = inputs["gate_logits"]
-            load = value_of(router_load, gates, inputs["expert_indices"])
-            state = value_of(update_gradient_balance, state, load)
-            ratio = expert_balance_ratio(state)
-            got = {
-                "expert_counts": state.counts,
-                "expert_scores": state.scores,
-                "total_tokens": state.tokens,
-                "moe_balancing_term": value_of(
-                    gradient_balance_loss, gates, state, weight=weight
-                ),
-                "moe_expert_balance_ratio": ratio,
-                "moe_cv": coefficient_of_variation(ratio),
-            }
+            gates, choices = inputs["gate_logits"], inputs["expert_indices"]
+            state, got = balance_step(state, gates, choices, weight)
             want = groups["out"] | {
                 key.removeprefix("moe_balancing."): value
                 for key, value in groups["state"].items()
@@ -93,33 +100,45 @@ def test_reference_balance(case: GoldenCase, x64: bool) -> None:
                 assert_close(value, want[key], 1e-8 if x64 else 2e-5, key)
 
 
+@jax.jit
+def gradient_of_gates(
+    fresh: GradientBalanceState,
+    gates: jax.Array,
+    choices: jax.Array,
+    weights: dict[str, float],
+) -> jax.Array:
+    """The gradient of a first step's router terms."""
+    state = update_gradient_balance(fresh, router_load(gates, choices))
+
+    def total(gate: jax.Array) -> jax.Array:
+        loss = gradient_balance_loss(gate, state, weight=weights["balance"])
+        if "z" in weights:
+            loss += weights["even"] * auxiliary_load_balancing_loss(gate, choices)
+            loss += weights["z"] * auxiliary_router_z_loss(gate)
+        return loss
+
+    return jax.grad(total)(gates)
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("case", BALANCED, ids=lambda c: c.name)
 def test_reference_gradient_of_the_gates(case: GoldenCase, x64: bool) -> None:
     """Nothing but the three router terms depends on the gate logits."""
     config = case.config
+    weights = {"balance": config.get("gradient_balance_weight", 0.1)}
+    if config.get("use_auxiliary_loss"):
+        weights["even"] = config.get("load_balancing_weight", 1e-4)
+        weights["z"] = config.get("router_z_weight", 1e-3)
     with jax.enable_x64(x64):
         inputs = on_device(case.arrays[0]["in"])
         gates, choices = inputs["gate_logits"], inputs["expert_indices"]
-        load = router_load(gates, choices)
-        state = update_gradient_balance(fresh(config["num_experts"]), load)
-
-        def total(gate: jax.Array) -> jax.Array:
-            weight = config.get("gradient_balance_weight", 0.1)
-            loss = gradient_balance_loss(gate, state, weight=weight)
-            if config.get("use_auxiliary_loss"):
-                weight = config.get("load_balancing_weight", 1e-4)
-                loss += weight * auxiliary_load_balancing_loss(gate, choices)
-                weight = config.get("router_z_weight", 1e-3)
-                loss += weight * auxiliary_router_z_loss(gate)
-            return loss
-
-        gradient = jax.jit(jax.grad(total))(gates)
-        want = case.arrays[0]["grad"]["gate_logits"]
-        # `assert_close` is relative only above 1e-3, and these are below.
-        scale = 1 / float(np.max(np.abs(want)))
-        tolerance = 1e-7 if x64 else 2e-5
-        assert_close(gradient * scale, want * scale, tolerance, "gate_logits")
+        state = fresh(config["num_experts"])
+        gradient = np.asarray(gradient_of_gates(state, gates, choices, weights))
+    want = case.arrays[0]["grad"]["gate_logits"]
+    # `assert_close` is relative only above 1e-3, and these are below.
+    scale = 1 / float(np.max(np.abs(want)))
+    tolerance = 1e-7 if x64 else 2e-5
+    assert_close(gradient * scale, want * scale, tolerance, "gate_logits")
 
 
 # The running balance. --------------------------------------------------------------
@@ -132,7 +151,7 @@ def test_balance_is_an_average_from_zero() -> None:
         ([0.0, 8.0], [4.0, 4.0], 8.0),
     ):
         load = load_of(counts, scores, tokens)
-        state = update_gradient_balance(state, load, momentum=0.75)
+        state = value_of(update_gradient_balance, state, load, momentum=0.75)
     np.testing.assert_allclose(state.counts, [0.5625, 2.1875])
     np.testing.assert_allclose(state.scores, [0.1125 + 0.125, 0.075 + 0.125], rtol=1e-6)
     np.testing.assert_allclose(state.tokens, 2.375)
@@ -141,19 +160,22 @@ def test_balance_is_an_average_from_zero() -> None:
 def test_a_step_without_tokens_changes_no_balance() -> None:
     state = balance_of([3.0, 1.0], 2.0)
     nothing = load_of([0.0, 0.0], [0.0, 0.0], 0.0)
-    chex.assert_trees_all_equal(update_gradient_balance(state, nothing), state)
+    got = value_of(update_gradient_balance, state, nothing)
+    chex.assert_trees_all_equal(got, state)
     bias = BiasBalanceState(bias=jnp.array([0.25, 0.5]))
-    chex.assert_trees_all_equal(update_bias(bias, nothing.counts), bias)
+    got = value_of(update_bias, bias, nothing.counts)
+    chex.assert_trees_all_equal(got, bias)
 
 
 def test_states_keep_their_dtype() -> None:
     with jax.enable_x64(True):
-        narrow = jax.tree.map(lambda x: x.astype(jnp.float32), fresh(2))
+        narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fresh(2))
         load = load_of([3.0, 1.0], [1.2, 0.8], 2.0)
-        new = update_gradient_balance(narrow, load)
+        new = jax.eval_shape(update_gradient_balance, narrow, load)
         chex.assert_trees_all_equal_dtypes(new, narrow)
         bias = BiasBalanceState(bias=narrow.counts)
-        chex.assert_trees_all_equal_dtypes(update_bias(bias, load.counts), bias)
+        new = jax.eval_shape(update_bias, bias, load.counts)
+        chex.assert_trees_all_equal_dtypes(new, bias)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
@@ -203,40 +225,52 @@ def test_gradient_balance_matches_the_oracle(
 
 def test_balance_pulls_busy_experts_down() -> None:
     balance = balance_of([3.0, 1.0, 2.0], 6.0)
-    gradient = jax.grad(gradient_balance_loss)(jnp.asarray(GATES), balance, weight=0.1)
-    assert jnp.all(gradient[:, 0] > 0)
-    assert jnp.all(gradient[:, 1] < 0)
+    _, gradient = value_and_gradient(
+        gradient_balance_loss, GATES, balance=balance, weight=0.1
+    )
+    gradient = np.asarray(gradient)
+    assert np.all(gradient[:, 0] > 0)
+    assert np.all(gradient[:, 1] < 0)
     np.testing.assert_allclose(gradient[:, 2], 0, atol=1e-9)
 
 
 def test_a_masked_expert_gets_no_gradient_from_balance() -> None:
-    gates = jnp.asarray(GATES).at[:, 0].set(-jnp.inf)
+    gates = GATES.copy()
+    gates[:, 0] = -np.inf
     balance = balance_of([3.0, 1.0, 2.0], 6.0)
     options = {"balance": balance, "weight": 0.1}
     value, gradient = value_and_gradient(gradient_balance_loss, gates, **options)
-    whole = value_and_gradient(gradient_balance_loss, jnp.asarray(GATES), **options)
+    whole = value_and_gradient(gradient_balance_loss, GATES, **options)
     np.testing.assert_array_equal(value, whole[0])
-    np.testing.assert_array_equal(gradient, whole[1].at[:, 0].set(0))
+    want = np.array(whole[1])
+    want[:, 0] = 0
+    np.testing.assert_array_equal(gradient, want)
 
 
 def test_balance_of_nothing_is_zero() -> None:
-    got = value_and_gradient(
-        gradient_balance_loss, jnp.asarray(GATES), balance=fresh(3), weight=0.1
-    )
-    chex.assert_trees_all_equal(got, (jnp.zeros(()), jnp.zeros((5, 3))))
+    zeros = np.zeros((5, 3), np.float32)
+    got = value_and_gradient(gradient_balance_loss, GATES, balance=fresh(3), weight=0.1)
+    chex.assert_trees_all_equal(got, (np.float32(0), zeros))
     got = value_and_gradient(
         gradient_balance_loss,
-        jnp.full((5, 3), jnp.nan),
+        zeros + np.nan,
         balance=balance_of([3.0, 1.0, 2.0], 6.0),
         weight=0.1,
-        token_weights=jnp.zeros(5),
+        token_weights=np.zeros(5, np.float32),
     )
-    chex.assert_trees_all_equal(got, (jnp.zeros(()), jnp.zeros((5, 3))))
+    chex.assert_trees_all_equal(got, (np.float32(0), zeros))
 
 
 def test_another_number_of_experts() -> None:
     with untyped(), pytest.raises(ValueError, match=r"3 experts, .* has 2; set num_ex"):
         gradient_balance_loss(jnp.asarray(GATES), fresh(2), weight=0.1)
+
+
+def diagnostics(
+    loads: jax.Array, balance: GradientBalanceState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ratio = expert_balance_ratio(balance)
+    return coefficient_of_variation(loads), max_violation(loads), ratio
 
 
 @FEW
@@ -245,15 +279,14 @@ def test_diagnostics_match_the_oracles(counts: list[int]) -> None:
     loads, n = jnp.array(counts, jnp.float32), len(counts)
     mean = sum(counts) / n
     spread = math.sqrt(sum((c - mean) ** 2 for c in counts) / max(n - 1, 1))
-    np.testing.assert_allclose(
-        coefficient_of_variation(loads), spread / (mean + 1e-6), rtol=1e-5, atol=1e-6
-    )
-    worst = max(counts) / mean - 1 if mean else 0.0
-    np.testing.assert_allclose(max_violation(loads), worst, rtol=1e-5, atol=1e-6)
     balance = balance_of([float(c) for c in counts], 8.0)
-    np.testing.assert_allclose(
-        expert_balance_ratio(balance), [c / (8 / n + 1e-6) for c in counts], rtol=1e-5
-    )
+    variation, violation, ratio = value_of(diagnostics, loads, balance)
+    want = spread / (mean + 1e-6)
+    np.testing.assert_allclose(variation, want, rtol=1e-5, atol=1e-6)
+    worst = max(counts) / mean - 1 if mean else 0.0
+    np.testing.assert_allclose(violation, worst, rtol=1e-5, atol=1e-6)
+    want = [c / (8 / n + 1e-6) for c in counts]
+    np.testing.assert_allclose(ratio, want, rtol=1e-5)
 
 
 # Bias and routing. -----------------------------------------------------------------
@@ -271,7 +304,7 @@ def test_bias_update_matches_the_oracle(counts: list[int], bias: list[int]) -> N
     ]
     centred = [b - sum(moved) / 4 for b in moved]
     state = BiasBalanceState(bias=jnp.array(old))
-    new = update_bias(state, jnp.array(counts, jnp.float32), rate=0.25)
+    new = value_of(update_bias, state, jnp.array(counts, jnp.float32), rate=0.25)
     np.testing.assert_allclose(new.bias, centred if sum(counts) else old, atol=1e-6)
 
 
@@ -281,8 +314,8 @@ def test_route_matches_the_oracle(seed: int, k: int, normalize: bool) -> None:
     random = np.random.default_rng(seed)
     scores = random.random((2, 3, 4)).astype(np.float32)
     bias = random.normal(size=4).astype(np.float32)
-    weights, indices = value_of(
-        route, jnp.asarray(scores), jnp.asarray(bias), k=k, normalize=normalize
+    weights, indices = jax.device_get(
+        value_of(route, scores, bias, k=k, normalize=normalize)
     )
     chex.assert_shape([weights, indices], (2, 3, k))
     chex.assert_type([weights, indices], [jnp.float32, jnp.int32])
@@ -299,30 +332,36 @@ def test_route_matches_the_oracle(seed: int, k: int, normalize: bool) -> None:
 
 def test_the_bias_chooses_but_does_not_weigh() -> None:
     scores, bias = jnp.array([0.6, 0.3, 0.1]), jnp.array([0.0, 0.0, 10.0])
-    weights, indices = route(scores, bias, 1, normalize=False)
-    assert int(indices[0]) == 2
+    weights, indices = value_of(route, scores, bias, k=1, normalize=False)
+    np.testing.assert_array_equal(indices, [2])
     np.testing.assert_allclose(weights, [0.1])
 
-    def total(s: jax.Array, b: jax.Array) -> jax.Array:
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(s: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(route(s, b, 2)[0] * jnp.array([1.0, 2.0]))
 
-    by_scores, by_bias = jax.grad(total, argnums=(0, 1))(scores, bias)
+    by_scores, by_bias = gradients(scores, bias)
     np.testing.assert_array_equal(by_bias, 0)
     # Experts 2 and 0: (0.1 + 2 · 0.6) / 0.7.
     np.testing.assert_allclose(by_scores, [0.1 / 0.49, 0, -0.6 / 0.49], rtol=1e-5)
 
 
 def test_routing_without_scores_is_finite() -> None:
-    weights, _ = route(jnp.zeros((2, 3)), jnp.zeros(3), 2)
+    def total(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, _ = route(scores, jnp.zeros(3), 2)
+        return weights.sum(), weights
+
+    run = jax.jit(jax.grad(total, has_aux=True))
+    gradient, weights = run(np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(weights, 0)
-    gradient = jax.grad(lambda s: route(s, jnp.zeros(3), 2)[0].sum())(jnp.zeros(3))
     chex.assert_tree_all_finite(gradient)
 
 
 def test_a_small_bias_matters_with_low_precision_scores() -> None:
     scores = jnp.array([0.5, 0.5], jnp.bfloat16)
-    weights, indices = route(scores, jnp.array([0.0, 1e-4]), 1)
-    assert int(indices[0]) == 1
+    weights, indices = value_of(route, scores, jnp.array([0.0, 1e-4]), k=1)
+    np.testing.assert_array_equal(indices, [1])
     chex.assert_type(weights, jnp.bfloat16)
 
 
@@ -338,30 +377,36 @@ def test_bias_of_another_length() -> None:
 
 
 def test_the_bias_evens_out_a_skewed_router() -> None:
-    scores = jax.nn.sigmoid(jnp.asarray(values(64, 4)) + jnp.array([1.0, 0.5, 0, -1]))
+    gates = values(64, 4) + np.array([1.0, 0.5, 0, -1], np.float32)
+    scores = 1 / (1 + np.exp(-gates))
 
     def step(_: int, state: BiasBalanceState) -> BiasBalanceState:
         return update_bias(state, counts(state), rate=0.01)
 
     def counts(state: BiasBalanceState) -> jax.Array:
-        _, indices = route(scores, state.bias, 1)
+        _, indices = route(jnp.asarray(scores), state.bias, 1)
         return jnp.sum(jax.nn.one_hot(indices[:, 0], 4), axis=0)
 
-    start = BiasBalanceState(bias=jnp.zeros(4))
-    end = jax.jit(lambda s: jax.lax.fori_loop(0, 200, step, s))(start)
-    assert float(max_violation(counts(start))) > 0.8
-    assert float(max_violation(counts(end))) < 0.2
-    np.testing.assert_allclose(jnp.mean(end.bias), 0, atol=1e-6)
+    @jax.jit
+    def train(
+        start: BiasBalanceState,
+    ) -> tuple[BiasBalanceState, tuple[jax.Array, jax.Array]]:
+        end = jax.lax.fori_loop(0, 200, step, start)
+        return end, (max_violation(counts(start)), max_violation(counts(end)))
+
+    end, (before, after) = train(BiasBalanceState(bias=jnp.zeros(4)))
+    assert float(before) > 0.8
+    assert float(after) < 0.2
+    np.testing.assert_allclose(np.mean(end.bias), 0, atol=1e-6)
 
 
 def test_explicit_axes() -> None:
     gates = jnp.asarray(values(6, 3))
+    scores = jnp.asarray(1 / (1 + np.exp(-values(6, 3))))
     balance = balance_of([3.0, 1.0, 2.0], 6.0)
     check_explicit_axes(lambda g: gradient_balance_loss(g, balance, weight=0.1), gates)
     bias, taken = jnp.array([0.5, 0.0, -0.5]), jnp.array([1.0, 2.0])
-    check_explicit_axes(
-        lambda s: jnp.sum(route(s, bias, 2)[0] * taken), jax.nn.sigmoid(gates)
-    )
+    check_explicit_axes(lambda s: jnp.sum(route(s, bias, 2)[0] * taken), scores)
 
 
 # Jit. ------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Policy losses token by token, advantages of groups, weights of the sampler."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.policy_batches import ARRAYS, EVERYTHING, B, S, batch, on_device
+from support.policy_batches import ARRAYS, EVERYTHING, B, S, batch
 from support.post_training_oracles import (
     PolicyOracle,
     group_advantages,
@@ -15,20 +16,19 @@ from support.post_training_oracles import (
 
 from ava_jax import losses
 
+policy_values = jax.jit(losses.policy_values, static_argnames="kind")
+
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
 def test_values_are_the_oracles(kind: str) -> None:
     x = batch()
     spread = np.repeat(x["advantages"][:, None], S, axis=1)
     oracle = PolicyOracle(x, kind=kind, **EVERYTHING)
-    arrays: dict[str, Any] = {name: jnp.asarray(x[name]) for name in ARRAYS}
-    values = losses.policy_values(
-        jnp.asarray(x["log_probs"]),
-        jnp.asarray(spread),
-        jnp.asarray(x["mask"]),
-        kind=kind,
-        **arrays,
-        **EVERYTHING,
+    arrays: dict[str, Any] = {name: x[name] for name in ARRAYS}
+    values = jax.device_get(
+        policy_values(
+            x["log_probs"], spread, x["mask"], kind=kind, **arrays, **EVERYTHING
+        )
     )
     assert values.kl is not None
     for b in range(B):
@@ -41,12 +41,10 @@ def test_values_are_the_oracles(kind: str) -> None:
 
 
 def test_values_of_a_block_are_those_of_the_whole() -> None:
-    x = on_device(batch())
-    spread = x["advantages"][:, None] + jnp.zeros((B, S))
-    whole = losses.policy_values(x["log_probs"], spread)
-    block = losses.policy_values(
-        x["log_probs"].reshape(-1)[3:9], spread.reshape(-1)[3:9]
-    )
+    x = batch()
+    spread = np.repeat(x["advantages"][:, None], S, axis=1)
+    whole = jax.device_get(policy_values(x["log_probs"], spread))
+    block = policy_values(x["log_probs"].reshape(-1)[3:9], spread.reshape(-1)[3:9])
     np.testing.assert_array_equal(block.loss, whole.loss.reshape(-1)[3:9])
     assert block.kl is None
 
@@ -66,10 +64,14 @@ def test_values_do_not_see_rows() -> None:
 @pytest.mark.parametrize("scale", [True, False])
 def test_group_advantages(scale: bool) -> None:
     rewards = np.array([1, 0, 4, 3, 3, 3, -1, 2, 5], np.float32)
-    got = losses.group_advantages(jnp.asarray(rewards), 3, scale=scale, eps=1e-2)
+    of_groups = jax.jit(
+        losses.group_advantages, static_argnames=("group_size", "scale", "eps")
+    )
+    got = of_groups(rewards, group_size=3, scale=scale, eps=1e-2)
     want = group_advantages(rewards, 3, scale, 1e-2)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    whole = losses.group_advantages(jnp.array([1, 1, 0, 1]), 2, scale=scale, eps=0)
+    certain = np.array([1, 1, 0, 1])
+    whole = of_groups(certain, group_size=2, scale=scale, eps=0)
     assert whole[0] == whole[1] == 0
     assert np.isfinite(whole).all()
 
@@ -91,23 +93,23 @@ def test_sampler_weights(level: str) -> None:
     assert np.max(want) > 1.19
     other = np.where(mask == 0, np.nan, other)
     own = np.where(mask == 0, -np.inf, own)
-    got, grad = jax.jit(
-        lambda own, other: jax.value_and_grad(
-            lambda own: jnp.sum(
-                losses.sampler_weights(
-                    own, other, jnp.asarray(mask), cap=1.2, level=level
-                )
-            )
-        )(own)
-    )(jnp.asarray(own), jnp.asarray(other))
-    np.testing.assert_allclose(got, np.sum(want), rtol=1e-5)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient_and_weights(
+        own: jax.Array, other: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        weights = losses.sampler_weights(
+            own, other, jnp.asarray(mask), cap=1.2, level=level
+        )
+        return jnp.sum(weights), weights
+
+    grad, full = gradient_and_weights(own, other)
     assert not np.any(grad)
-    full = losses.sampler_weights(
-        jnp.asarray(own), jnp.asarray(other), jnp.asarray(mask), cap=1.2, level=level
-    )
     np.testing.assert_allclose(full, want, rtol=1e-5)
-    far = jnp.full((1, 2), 1e4)
-    ends = losses.sampler_weights(far, -far, jnp.ones((1, 2)), level=level)
+    far = np.full((1, 2), 1e4, np.float32)
+    capped = jax.jit(functools.partial(losses.sampler_weights, level=level))
+    ends = capped(far, -far, np.ones_like(far))
     np.testing.assert_allclose(ends, 2, rtol=1e-6)
 
 

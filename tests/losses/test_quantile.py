@@ -31,7 +31,7 @@ def test_a_histogram_by_hand() -> None:
     """Three experts, two of them chosen; the third largest is the cutoff."""
     scores, bias = jnp.array([[0.9, 0.5, 0.2]]), jnp.array([0.0, -0.5, 0.25])
     # Biased: 0.9, 0, 0.45. The cutoff, 0, less the scores: −0.9, −0.5, −0.2.
-    got = cutoff_histogram(scores, bias, 2, bins=11)  # 0.25 wide, from −1.5 on
+    got = histogram_of(scores, bias, 2, bins=11)  # 0.25 wide, from −1.5 on
     want = np.zeros((3, 11))
     want[[0, 1, 2], [2, 4, 5]] = 1
     np.testing.assert_array_equal(got, want)
@@ -70,13 +70,13 @@ def test_both_functions_are_the_oracles(seed, k, bins, scale: float) -> None:
 
 def test_nothing_outside_the_bins_is_dropped() -> None:
     """Logits may lie anywhere, and an expert may be impossible."""
-    scores = jnp.array([[90.0, 0.0, -80.0], [-jnp.inf, 3.0, 2.5], [1e30, -1e30, 0.0]])
-    got = cutoff_histogram(scores, jnp.zeros(3), 1, bins=4)
+    scores = jnp.array([[90.0, 0.0, -80.0], [-np.inf, 3.0, 2.5], [1e30, -1e30, 0.0]])
+    got = histogram_of(scores, np.zeros(3, np.float32), 1, bins=4)
     want = [[2, 0, 0, 1], [0, 1, 1, 1], [0, 0, 2, 1]]
     np.testing.assert_array_equal(got, want)
     # With two impossible experts the third is chosen whatever its bias.
     scores = jnp.array([[-jnp.inf, 0.3, -jnp.inf]])
-    got = cutoff_histogram(scores, jnp.zeros(3), 1, bins=4)
+    got = histogram_of(scores, np.zeros(3, np.float32), 1, bins=4)
     np.testing.assert_array_equal(got, [[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]])
 
 
@@ -84,25 +84,25 @@ def test_scores_of_probabilities_fill_the_range_and_no_more() -> None:
     """The largest number is max(bias) + 1, the smallest is min(bias) − 1."""
     scores, bias = jnp.array([[1.0, 1.0, 0.0]]), jnp.array([0.5, 0.5, -1.0])
     # Over [−2, 1.5], half a number wide. The cutoff is 1.5, then −1.
-    got = cutoff_histogram(scores, bias, 1, bins=7)
-    np.testing.assert_array_equal(jnp.argmax(got, -1), [5, 5, 6])
-    got = cutoff_histogram(scores, bias, 2, bins=7)
-    np.testing.assert_array_equal(jnp.argmax(got, -1), [0, 0, 2])
+    got = np.asarray(histogram_of(scores, bias, 1, bins=7))
+    np.testing.assert_array_equal(np.argmax(got, -1), [5, 5, 6])
+    got = np.asarray(histogram_of(scores, bias, 2, bins=7))
+    np.testing.assert_array_equal(np.argmax(got, -1), [0, 0, 2])
     np.testing.assert_array_equal(got.sum(-1), 1)
 
 
 def test_histograms_of_parts_add_up() -> None:
-    scores, bias = skewed(24, 4), jnp.array([0.3, -0.1, 0.0, -0.2])
-    whole = histogram_of(scores, bias, 2)
+    scores, bias = np.asarray(skewed(24, 4)), jnp.array([0.3, -0.1, 0.0, -0.2])
+    whole = np.asarray(histogram_of(scores, bias, 2))
     parts = [histogram_of(scores[i : i + 6], bias, 2) for i in range(0, 24, 6)]
-    chex.assert_trees_all_equal(whole, sum(parts[1:], start=parts[0]))
+    np.testing.assert_array_equal(whole, sum(np.asarray(part) for part in parts))
     np.testing.assert_array_equal(whole.sum(-1), 24)
 
 
 def test_low_precision_scores_are_added_to_the_bias_exactly() -> None:
     scores, bias = jnp.array([[0.5, 0.25]], jnp.bfloat16), jnp.array([0.0, 2**-12])
     # The second expert's number is its bias: just in the upper half of [−1, 1 + 2⁻¹²].
-    got = cutoff_histogram(scores, bias, 1, bins=2)
+    got = histogram_of(scores, bias, 1, bins=2)
     np.testing.assert_array_equal(got, [[1, 0], [0, 1]])
     assert got.dtype == jnp.float32
 
@@ -136,12 +136,12 @@ def test_the_quantile_is_linear_inside_a_bin() -> None:
     """Two bins, [−1, 0] and [0, 1]; a half of the tokens is wanted."""
     histogram = jnp.array([[3.0, 1.0], [1.0, 3.0]])
     # 2 of 3 in the first bin: −1/3. 1 of 3 in the second: 1/3.
-    got = quantile_bias(jnp.zeros(2), histogram, 1)
+    got = bias_of(np.zeros(2, np.float32), histogram, 1)
     np.testing.assert_allclose(got, [-1 / 3, 1 / 3], rtol=1e-6)
     # At an old bias of ±1 the bins are [−2, 0] and [0, 2].
-    got = quantile_bias(jnp.array([1.0, -1.0]), histogram, 1)
+    got = bias_of(jnp.array([1.0, -1.0]), histogram, 1)
     np.testing.assert_allclose(got, [-2 / 3, 2 / 3], rtol=1e-6)
-    got = quantile_bias(jnp.array([1.0, -1.0]), histogram, 1, momentum=0.75)
+    got = bias_of(jnp.array([1.0, -1.0]), histogram, 1, momentum=0.75)
     np.testing.assert_allclose(got, [0.75 - 1 / 6, -0.75 + 1 / 6], rtol=1e-6)
 
 
@@ -154,10 +154,10 @@ def test_a_share_that_is_just_reached(k: int, experts: int, tokens: int) -> None
     The product of k/E, rounded, and the number of tokens may be above that.
     """
     reached = tokens * k // experts
-    row = jnp.zeros(10).at[0].set(reached).at[9].set(tokens - reached)
-    late = jnp.zeros(10).at[9].set(tokens)
-    histogram = jnp.stack([row] + [late] * (experts - 1))
-    got = bias_of(jnp.zeros(experts), histogram, k)
+    histogram = np.zeros((experts, 10), np.float32)
+    histogram[:, 9] = tokens
+    histogram[0, [0, 9]] = reached, tokens - reached
+    got = np.asarray(bias_of(np.zeros(experts, np.float32), histogram, k))
     first, last = -1 + 0.2, 0.8 + 0.2 * k / experts
     mean = (first + (experts - 1) * last) / experts
     np.testing.assert_allclose(got[0], first - mean, rtol=1e-6)
@@ -167,28 +167,28 @@ def test_a_share_that_is_just_reached(k: int, experts: int, tokens: int) -> None
 def test_it_is_the_quantile_of_the_numbers() -> None:
     """With narrow bins, what NumPy finds among the numbers themselves."""
     scores, bias, k = skewed(4000, 5), jnp.array([0.1, 0.0, -0.2, 0.0, 0.1]), 2
-    got = bias_of(bias, histogram_of(scores, bias, k, bins=20_000), k)
-    biased = np.sort(np.asarray(scores + bias), axis=-1)
-    numbers = biased[:, -1 - k, None] - np.asarray(scores)
+    got = np.asarray(bias_of(bias, histogram_of(scores, bias, k, bins=20_000), k))
+    scores, bias = np.asarray(scores), np.asarray(bias)
+    biased = np.sort(scores + bias, axis=-1)
+    numbers = biased[:, -1 - k, None] - scores
     found = np.quantile(numbers, k / 5, axis=0)
     np.testing.assert_allclose(got, found - found.mean(), atol=5e-4)
     assert abs(float(got.sum())) < 1e-5
-    assert float(jnp.ptp(got)) > 0.5
+    assert np.ptp(got) > 0.5
 
 
 def test_a_step_without_tokens_changes_nothing() -> None:
     bias = jnp.array([0.25, 0.5])
-    masked = cutoff_histogram(
-        jnp.full((3, 2), jnp.nan), bias, 1, token_weights=jnp.zeros(3)
-    )
+    nothing = np.full((3, 2), np.nan, np.float32)
+    masked = histogram_of(nothing, bias, 1, token_weights=np.zeros(3, np.float32))
     np.testing.assert_array_equal(masked, 0)
     chex.assert_trees_all_equal(bias_of(bias, masked, 1, momentum=0.5), bias)
 
 
 def test_the_bias_keeps_its_dtype() -> None:
     with jax.enable_x64(True):
-        bias = jnp.zeros(2, jnp.float32)
-        new = quantile_bias(bias, jnp.ones((2, 4)), 1)
+        bias = np.zeros(2, np.float32)
+        new = bias_of(bias, np.ones((2, 4)), 1)
         assert new.dtype == jnp.float32
 
 
@@ -249,9 +249,8 @@ def test_other_bad_arguments() -> None:
 
 def test_it_runs_under_vmap() -> None:
     """A bias per layer."""
-    scores = jnp.stack([skewed(16, 3), skewed(16, 3, seed=1)])
-    bias = jnp.array([[0.1, 0.0, -0.1], [0.0, 0.2, -0.2]])
+    scores = np.stack([skewed(16, 3), skewed(16, 3, seed=1)])
+    bias = np.array([[0.1, 0.0, -0.1], [0.0, 0.2, -0.2]], np.float32)
     counts = value_of(jax.vmap(lambda s, b: cutoff_histogram(s, b, 1)), scores, bias)
-    for layer in range(2):
-        own = histogram_of(scores[layer], bias[layer], 1)
-        chex.assert_trees_all_equal(counts[layer], own)
+    own = [histogram_of(s, b, 1) for s, b in zip(scores, bias, strict=True)]
+    np.testing.assert_array_equal(counts, own)
