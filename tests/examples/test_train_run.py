@@ -20,6 +20,7 @@ from trainer.run.settings import PRESETS, parse_settings
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     "preset",
     [p if p in ("demo", "moe") else pytest.param(p, marks=SLOW) for p in PRESETS],
@@ -30,6 +31,7 @@ def test_every_preset_runs(tiny: list[str], tmp_path: Path, preset: str) -> None
     assert all(np.isfinite(list(record.values())).all() for record in records)
 
 
+@pytest.mark.usefixtures("own_steps")
 def test_six_steps_equal_three_and_three(tiny: list[str], tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     expected = train(tiny, whole)
@@ -42,6 +44,7 @@ def test_six_steps_equal_three_and_three(tiny: list[str], tmp_path: Path) -> Non
     assert set(state) == {"step", "params", "optimizer", "loss", "skipped"}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_a_run_writes(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
