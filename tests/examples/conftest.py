@@ -1,7 +1,6 @@
 """What the tests of the trainer share: its text, its flags, its compiled programs."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +60,7 @@ def keep_programs(programs: Path) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def share_steps() -> Iterator[None]:
     """Runs of a module that train by the same step trace it once, and not each."""
-    make = functools.cache(MAKE_STEP)
+    made: dict[object, train_tpu.TrainStep] = {}
 
     def make_once(
         settings: Settings,
@@ -69,8 +68,10 @@ def share_steps() -> Iterator[None]:
         loss_fn: ava_jax.UnifiedLoss,
         mesh: Mesh,
     ) -> train_tpu.TrainStep:
-        shared = dataclasses.replace(settings, **OF_THE_RUN)
-        return make(shared, model, loss_fn, mesh)
+        parts = dataclasses.replace(settings, **OF_THE_RUN), model, loss_fn, mesh
+        if parts not in made:
+            made[parts] = MAKE_STEP(*parts)
+        return made[parts]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tpu, "make_train_step", make_once)
