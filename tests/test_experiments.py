@@ -1,6 +1,7 @@
 """The experiments: what a variant changes and what not; their results and the page."""
 
 import dataclasses
+import functools
 import importlib
 from typing import cast
 
@@ -27,8 +28,8 @@ from experiments.sizes import Sizes
 from experiments.variants import Variant
 from trainer.data.corpus import Corpus
 from trainer.data.text import TextData, prepare_data
-from trainer.model.language_model import loss_inputs
-from trainer.model.layers import ModelConfig
+from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.layers import Batch, ModelConfig
 
 TINY = Sizes(
     model=ModelConfig(layers=1, width=16, heads=2),
@@ -72,13 +73,22 @@ def context(
     """A first step of a variant."""
     model = lab.build(sizes, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
-    params = model.init(jax.random.key(seed), batch)["params"]
-    inputs = loss_inputs(model, params, batch, None)
-    loss_fn = ava_jax.unified_loss(model.loss)
-    _, aux, _ = loss_fn(loss_fn.init(), **loss_fn.select(inputs))
+    params, inputs, aux = begin(model, batch, jax.random.key(seed))
     step = jnp.asarray(0, jnp.int32)
     key = jax.random.key(seed)
     return additions.StepContext(model, params, batch, inputs, aux, None, step, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(
+    model: LanguageModel, batch: Batch, key: jax.Array
+) -> tuple[optax.Params, ava_jax.LossInputs, dict[str, jax.Array]]:
+    """The parameters of a model, and what it and its loss make of a batch."""
+    params = model.init(key, batch)["params"]
+    inputs = loss_inputs(model, params, batch, None)
+    loss_fn = ava_jax.unified_loss(model.loss)
+    _, aux, _ = loss_fn(loss_fn.init(), **loss_fn.select(inputs))
+    return params, inputs, aux
 
 
 def test_variants_share_their_initial_weights_and_their_rows(text):
