@@ -9,6 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+from run_helpers import train
 from texts import make_text
 
 import ava_jax
@@ -109,6 +110,23 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(12):
         (folder / f"{number:02d}.txt").write_text(make_text(200, seed=number))
     return folder
+
+
+@pytest.fixture(scope="module")
+def demo_run(
+    tiny: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    keep_programs: None,
+    share_steps: None,
+    draw_nothing: None,
+) -> Path:
+    """A finished run of twenty steps with two checkpoints, to be read only."""
+    out = tmp_path_factory.getbasetemp() / "demo_run"
+    if not out.exists():
+        # Optax's Adam raises a Python float to an int32 power, which strict refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            train(tiny, out, "--steps", "20", "--checkpoint-every", "10")
+    return out
 
 
 @pytest.fixture(scope="session")
