@@ -44,6 +44,7 @@ TINY = Sizes(
     prompt_length=6,
     continuation=5,
 )
+ONE_STEP = dataclasses.replace(TINY, steps=1, warmup=0)
 
 
 RESULTS = sorted(records.RESULTS.glob("*.json"))
@@ -91,11 +92,25 @@ def begin(
     return params, inputs, aux
 
 
-def test_variants_share_their_initial_weights_and_their_rows(text):
-    one = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text)
+@pytest.fixture(scope="module")
+def plain(text: TextData) -> lab.Trained:
+    """The plain variant after three steps."""
+    with jax.numpy_dtype_promotion("standard"):
+        return lab.train(TINY, Variant(), 0, text)
+
+
+@pytest.fixture(scope="module")
+def plain_step(text: TextData) -> lab.Trained:
+    """The plain variant after one step."""
+    with jax.numpy_dtype_promotion("standard"):
+        return lab.train(ONE_STEP, Variant(), 0, text)
+
+
+def test_variants_share_their_initial_weights_and_their_rows(text, plain_step):
+    one = plain_step
     heads = Variant({"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.0})
-    two = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), heads, 0, text)
-    other = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 1, text)
+    two = lab.train(ONE_STEP, heads, 0, text)
+    other = lab.train(ONE_STEP, Variant(), 1, text)
     np.testing.assert_array_equal(one.paths["nll"], two.paths["nll"])
     assert one.paths["nll"] != other.paths["nll"]
     trunk = jax.tree_util.tree_leaves_with_path(one.params)
@@ -104,14 +119,13 @@ def test_variants_share_their_initial_weights_and_their_rows(text):
         np.testing.assert_allclose(leaf, with_heads[path], rtol=1e-6, atol=1e-7)
 
 
-def test_penalties_on_targets_train_nothing(text):
+def test_penalties_on_targets_train_nothing(text, plain):
     fields = {
         "penalty_source": "targets",
         "use_immediate_repetition_penalty": True,
         "ngram_penalty_weight": 0.0,
         "immediate_repetition_weight": 5.0,
     }
-    plain = lab.train(TINY, Variant(), 0, text)
     same = lab.train(TINY, Variant(fields), 0, text)
     jax.tree.map(np.testing.assert_array_equal, plain.params, same.params)
     assert same.paths["immediate_repetition_penalty"]
@@ -223,10 +237,8 @@ def test_tables_of_characters_are_left_out():
     assert found.sha256 != corpus.sha256
 
 
-def test_evaluation_is_the_mean_over_tokens(text):
-    trained = lab.train(
-        dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text
-    )
+def test_evaluation_is_the_mean_over_tokens(text, plain_step):
+    trained = plain_step
     found = lab.evaluate(TINY, trained, text)
     nll, right, count = 0.0, 0, 0
     for batch in lab.heldout_batches(TINY, text):
@@ -365,12 +377,11 @@ def test_fields_change_over_the_steps():
     assert variants.over_steps(0.3, 10) == 0.3
 
 
-def test_a_late_term_trains_nothing_before_its_start(text):
+def test_a_late_term_trains_nothing_before_its_start(text, plain):
     fields = {
         "contrastive_token_weight": variants.Late(50.0, 2 / 3),
         "contrastive_token_window": 8,
     }
-    plain = lab.train(TINY, Variant(), 0, text)
     late = lab.train(TINY, Variant(fields), 0, text)
     np.testing.assert_array_equal(late.paths["nll"], plain.paths["nll"])
     term = np.asarray(late.paths["contrastive_token"], float)
@@ -400,7 +411,8 @@ def test_sequence_balance_takes_logits_or_scores(text):
     for fields in (experts.BIAS, experts.QUANTILE):
         found = context(text, Variant(fields), sizes=sizes)
         loss = jnp.asarray(0.0)
-        _, report = additions.SequenceBalance(weight=1.0).apply({}, loss, found)
+        balance = functools.partial(additions.SequenceBalance(weight=1.0).apply, {})
+        _, report = jax.jit(functools.partial(balance, context=found))(loss)
         values.append(float(report["sequence_balance"]))
     np.testing.assert_allclose(*values, rtol=1e-5)
 
