@@ -142,7 +142,8 @@ def train(teacher: Trained, options: argparse.Namespace) -> list[Record]:
     optimizer, _ = make_optimizer(settings)
     rows = settings.batch_size
     heldout = [*map(put, text.heldout_batches(rows, settings.eval_batches))]
-    params = student.init(jax.random.key(options.seed), heldout[0])["params"]
+    init = jax.jit(student.init)
+    params = init(jax.random.key(options.seed), heldout[0])["params"]
     weights = {"plain": 0.0, "distilled": WEIGHT}
     states: dict[str, State] = dict.fromkeys(weights, (params, optimizer.init(params)))
     steps = {

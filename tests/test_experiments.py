@@ -1,6 +1,7 @@
 """The experiments: what a variant changes and what not; their results and the page."""
 
 import dataclasses
+import functools
 import importlib
 from typing import cast
 
@@ -27,8 +28,8 @@ from experiments.sizes import Sizes
 from experiments.variants import Variant
 from trainer.data.corpus import Corpus
 from trainer.data.text import TextData, prepare_data
-from trainer.model.language_model import loss_inputs
-from trainer.model.layers import ModelConfig
+from trainer.model.language_model import LanguageModel, loss_inputs
+from trainer.model.layers import Batch, ModelConfig
 
 TINY = Sizes(
     model=ModelConfig(layers=1, width=16, heads=2),
@@ -43,6 +44,7 @@ TINY = Sizes(
     prompt_length=6,
     continuation=5,
 )
+ONE_STEP = dataclasses.replace(TINY, steps=1, warmup=0)
 
 
 RESULTS = sorted(records.RESULTS.glob("*.json"))
@@ -72,20 +74,43 @@ def context(
     """A first step of a variant."""
     model = lab.build(sizes, variant, text)
     batch = lab.Batch(*map(jnp.asarray, next(text.batches(TINY.rows, seed))))
-    params = model.init(jax.random.key(seed), batch)["params"]
-    inputs = loss_inputs(model, params, batch, None)
-    loss_fn = ava_jax.unified_loss(model.loss)
-    _, aux, _ = loss_fn(loss_fn.init(), **loss_fn.select(inputs))
+    params, inputs, aux = begin(model, batch, jax.random.key(seed))
     step = jnp.asarray(0, jnp.int32)
     key = jax.random.key(seed)
     return additions.StepContext(model, params, batch, inputs, aux, None, step, key)
 
 
-def test_variants_share_their_initial_weights_and_their_rows(text):
-    one = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text)
+@functools.partial(jax.jit, static_argnums=0)
+def begin(
+    model: LanguageModel, batch: Batch, key: jax.Array
+) -> tuple[optax.Params, ava_jax.LossInputs, dict[str, jax.Array]]:
+    """The parameters of a model, and what it and its loss make of a batch."""
+    params = model.init(key, batch)["params"]
+    inputs = loss_inputs(model, params, batch, None)
+    loss_fn = ava_jax.unified_loss(model.loss)
+    _, aux, _ = loss_fn(loss_fn.init(), **loss_fn.select(inputs))
+    return params, inputs, aux
+
+
+@pytest.fixture(scope="module")
+def plain(text: TextData) -> lab.Trained:
+    """The plain variant after three steps."""
+    with jax.numpy_dtype_promotion("standard"):
+        return lab.train(TINY, Variant(), 0, text)
+
+
+@pytest.fixture(scope="module")
+def plain_step(text: TextData) -> lab.Trained:
+    """The plain variant after one step."""
+    with jax.numpy_dtype_promotion("standard"):
+        return lab.train(ONE_STEP, Variant(), 0, text)
+
+
+def test_variants_share_their_initial_weights_and_their_rows(text, plain_step):
+    one = plain_step
     heads = Variant({"use_mtp": True, "num_future_tokens": 2, "mtp_weight": 0.0})
-    two = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), heads, 0, text)
-    other = lab.train(dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 1, text)
+    two = lab.train(ONE_STEP, heads, 0, text)
+    other = lab.train(ONE_STEP, Variant(), 1, text)
     np.testing.assert_array_equal(one.paths["nll"], two.paths["nll"])
     assert one.paths["nll"] != other.paths["nll"]
     trunk = jax.tree_util.tree_leaves_with_path(one.params)
@@ -94,14 +119,13 @@ def test_variants_share_their_initial_weights_and_their_rows(text):
         np.testing.assert_allclose(leaf, with_heads[path], rtol=1e-6, atol=1e-7)
 
 
-def test_penalties_on_targets_train_nothing(text):
+def test_penalties_on_targets_train_nothing(text, plain):
     fields = {
         "penalty_source": "targets",
         "use_immediate_repetition_penalty": True,
         "ngram_penalty_weight": 0.0,
         "immediate_repetition_weight": 5.0,
     }
-    plain = lab.train(TINY, Variant(), 0, text)
     same = lab.train(TINY, Variant(fields), 0, text)
     jax.tree.map(np.testing.assert_array_equal, plain.params, same.params)
     assert same.paths["immediate_repetition_penalty"]
@@ -213,10 +237,8 @@ def test_tables_of_characters_are_left_out():
     assert found.sha256 != corpus.sha256
 
 
-def test_evaluation_is_the_mean_over_tokens(text):
-    trained = lab.train(
-        dataclasses.replace(TINY, steps=1, warmup=0), Variant(), 0, text
-    )
+def test_evaluation_is_the_mean_over_tokens(text, plain_step):
+    trained = plain_step
     found = lab.evaluate(TINY, trained, text)
     nll, right, count = 0.0, 0, 0
     for batch in lab.heldout_batches(TINY, text):
@@ -355,12 +377,11 @@ def test_fields_change_over_the_steps():
     assert variants.over_steps(0.3, 10) == 0.3
 
 
-def test_a_late_term_trains_nothing_before_its_start(text):
+def test_a_late_term_trains_nothing_before_its_start(text, plain):
     fields = {
         "contrastive_token_weight": variants.Late(50.0, 2 / 3),
         "contrastive_token_window": 8,
     }
-    plain = lab.train(TINY, Variant(), 0, text)
     late = lab.train(TINY, Variant(fields), 0, text)
     np.testing.assert_array_equal(late.paths["nll"], plain.paths["nll"])
     term = np.asarray(late.paths["contrastive_token"], float)
@@ -390,7 +411,8 @@ def test_sequence_balance_takes_logits_or_scores(text):
     for fields in (experts.BIAS, experts.QUANTILE):
         found = context(text, Variant(fields), sizes=sizes)
         loss = jnp.asarray(0.0)
-        _, report = additions.SequenceBalance(weight=1.0).apply({}, loss, found)
+        balance = functools.partial(additions.SequenceBalance(weight=1.0).apply, {})
+        _, report = jax.jit(functools.partial(balance, context=found))(loss)
         values.append(float(report["sequence_balance"]))
     np.testing.assert_allclose(*values, rtol=1e-5)
 

@@ -26,7 +26,9 @@ PARTS = 16  # the most parts in which the projection's gradient is reduced
 pytestmark = pytest.mark.usefixtures("optimized", "unannotated")
 
 
-def compiled(sizes, name):
+@functools.cache
+def compiled(name, data=1, tensor=8):
+    sizes = {"data": data, "tensor": tensor}
     loss = communication.losses(sizes, V - PADDING)[name]
     return communication.compile_gradient(sizes, loss, D, V)
 
@@ -37,7 +39,7 @@ def most_parts(rows):
 
 
 def test_a_sharded_vocabulary_sends_only_scalars_and_hidden_gradients():
-    program = compiled({"data": 1, "tensor": 8}, communication.WITH_MESH)
+    program = compiled(communication.WITH_MESH)
     found = collectives(str(program.as_text()))
     scalars = [c for c in found if c.shape and c.shape[-1] != D]
     # The row maxima and the second largest logits; then the stacked sums per token.
@@ -56,7 +58,7 @@ def test_a_sharded_vocabulary_sends_only_scalars_and_hidden_gradients():
 
 @pytest.mark.parametrize(("data", "tensor"), [(2, 4), (8, 1)])
 def test_rows_on_several_devices_add_up_the_projection_once(data, tensor):
-    program = compiled({"data": data, "tensor": tensor}, communication.WITH_MESH)
+    program = compiled(communication.WITH_MESH, data, tensor)
     found = collectives(str(program.as_text()))
     large = [c for c in found if c.size * c.times > 4 * N * D // data]
     parts = most_parts(D // data)
@@ -92,7 +94,7 @@ def test_a_device_keeps_its_share_of_the_projections_gradient():
 def test_a_device_holds_a_fraction_of_its_share_of_the_logits():
     temps = []
     for name in (communication.WITH_MESH, communication.NAIVE):
-        memory = compiled({"data": 1, "tensor": 8}, name).memory_analysis()
+        memory = compiled(name).memory_analysis()
         assert memory is not None
         temps.append(memory.temp_size_in_bytes)
     assert temps[0] <= 0.30 * temps[1]

@@ -1,5 +1,6 @@
 """What the tests of the trainer share: its text, its flags, its compiled programs."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,27 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from run_helpers import train
 from texts import make_text
+
+import ava_jax
+import train_tpu
+from trainer.model.language_model import LanguageModel
+from trainer.report import finish
+from trainer.run.settings import Settings
+
+DRAW, MAKE_STEP = finish.plot_losses, train_tpu.make_train_step
+# Settings that say where a run is and how long it goes on, which no step depends on.
+OF_THE_RUN = {
+    "out": Path(),
+    "steps": 1,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "keep": 1,
+    "max_skipped_steps": 0,
+    "sample_tokens": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +58,51 @@ def keep_programs(programs: Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def share_steps() -> Iterator[None]:
+    """Runs of a module that train by the same step trace it once, and not each."""
+    made: dict[object, train_tpu.TrainStep] = {}
+
+    def make_once(
+        settings: Settings,
+        model: LanguageModel,
+        loss_fn: ava_jax.UnifiedLoss,
+        mesh: Mesh,
+    ) -> train_tpu.TrainStep:
+        parts = dataclasses.replace(settings, **OF_THE_RUN), model, loss_fn, mesh
+        if parts not in made:
+            made[parts] = MAKE_STEP(*parts)
+        return made[parts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tpu, "make_train_step", make_once)
+        yield
+
+
+@pytest.fixture
+def own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run makes its step from all of its settings, as for users."""
+    monkeypatch.setattr(train_tpu, "make_train_step", MAKE_STEP)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_nothing() -> Iterator[None]:
+    """Leaves the picture of a run empty: to draw it takes as long as to train."""
+
+    def draw(records: object, heldout: object, path: Path) -> None:
+        path.write_bytes(b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "plot_losses", draw)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the picture of a run."""
+    monkeypatch.setattr(finish, "plot_losses", DRAW)
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve small documents."""
@@ -44,6 +110,23 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(12):
         (folder / f"{number:02d}.txt").write_text(make_text(200, seed=number))
     return folder
+
+
+@pytest.fixture(scope="module")
+def demo_run(
+    tiny: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    keep_programs: None,
+    share_steps: None,
+    draw_nothing: None,
+) -> Path:
+    """A finished run of twenty steps with two checkpoints, to be read only."""
+    out = tmp_path_factory.getbasetemp() / "demo_run"
+    if not out.exists():
+        # Optax's Adam raises a Python float to an int32 power, which strict refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            train(tiny, out, "--steps", "20", "--checkpoint-every", "10")
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from support import compiling
 
@@ -45,6 +49,24 @@ def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:
     folder = out.resolve() / "checkpoints" / f"step_{step:08d}"
     state = ocp.StandardCheckpointer().restore(folder / "state")
     return state, json.loads((folder / "data" / "metadata").read_text())
+
+
+def random_params(
+    model: nn.Module, inputs: object, size: float = 0.4, seed: int = 0
+) -> optax.Params:
+    """Normal parameters around where they begin, none of which are 0.
+
+    They are made here, because compiling an initialization takes longer than a test.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        center = 1.0 if name == "scale" else 0.0
+        return jnp.asarray(rng.normal(center, size, leaf.shape).astype(leaf.dtype))
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def without_seconds(records: list[Record]) -> list[Record]:

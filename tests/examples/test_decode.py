@@ -1,11 +1,13 @@
 """Decoding: with a cache, by sampling, and with drafts of the further heads."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_helpers import random_params
 
 import ava_jax
 from ava_jax import heads
@@ -27,19 +29,13 @@ LENGTHS = jnp.array([6, 3, 4])
 
 @functools.cache
 def built(experts=0, vocab=VOCAB, sizes=(), **fields):
-    """A model with noise in every parameter, so that nothing is 0 by its start."""
+    """A model and random parameters, with which some drafts are right."""
     config = ava_jax.UnifiedLossConfig(vocab_size=vocab, hidden_size=16, **fields)
     size = ModelConfig(layers=2, width=16, heads=2, experts=experts, **dict(sizes))
     model = LanguageModel(size, config, 64, jnp.float32, True)
     row = jnp.ones((1, 8), jnp.int32)
-    params = model.init(jax.random.key(0), Batch(row, row, row, row))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        x + 0.3 * jax.random.normal(k, x.shape)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return model, jax.tree.unflatten(tree, noisy)
+    params = random_params(model, Batch(row, row, row, row), seed=2)
+    return model, cast(dict[str, Any], params)
 
 
 def by_hand(model, params, prompt, count):
@@ -77,11 +73,12 @@ def test_the_cache_changes_nothing(options):
 def test_reading_may_go_back():
     model, params = built()
     decoder = Decoder.of(model, 8)
-    cursor = decoder.begin(params, None, PROMPTS, LENGTHS)
-    once = decoder.extend(params, None, cursor, jnp.array([1, 2, 3]))
+    extend = jax.jit(functools.partial(decoder.extend, params, None))
+    cursor = jax.jit(decoder.begin)(params, None, PROMPTS, LENGTHS)
+    once = extend(cursor, jnp.array([1, 2, 3]))
     again = once._replace(length=cursor.length)
-    twice = decoder.extend(params, None, again, jnp.array([4, 5, 6]))
-    direct = decoder.extend(params, None, cursor, jnp.array([4, 5, 6]))
+    twice = extend(again, jnp.array([4, 5, 6]))
+    direct = extend(cursor, jnp.array([4, 5, 6]))
     np.testing.assert_allclose(twice.hidden, direct.hidden, rtol=1e-5, atol=1e-6)
 
 
@@ -168,11 +165,11 @@ def test_without_heads_nothing_can_be_drafted():
 
 
 def test_sampling_keeps_to_the_likeliest():
-    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
-    rows = jnp.broadcast_to(logits, (4000, 4))
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+    rows = jnp.asarray(np.broadcast_to(logits, (4000, 4)))
 
     def shares(**options):
-        picked = Sampling(**options).pick(rows, jax.random.key(0))
+        picked = jax.jit(Sampling(**options).pick)(rows, jax.random.key(0))
         return np.bincount(np.asarray(picked), minlength=4) / len(rows)
 
     np.testing.assert_allclose(shares(temperature=1.0), np.exp(logits), atol=0.03)

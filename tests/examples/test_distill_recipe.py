@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from run_helpers import train
 
 import distill
 from trainer.recipe import run_recipe
@@ -15,16 +13,6 @@ from trainer.run.trained import load
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twenty steps, which has learned a little."""
-    out = tmp_path_factory.mktemp("run")
-    # Optax's Adam raises a Python float to an int32 power, which strict refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        train(tiny, out, "--steps", "20")
-    return out
-
-
 def distilled(run: Path, out: Path) -> list[Record]:
     arguments = ["--checkpoint", str(run), "--out", str(out)]
     options = {"name": "distill", "doc": distill.__doc__, "steps": STEPS}
@@ -32,8 +20,8 @@ def distilled(run: Path, out: Path) -> list[Record]:
     return read_records(out / "distill.jsonl")
 
 
-def test_the_student_has_half_the_width(run: Path) -> None:
-    settings = load(run).settings
+def test_the_student_has_half_the_width(demo_run: Path) -> None:
+    settings = load(demo_run).settings
     half = distill.half_of(settings, STEPS)
     assert (settings.model.width, half.model.width) == (32, 16)
     assert half.model.inner < settings.model.inner
@@ -42,9 +30,9 @@ def test_the_student_has_half_the_width(run: Path) -> None:
 
 
 def test_perplexities_of_both_students_and_the_teacher(
-    run: Path, tmp_path: Path
+    demo_run: Path, tmp_path: Path
 ) -> None:
-    records = distilled(run, tmp_path / "out")
+    records = distilled(demo_run, tmp_path / "out")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     plain, taught = (
         np.array([record[name] for record in records])
@@ -56,26 +44,29 @@ def test_perplexities_of_both_students_and_the_teacher(
     assert plain[-1] < 0.9 * plain[0]
     assert taught[-1] < 0.9 * taught[0]
     # The trainer itself has evaluated the teacher, at its own temperature.
-    expected = read_records(run / "heldout.jsonl")[-1]["tempered_perplexity"]
+    expected = read_records(demo_run / "heldout.jsonl")[-1]["tempered_perplexity"]
     np.testing.assert_allclose(records[0]["teacher"], expected, rtol=1e-4)
     assert (tmp_path / "out" / "distill.png").stat().st_size > 10_000
 
 
 def test_without_weight_there_is_no_teacher(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "WEIGHT", 0.0)
-    records = distilled(run, tmp_path / "out")
+    records = distilled(demo_run, tmp_path / "out")
     assert all(record["plain"] == record["distilled"] for record in records)
 
 
 def test_a_text_that_has_changed_is_refused(
-    run: Path, tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+    demo_run: Path,
+    tmp_path: Path,
+    text_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = text_folder / "more.txt"
     more.write_text("a new document")
     try:
-        arguments = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+        arguments = ["--checkpoint", str(demo_run), "--out", str(tmp_path / "out")]
         options = {"name": "distill", "doc": distill.__doc__, "steps": STEPS}
         assert run_recipe(distill.train, arguments, **options) == 1
     finally:

@@ -49,7 +49,8 @@ def test_the_exported_model_is_the_trained_one_at_temperature_one(
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == 288
     trained, tokens = load(run), jnp.arange(8, dtype=jnp.int32)[None]
     batch = Batch(tokens, tokens, jnp.ones_like(tokens), tokens)
-    hidden, _ = hidden_and_head(
+    run_model = jax.jit(hidden_and_head, static_argnums=0)
+    hidden, _ = run_model(
         trained.model, arrays["params"], batch, arrays["routing_bias"]
     )
 

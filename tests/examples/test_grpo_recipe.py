@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from run_helpers import train
 
 import grpo
 from trainer.data.text import end_of_text
@@ -21,18 +20,8 @@ from trainer.run.trained import Trained, load
 
 
 @pytest.fixture(scope="module")
-def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps."""
-    out = tmp_path_factory.mktemp("run")
-    # Optax's Adam raises a Python float to an int32 power, which strict refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        train(tiny, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def trained(run: Path) -> Trained:
-    return load(run)
+def trained(demo_run: Path) -> Trained:
+    return load(demo_run)
 
 
 @pytest.fixture
@@ -119,7 +108,8 @@ def test_scores_are_those_of_the_sampler(trained: Trained, small: None) -> None:
         trained, trained.params, prompts, jax.random.key(3), 12, 6, GREEDY
     )
     found = np.asarray(policy.score(trained.params, batch, mask))
-    hidden, head = hidden_and_head(trained.model, trained.params, batch, None)
+    run_model = jax.jit(hidden_and_head, static_argnums=0)
+    hidden, head = run_model(trained.model, trained.params, batch, None)
     columns = trained.model.loss.vocab_size
     logits = np.asarray(hidden @ head, np.float64)[..., :columns] / grpo.TEMPERATURE
     logits -= np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
@@ -156,13 +146,13 @@ def test_an_update_starts_from_ratio_one_and_follows_the_advantages(
 
 
 def test_the_reward_rises(
-    run: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+    demo_run: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def share(prompt: str, text: str) -> float:
         return sum(letter in "aeiou" for letter in text) / max(len(text), 1)
 
     monkeypatch.setattr(grpo, "reward", share)
-    arguments = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    arguments = ["--checkpoint", str(demo_run), "--out", str(tmp_path / "out")]
     options = {"name": "grpo", "doc": grpo.__doc__, "steps": 8}
     assert run_recipe(grpo.train, arguments, **options) == 0
     records = read_records(tmp_path / "out" / "grpo.jsonl")
@@ -177,12 +167,12 @@ def test_the_reward_rises(
 
 
 def test_a_missing_checkpoint_is_explained(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"name": "grpo", "doc": grpo.__doc__, "steps": 8}
     nowhere = ["--checkpoint", str(tmp_path / "nowhere"), "--out", str(tmp_path)]
     assert run_recipe(grpo.train, nowhere, **options) == 1
     assert "`make demo` trains one" in capsys.readouterr().err
-    none = ["--checkpoint", str(run), "--steps", "0"]
+    none = ["--checkpoint", str(demo_run), "--steps", "0"]
     assert run_recipe(grpo.train, none, **options) == 1
     assert "--steps must be at least 1" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from run_helpers import EXAMPLES, environment, with_flags
 
-from train_tpu import Run, make_gradient
+from train_tpu import Gradient, Run, make_gradient
 from trainer.run.devices import use_deterministic_operations
 from trainer.run.folder import FREE
 from trainer.run.settings import parse_settings
@@ -29,12 +29,24 @@ def digest(tree: optax.Params) -> str:
     return sums.hexdigest()
 
 
-def gradients(arguments: list[str], count: int) -> list[str]:
-    """Digests of the first batch's gradient, taken anew each time."""
-    run = Run(*parse_settings(arguments), console=Console(quiet=True))
+def make_run(arguments: list[str]) -> Run:
+    return Run(*parse_settings(arguments), console=Console(quiet=True))
+
+
+def compiled(run: Run) -> Gradient:
+    return jax.jit(make_gradient(run.settings, run.model, run.loss_fn, run.mesh))
+
+
+def digests(gradient: Gradient, run: Run, count: int) -> list[str]:
+    """Of the first batch's gradient, taken anew each time."""
     rows = next(run.batches)
-    gradient = jax.jit(make_gradient(run.settings, run.model, run.loss_fn, run.mesh))
     return [digest(gradient(run.state, run.share.put(rows))[0]) for _ in range(count)]
+
+
+def gradients(arguments: list[str], count: int) -> list[str]:
+    """Digests of the first batch's gradient, in a process of its own."""
+    run = make_run(arguments)
+    return digests(compiled(run), run, count)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -46,10 +58,12 @@ def test_twenty_gradients_are_the_same_to_the_bit(
 ) -> None:
     flags = with_flags(tiny, "--mesh", mesh, "--out", str(tmp_path))
     flags += ["--loss.unlikelihood-weight", "0.1"]
-    found = gradients(flags, RUNS)
+    run = make_run(flags)
+    gradient = compiled(run)
+    found = digests(gradient, run, RUNS)
     assert len(set(found)) == 1
-    other = gradients(with_flags(flags, "--out", str(tmp_path / "b"), "--seed", "1"), 1)
-    assert other[0] != found[0]
+    other = make_run(with_flags(flags, "--out", str(tmp_path / "b"), "--seed", "1"))
+    assert digests(gradient, other, 1)[0] != found[0]
 
 
 @pytest.mark.slow

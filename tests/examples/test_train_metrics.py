@@ -1,6 +1,7 @@
 """What a run writes beside the loss's terms: experts' load, heads, samples."""
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,7 @@ import optax
 import pytest
 from flax.typing import VariableDict
 from rich.console import Console
-from run_helpers import train, with_flags
+from run_helpers import random_params, train, with_flags
 
 import ava_jax
 from ava_jax import heads
@@ -37,6 +38,7 @@ KINDS: dict[str, LossFields] = {
 }
 
 
+INPUTS = jax.jit(loss_inputs, static_argnums=0)
 STATE = ava_jax.unified_loss(ava_jax.UnifiedLossConfig(vocab_size=V)).init()
 
 
@@ -110,7 +112,9 @@ def test_micro_batches_and_meshes_count_the_same_choices(
 def test_every_way_to_balance_logs_the_load(
     tiny: list[str], tmp_path: Path, flags: list[str]
 ) -> None:
-    arguments = [*tiny, "--out", str(tmp_path), "--model.experts", "4", *flags]
+    sizes = ("--model.layers", "1", "--model.dense-layers", "0")
+    arguments = with_flags(tiny, "--out", str(tmp_path), *sizes)
+    arguments += ["--model.experts", "4", *flags]
     run = Run(*parse_settings(arguments), Console(quiet=True))
     batch = run.share.put(next(run.batches))
     _, metrics = jax.eval_shape(run.train_step, run.state, batch)
@@ -138,20 +142,13 @@ def make_model(kind: str) -> tuple[LanguageModel, optax.Params]:
         dtype=jnp.float32,
         fused=False,
     )
-    params = model.init(jax.random.key(0), make_batch())["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        leaf + 0.5 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return model, jax.tree.unflatten(structure, noisy)
+    return model, random_params(model, make_batch(), 0.5)
 
 
 def head_logits(model: LanguageModel, params: optax.Params, kind: str) -> np.ndarray:
     """All heads' logits [K, B, S, V], as the heads' own modules make them."""
     batch = make_batch()
-    inputs = loss_inputs(model, params, batch, None)
+    inputs = INPUTS(model, params, batch, None)
     if kind == "sequential":
         depths, head = inputs.get("mtp_hidden_states"), inputs.get("lm_head")
         assert depths is not None
@@ -209,7 +206,7 @@ def test_adaptive_heads_are_asked_behind_a_closed_gate() -> None:
 
         return jax.tree.map_with_path(change, params)
 
-    inputs = [loss_inputs(model, gated(x), make_batch(), None) for x in (-1e3, 1e3)]
+    inputs = [INPUTS(model, gated(x), make_batch(), None) for x in (-1e3, 1e3)]
     assert [bool(x.get("mtp_active")) for x in inputs] == [False, True]
     records = [
         evaluate(model, gated(x), STATE, [make_batch()], mesh) for x in (-1e3, 1e3)
@@ -246,13 +243,15 @@ def own_likelihood(cap: float | None) -> tuple[dict[str, float], float, float]:
     state = dataclasses.replace(STATE, temperature=jnp.asarray(0.6))
     record = evaluate(model, params, state, [batch], make_mesh("data=1", ROWS))
 
-    def nll(model: LanguageModel, params: optax.Params) -> float:
+    @functools.partial(jax.jit, static_argnums=0)
+    def nll(model: LanguageModel, params: optax.Params) -> jax.Array:
         hidden, _ = hidden_and_head(model, params, batch, None)
         shares = jax.nn.log_softmax(Decoder(model).logits(params, hidden))
         found = jnp.take_along_axis(shares, batch.targets[..., None], -1)[..., 0]
-        return -float(found[batch.segment_ids > 0].mean())
+        return -jnp.mean(found, where=batch.segment_ids > 0)
 
-    return record, nll(model, params), nll(*fold_own_temperature(model, params, state))
+    own = nll(*fold_own_temperature(model, params, state))
+    return record, float(nll(model, params)), float(own)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])

@@ -1,6 +1,7 @@
 """The transformer sees its own segment's past and nothing else."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.typing import VariableDict
+from run_helpers import random_params
 
 import ava_jax
 from trainer.model.experts import Experts, Routing
@@ -33,16 +35,9 @@ def make_model(config: ModelConfig, loss: LossFields | None = None) -> LanguageM
     )
 
 
-def make_params(model: LanguageModel, batch: Batch) -> optax.Params:
-    """Random parameters, the ones that begin at zero included."""
-    params = model.init(jax.random.key(0), batch)["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        leaf + 0.3 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, noisy)
+def shapes_of(model: LanguageModel, batch: Batch) -> optax.Params:
+    """The shapes of the parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 
 def make_batch(tokens: list[int], segments: list[int]) -> Batch:
@@ -58,6 +53,7 @@ def hidden(model: LanguageModel, params: optax.Params, batch: Batch) -> np.ndarr
     return np.asarray(apply(model, params, batch, None)[0][0])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply_experts(
     layer: Experts, params: optax.Params, x: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, Routing]:
@@ -79,7 +75,7 @@ def test_nothing_sees_the_future_or_another_segment(config: ModelConfig) -> None
     model = make_model(config)
     segments = [1, 1, 1, 2, 2, 2]
     base = make_batch([1, 2, 3, 4, 5, 6], segments)
-    params = make_params(model, base)
+    params = random_params(model, base)
     before = hidden(model, params, base)
     for changed in range(6):
         tokens = [1, 2, 3, 4, 5, 6]
@@ -95,7 +91,7 @@ def test_a_document_looks_the_same_wherever_it_is_packed() -> None:
     model = make_model(SMALL)
     alone = make_batch([7, 8, 9], [1, 1, 1])
     packed = make_batch([1, 2, 7, 8, 9, 3], [1, 1, 2, 2, 2, 3])
-    params = make_params(model, alone)
+    params = random_params(model, alone)
     np.testing.assert_allclose(
         hidden(model, params, packed)[2:5], hidden(model, params, alone), atol=1e-5
     )
@@ -106,7 +102,7 @@ def test_attention_in_blocks_is_the_same(block: int) -> None:
     batch = make_batch([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 2, 2])
     whole = make_model(dataclasses.replace(SMALL, heads=4, kv_heads=2))
     parts = make_model(dataclasses.replace(whole.config, attention_block=block))
-    params = make_params(whole, batch)
+    params = random_params(whole, batch)
     np.testing.assert_allclose(
         hidden(parts, params, batch), hidden(whole, params, batch), atol=1e-5
     )
@@ -115,7 +111,7 @@ def test_attention_in_blocks_is_the_same(block: int) -> None:
 def test_heads_share_keys_and_values() -> None:
     batch = make_batch([1, 2, 3, 4, 5, 6], [1] * 6)
     shared = make_model(dataclasses.replace(SMALL, heads=4, kv_heads=2))
-    params = make_params(shared, batch)
+    params = random_params(shared, batch)
     repeated = jax.tree.map_with_path(
         lambda path, x: (
             jnp.repeat(x.reshape(16, 2, 4), 2, axis=1).reshape(16, 16)
@@ -135,11 +131,11 @@ def test_a_loop_over_blocks_is_the_blocks() -> None:
     plain, loop = (
         make_model(dataclasses.replace(SMALL, scan=scan)) for scan in (False, True)
     )
-    params = dict(cast(dict[str, optax.Params], make_params(plain, batch)))
+    params = dict(cast(dict[str, optax.Params], random_params(plain, batch)))
     expected = hidden(plain, params, batch)
     blocks = [params.pop(f"blocks_{layer}") for layer in range(2)]
     params["blocks_0"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
-    fresh = loop.init(jax.random.key(0), batch)["params"]
+    fresh = shapes_of(loop, batch)
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
     np.testing.assert_allclose(hidden(loop, params, batch), expected, atol=1e-5)
 
@@ -147,7 +143,7 @@ def test_a_loop_over_blocks_is_the_blocks() -> None:
 def test_positions_matter() -> None:
     model = make_model(SMALL)
     batch = make_batch([7, 8, 9], [1, 1, 1])
-    params = make_params(model, batch)
+    params = random_params(model, batch)
     spread = batch._replace(positions=batch.positions * 5)
     difference = hidden(model, params, spread) - hidden(model, params, batch)
     assert np.abs(difference[1:]).max() > 1e-4
@@ -182,7 +178,7 @@ def test_experts_equal_a_loop_over_tokens(k: int) -> None:
     layer = Experts(4, k, 32, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     bias = jnp.array([0.3, -0.3, 0.0, 0.1])
-    params = layer.init(jax.random.key(0), x, None)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x, None)["params"]
     mixed, routing = apply_experts(layer, params, x, bias)
     tokens = np.asarray(x, np.float64).reshape(-1, 16)
     expected = dense_experts(params, tokens, np.asarray(bias), k)
@@ -196,11 +192,17 @@ def test_experts_equal_a_loop_over_tokens(k: int) -> None:
 def test_all_experts_run_where_diversity_asks_for_them() -> None:
     layer = Experts(4, 4, 32, jnp.float32, run_all=True)
     x = jax.random.normal(jax.random.key(1), (1, 6, 16))
-    params = layer.init(jax.random.key(0), x, None)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x, None)["params"]
     mixed, routing = apply_experts(layer, params, x, None)
     weights = jax.nn.softmax(routing.gate_logits)
     summed = jnp.einsum("ne,end->nd", weights, routing.outputs)
     np.testing.assert_allclose(mixed[0], summed, atol=1e-5)
+
+
+def names_of_inputs(model: LanguageModel, batch: Batch) -> set[str]:
+    """What the model gives to its loss."""
+    give = functools.partial(loss_inputs, model)
+    return set(jax.eval_shape(give, shapes_of(model, batch), batch, None))
 
 
 @pytest.mark.parametrize(
@@ -215,11 +217,8 @@ def test_all_experts_run_where_diversity_asks_for_them() -> None:
 def test_the_loss_decides_which_heads_there_are(loss: LossFields, key: str) -> None:
     model = make_model(SMALL, loss)
     batch = make_batch([1, 2, 3, 4, 5, 6], [1] * 6)
-    params = model.init(jax.random.key(0), batch)["params"]
-    assert key in loss_inputs(model, params, batch, None)
-    plain = make_model(SMALL)
-    bare = plain.init(jax.random.key(0), batch)["params"]
-    own = set(loss_inputs(plain, bare, batch, None))
+    assert key in names_of_inputs(model, batch)
+    own = names_of_inputs(make_model(SMALL), batch)
     given = {"targets", "attention_mask", "segment_ids"}
     assert own == given | {"hidden_states", "lm_head"}
 

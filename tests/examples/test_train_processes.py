@@ -22,12 +22,14 @@ from run_helpers import (
 from texts import make_text
 
 from train_tpu import Run, main
+from trainer.errors import TrainingError
 from trainer.model.language_model import loss_inputs
 from trainer.model.layers import Batch
 from trainer.report.metrics import read_records
 from trainer.run import launch_local
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.devices import RowShare, make_mesh
+from trainer.run.processes import join_pod
 from trainer.run.settings import parse_settings
 
 FLAGS = ("--batch-size", "8", "--microbatches", "2", "--checkpoint-every", "3")
@@ -260,12 +262,16 @@ def start_by_hand(
     ]
 
 
-def test_an_address_that_is_missing_says_so(tiny: list[str], programs: Path) -> None:
+def test_an_address_that_is_missing_says_so(
+    tiny: list[str], programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (end,) = start_by_hand([tiny], programs)
     assert end.returncode == 1
     assert end.stderr.startswith("error: JAX_NUM_PROCESSES and JAX_PROCESS_ID without")
-    (end,) = start_by_hand([tiny], programs, JAX_PROCESS_ID="one")
-    assert "JAX_PROCESS_ID must be a number, got 'one'" in end.stderr
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(TrainingError, match="JAX_PROCESS_ID must be a number, got 'o"):
+        join_pod()
 
 
 def test_processes_with_other_settings_are_refused(

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from run_helpers import assert_close, checkpoint, train, without_seconds
+from run_helpers import (
+    assert_close,
+    checkpoint,
+    train,
+    with_flags,
+    without_seconds,
+)
 
 from train_tpu import Run, main
 from trainer.model.layers import Batch
@@ -20,6 +26,7 @@ from trainer.run.settings import PRESETS, parse_settings
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     "preset",
     [p if p in ("demo", "moe") else pytest.param(p, marks=SLOW) for p in PRESETS],
@@ -30,6 +37,7 @@ def test_every_preset_runs(tiny: list[str], tmp_path: Path, preset: str) -> None
     assert all(np.isfinite(list(record.values())).all() for record in records)
 
 
+@pytest.mark.usefixtures("own_steps")
 def test_six_steps_equal_three_and_three(tiny: list[str], tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     expected = train(tiny, whole)
@@ -42,6 +50,7 @@ def test_six_steps_equal_three_and_three(tiny: list[str], tmp_path: Path) -> Non
     assert set(state) == {"step", "params", "optimizer", "loss", "skipped"}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_a_run_writes(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +251,9 @@ def test_bfloat16_is_near_float32(tiny: list[str], tmp_path: Path) -> None:
 def test_single_fields_of_the_loss_add_their_terms(
     tiny: list[str], tmp_path: Path, flags: list[str], name: str
 ) -> None:
-    settings, fields = parse_settings([*tiny, "--out", str(tmp_path), *flags])
+    sizes = ("--model.layers", "1", "--model.dense-layers", "0")
+    arguments = with_flags(tiny, "--out", str(tmp_path), *sizes)
+    settings, fields = parse_settings([*arguments, *flags])
     run = Run(settings, fields, Console(quiet=True))
     batch = run.share.put(next(run.batches))
     _, metrics = jax.eval_shape(run.train_step, run.state, batch)

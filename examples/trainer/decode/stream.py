@@ -18,28 +18,36 @@ from trainer.run.trained import Trained
 # What the tokenizer shows for bytes that are not yet a whole character.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
+# Not made anew by each call: another text of the same lengths compiles nothing.
+_begin_tokens = jax.jit(Decoder.begin, static_argnums=0)
+_begin_drafts = jax.jit(Speculator.begin, static_argnums=0, static_argnames="count")
+_call = jax.jit(Speculator.call, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _advance(
+    decoder: Decoder,
+    sampling: Sampling,
+    params: optax.Params,
+    bias: Array | None,
+    keys: Array,
+    cursor: Cursor,
+    number: Int[Array, ""],
+) -> tuple[Cursor, Int[Array, "1"]]:
+    token = decoder.pick(params, cursor, keys[number], sampling)
+    return decoder.extend(params, bias, cursor, token), token
+
 
 def stream_tokens(
     trained: Trained, prompt: Sequence[int], count: int, sampling: Sampling, seed: int
 ) -> Iterator[list[int]]:
     """Yields `count` tokens one by one, after an empty list when all is compiled."""
     decoder = Decoder.of(trained.model, len(prompt) + count)
-
-    def advance(
-        params: optax.Params,
-        bias: Array | None,
-        keys: Array,
-        cursor: Cursor,
-        number: Int[Array, ""],
-    ) -> tuple[Cursor, Int[Array, "1"]]:
-        token = decoder.pick(params, cursor, keys[number], sampling)
-        return decoder.extend(params, bias, cursor, token), token
-
     learned = (trained.params, trained.bias)
     # To take one out here would take longer than the step does.
     keys = jax.random.split(jax.random.key(seed), count)
-    step = functools.partial(jax.jit(advance), *learned, keys)
-    cursor = jax.jit(decoder.begin)(*learned, *_one_row(prompt))
+    step = functools.partial(_advance, decoder, sampling, *learned, keys)
+    cursor = _begin_tokens(decoder, *learned, *_one_row(prompt))
     jax.block_until_ready(step(cursor, np.int32(0)))
     yield []
     for number in range(count):
@@ -53,9 +61,9 @@ def stream_drafts(
     """Yields `count` tokens, as many at a time as a call of the model yields."""
     speculator = Speculator.of(trained.model, len(prompt) + count)
     learned = (trained.params, trained.bias)
-    step = functools.partial(jax.jit(speculator.call), *learned)
-    begin = jax.jit(speculator.begin, static_argnames="count")
-    state: DraftState = begin(*learned, *_one_row(prompt), count=count)
+    step = functools.partial(_call, speculator, *learned)
+    given = (speculator, *learned, *_one_row(prompt))
+    state: DraftState = _begin_drafts(*given, count=count)
     jax.block_until_ready(step(state))
     yield []
     shown, stop = len(prompt), state.stop.item()

@@ -1,6 +1,7 @@
 """Held-out metrics, at temperature 1 and at that of the model."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -57,37 +58,52 @@ def evaluate(
     """
     # With lm_head, the loss makes the logits in chunks, and none are stored.
     model = model.clone(fused=True)
-    loss, names = plain_loss(model.loss), ["nll", "accuracy"]
-    if is_tempered(model.loss):
-        loss = dataclasses.replace(
-            loss, primary_loss_type="deepseek", adaptive_temperature=False
-        )
-        names.append("tempered_nll")
-    loss_fn = loss_on(mesh, loss)
+    total = sum(
+        np.asarray(_count(model, mesh, params, state, batch), np.float64)
+        for batch in batches
+    )
+    return _record(_names(model.loss), np.asarray(total))
 
-    def measure(
-        state: ava_jax.LossState, inputs: ava_jax.LossInputs
-    ) -> Float[Array, "sums"]:
+
+def _names(loss: ava_jax.UnifiedLossConfig) -> list[str]:
+    """Returns the names in `aux` of the means that are reported of every head."""
+    return ["nll", "accuracy", *["tempered_nll"] * is_tempered(loss)]
+
+
+def _judging_loss(loss: ava_jax.UnifiedLossConfig) -> ava_jax.UnifiedLossConfig:
+    """The plain loss, with the model's temperature where that is not 1."""
+    plain = plain_loss(loss)
+    if not is_tempered(loss):
+        return plain
+    return dataclasses.replace(
+        plain, primary_loss_type="deepseek", adaptive_temperature=False
+    )
+
+
+# Not made anew by each call: a run evaluates twice, and its program is traced once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _count(
+    model: LanguageModel,
+    mesh: Mesh,
+    params: optax.Params,
+    state: ava_jax.LossState,
+    batch: Batch,
+) -> Float[Array, "heads sums"]:
+    """Returns the tokens of a batch and the sums over them, for each head."""
+    loss_fn = loss_on(mesh, _judging_loss(model.loss))
+
+    def sums(inputs: ava_jax.LossInputs) -> Float[Array, "sums"]:
         _, aux, _ = loss_fn(state, train=False, **inputs)
         tokens = aux["num_tokens"].astype(jnp.float32)
-        return jnp.stack([tokens, *(aux[name] * tokens for name in names)])
+        return jnp.stack([tokens, *(aux[n] * tokens for n in _names(model.loss))])
 
-    @jax.jit
-    def count(
-        params: optax.Params, state: ava_jax.LossState, batch: Batch
-    ) -> Float[Array, "heads sums"]:
-        inputs = loss_inputs(model, params, batch, routing_bias(state))
-        main = measure(state, main_head(inputs, batch))[None]
-        shared, own = further_heads(model, params, inputs, batch)
-        if not own:
-            return main
-        further = jax.lax.map(lambda head: measure(state, shared | head), own)
-        return jnp.concatenate([main, further])
-
-    total = sum(
-        np.asarray(count(params, state, batch), np.float64) for batch in batches
-    )
-    return _record(names, np.asarray(total))
+    inputs = loss_inputs(model, params, batch, routing_bias(state))
+    main = sums(main_head(inputs, batch))[None]
+    shared, own = further_heads(model, params, inputs, batch)
+    if not own:
+        return main
+    further = jax.lax.map(lambda head: sums(shared | head), own)
+    return jnp.concatenate([main, further])
 
 
 def _record(names: Sequence[str], total: Float[np.ndarray, "heads sums"]) -> Record:
