@@ -180,6 +180,7 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         sizes.chunk,
         like=(_only(needs.source, source), _only(needs.inputs, inputs)),
         is_open=pass_.on_gpu,
+        first_apart=d_kernel is not None and d_kernel.value is None,
     )
     return (carry, d_kernel), d_source, d_inputs
 
@@ -358,30 +359,30 @@ class _Total:
     """A sum that begins without zeros in memory: the first summand replaces it.
 
     Attributes:
-      value: the sum; anything if it is empty.
-      is_empty: whether nothing has been added; None if the sum began with zeros.
+      value: the sum; None before the first summand, or anything if it is empty.
+      is_empty: whether nothing has been added; None if that is known.
     """
 
-    value: Float[Array, "D V"]
+    value: Float[Array, "D V"] | None
     is_empty: Bool[Array, ""] | None
 
     @staticmethod
-    def of(like: Float[Array, "D V"] | None, has_zeros: bool) -> "_Total | None":
+    def of(like: Float[Array, "D V"] | None, on_gpu: bool) -> "_Total | None":
         """Returns the empty sum of arrays of a shape; None of none.
 
         A product on a GPU adds its result to an array, but not to a choice of two.
         """
         if like is None:
             return None
-        if has_zeros:
-            return _Total(jnp.zeros(like.shape, float_dtype()), None)
+        if on_gpu:
+            return _Total(None, None)
         return _Total(lax.empty(like.shape, float_dtype()), jnp.asarray(True))
 
-    def kept(self, part: Float[Array, "d V"]) -> Float[Array, "d V"]:
-        """Returns rows of the sum; zeros if it is empty."""
-        if self.is_empty is None:
-            return part
-        return jnp.where(self.is_empty, jnp.zeros_like(part), part)
+    def plus(self, old: Float[Array, "d V"], more: Float[Array, "d V"]):
+        """Adds to rows of the sum."""
+        if self.is_empty is not None:
+            old = jnp.where(self.is_empty, jnp.zeros_like(old), old)
+        return old + more
 
 
 def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
@@ -389,27 +390,28 @@ def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
     parts = pass_.sizes.parts
     width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
 
-    def with_product(old, part):
+    def product(part):
         # Not flattened to one axis, which XLA could not shard.
         tokens = tuple(range(dz.ndim - 1))
         over_tokens = ((tokens, tokens), ((), ()))
-        product = lax.dot_general(
+        return lax.dot_general(
             part,
             dz,
             over_tokens,
             precision=pass_.kernel.precision,
             preferred_element_type=float_dtype(),
         )
-        return total.kept(old) + product
 
     def add_part(i, value):
         part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
         old = lax.dynamic_slice_in_dim(value, i * width, width, 0)
-        new = with_product(old, part)
+        new = total.plus(old, product(part))
         return lax.dynamic_update_slice_in_dim(value, new, i * width, 0)
 
-    if width == h.shape[-1]:
-        value = with_product(total.value, h)
+    if total.value is None:
+        value = product(h)
+    elif width == h.shape[-1]:
+        value = total.plus(total.value, product(h))
     else:
         value = lax.fori_loop(0, h.shape[-1] // width, add_part, total.value)
     is_empty = None if total.is_empty is None else jnp.zeros_like(total.is_empty)

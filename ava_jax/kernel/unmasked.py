@@ -27,6 +27,7 @@ def fold_unmasked(
     like: Any = None,
     *,
     is_open: bool = False,
+    first_apart: bool = False,
 ) -> tuple[Carry, Any]:
     """Folds `body(carry, chunk, inputs)` over chunks of the unmasked tokens.
 
@@ -43,6 +44,8 @@ def fold_unmasked(
         are scattered, as suits GPUs: XLA would copy the carry there at every chunk that
         may be skipped. Otherwise the loop skips the other chunks, so that compilers
         know how often it runs, and outputs are gathered at the end, as suits TPUs.
+      first_apart: whether the first chunk is visited before an open loop begins, for a
+        carry that only has its shape then.
 
     Returns:
       The last carry, and the outputs [G, B, S, ...], zeros for masked tokens.
@@ -82,7 +85,7 @@ def fold_unmasked(
 
     if is_open:
         outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return _loop(visit, (carry, outputs), order.chunks())
+        return _loop(visit, (carry, outputs), order.chunks(), first_apart)
 
     def buffer(x):
         return lax.empty((*x.shape[:2], order.tokens.shape[2], *x.shape[3:]), x.dtype)
@@ -92,7 +95,9 @@ def fold_unmasked(
     return carry, jax.tree.map(order.put_back, written)
 
 
-def _loop(visit: Callable[..., Any], state: Any, chunks: tuple[Array, ...]) -> Any:
+def _loop(
+    visit: Callable[..., Any], state: Any, chunks: tuple[Array, ...], first_apart: bool
+) -> Any:
     """Visits the chunks that are to be visited, and no others."""
     group, start, is_visited = chunks
     first = jnp.argsort(~is_visited, stable=True)
@@ -108,7 +113,9 @@ def _loop(visit: Callable[..., Any], state: Any, chunks: tuple[Array, ...]) -> A
         chunk = first[index]
         return index + 1, visit(state, group[chunk], start[chunk])
 
-    return lax.while_loop(is_left, step, (jnp.zeros((), jnp.int32), state))[1]
+    item = (jnp.zeros((), jnp.int32), state)
+    # The very first chunk is visited whatever the mask.
+    return lax.while_loop(is_left, step, step(item) if first_apart else item)[1]
 
 
 @flax.struct.dataclass
