@@ -250,7 +250,9 @@ def update_bias(
       DeepSeek-V3 Technical Report, 2024.
     """
     load = jax.lax.stop_gradient(as_float(counts))
-    step = as_float(rate) * jnp.sign(jnp.mean(load) - load)
+    # Whole numbers, so that a load at the mean is equal to it: a compiled mean rounds.
+    distance = jnp.sum(load) - load.shape[-1] * load
+    step = as_float(rate) * jnp.sign(distance)
     bias = state.bias + step.astype(state.bias.dtype)
     bias = jnp.where(jnp.sum(load) > 0, bias - jnp.mean(bias), state.bias)
     return BiasBalanceState(bias=bias)

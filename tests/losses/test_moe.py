@@ -308,6 +308,14 @@ def test_bias_update_matches_the_oracle(counts: list[int], bias: list[int]) -> N
     np.testing.assert_allclose(new.bias, centred if sum(counts) else old, atol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [[7, 6, 5], [70_001, 60_001, 50_001]])
+def test_an_expert_with_the_mean_load_keeps_its_bias(counts: list[int]) -> None:
+    # Compiled, a mean over three may be a multiplication by a rounded third.
+    state = BiasBalanceState(bias=jnp.zeros(3))
+    new = value_of(update_bias, state, np.array(counts, np.float32), rate=0.5)
+    np.testing.assert_array_equal(new.bias, [-0.5, 0, 0.5])
+
+
 @FEW
 @given(seed=st.integers(0, 1000), k=st.integers(1, 4), normalize=st.booleans())
 def test_route_matches_the_oracle(seed: int, k: int, normalize: bool) -> None:
