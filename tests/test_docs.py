@@ -48,7 +48,6 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.every_platform
 @pytest.mark.usefixtures("at_home")
 @pytest.mark.parametrize(("page", "name"), SECTIONS)
 def test_snippets_run(page: Path, name: str) -> None:

@@ -1,11 +1,11 @@
 """Small batches and losses for whole calls of the kernel."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ava_jax.kernel import execute
 from ava_jax.kernel.platforms import Target
@@ -26,22 +26,29 @@ WHOLE: dict[str, Any] = {
 
 def whole_batch() -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns floats and integers; masked floats are NaN."""
-    rng = np.random.default_rng(0)
-    weights = rng.random((B, S))
-    weights[0, 3:7] = 0.0
-    hidden = rng.normal(size=(B, S, D))
-    depths = rng.normal(size=(2, B, S, D))
+    arrays, ints = _drawn()
+    return dict(arrays), dict(ints)
+
+
+@functools.cache
+def _drawn() -> tuple[dict[str, Any], dict[str, Any]]:
+    return _draw()
+
+
+@jax.jit
+def _draw():
+    keys = jax.random.split(jax.random.key(0), 6)
+    weights = jax.random.uniform(keys[4], (B, S)).at[0, 3:7].set(0.0)
+    hidden = jnp.where(weights[..., None] == 0, jnp.nan, normal(keys[0], B, S, D))
     # The last position predicts no further token.
-    depths[:, :, -1] = np.nan
+    depths = normal(keys[3], 2, B, S, D).at[:, :, -1].set(jnp.nan)
     arrays = {
-        "hidden_states": np.where(weights[..., None] == 0, np.nan, hidden),
-        "lm_head": rng.normal(size=(D, V)),
-        "lm_head_bias": rng.normal(size=V),
+        "hidden_states": hidden,
+        "lm_head": normal(keys[1], D, V),
+        "lm_head_bias": normal(keys[2], V),
         "mtp_hidden_states": depths,
     }
-    arrays = {k: jnp.asarray(x, jnp.float32) for k, x in arrays.items()}
-    targets = jnp.asarray(rng.integers(0, 6, (B, S)), jnp.int32)
-    weights = jnp.asarray(weights, jnp.float32)
+    targets = jax.random.randint(keys[5], (B, S), 0, 6)
     return arrays, {"targets": targets, "attention_mask": weights}
 
 
