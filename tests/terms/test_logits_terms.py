@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
+from numpy.typing import NDArray
 from support.scenes import B, D, S, V, integers
 from support.trees import assert_trees_close
 
@@ -133,21 +134,34 @@ class Whole(ava_jax.TokenTerm):
 
 
 def arrays() -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(0), 2)
+    rng = np.random.default_rng(0)
     return {
-        "hidden_states": jax.random.normal(keys[0], (B, S, D)),
-        "lm_head": jax.random.normal(keys[1], (D, V)),
+        "hidden_states": jnp.asarray(rng.standard_normal((B, S, D), np.float32)),
+        "lm_head": jnp.asarray(rng.standard_normal((D, V), np.float32)),
         **integers(experts=False),
     }
 
 
-def logits_of(x: dict[str, Any]) -> jax.Array:
-    return jnp.matmul(x["hidden_states"], x["lm_head"], precision="highest")
+def logits_of(x: dict[str, Any]) -> NDArray[np.float64]:
+    hidden, head = (np.asarray(x[name], float) for name in ("hidden_states", "lm_head"))
+    return hidden @ head
+
+
+def log_sum_exp(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    top = np.max(z, -1)
+    return top + np.log(np.sum(np.exp(z - top[..., None]), -1))
+
+
+def without_row(x: dict[str, Any], row: int) -> dict[str, Any]:
+    """The batch with all tokens of a row masked."""
+    mask = np.array(x["attention_mask"])
+    mask[row] = False
+    return {**x, "attention_mask": jnp.asarray(mask)}
 
 
 def with_logits(x: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in x.items() if k not in ("hidden_states", "lm_head")}
-    return {**rest, "logits": logits_of(x)}
+    return {**rest, "logits": jnp.asarray(logits_of(x), jnp.float32)}
 
 
 def composed(*parts: Any, **options: Any) -> ava_jax.UnifiedLoss:
@@ -177,7 +191,7 @@ def mean(x, values):
 
 
 def spread_of(x, column_weights: Any = 1.0):
-    values = np.sum(column_weights * np.asarray(logits_of(x), float) ** 2, -1)
+    values = np.sum(column_weights * logits_of(x) ** 2, -1)
     return mean(x, values)
 
 
@@ -196,16 +210,17 @@ def test_a_term_of_the_logits(options):
     given = with_logits(x)
     by_logits = run(loss_fn, given)
     np.testing.assert_allclose(by_logits[0], value, rtol=2e-5)
-    wanted = jnp.einsum("bsd,bsv->dv", x["hidden_states"], by_logits[3])
+    of_logits = np.asarray(by_logits[3])
+    wanted = np.einsum("bsd,bsv->dv", x["hidden_states"], of_logits)
     assert_trees_close(gradient, wanted, 2e-5)
-    assert not np.any(by_logits[3][~x["attention_mask"]])
+    assert not np.any(of_logits[~np.asarray(x["attention_mask"])])
 
 
 @pytest.mark.parametrize("axes", [("b", None), ("a", "b")], ids=str)
 def test_constants_by_columns_are_sharded_with_the_vocabulary(axes):
     x = arrays()
-    weights = jax.random.uniform(jax.random.key(3), (B, S, V))
-    x["extra_inputs"] = {"column_weights": weights}
+    weights = np.random.default_rng(3).random((B, S, V), np.float32)
+    x["extra_inputs"] = {"column_weights": jnp.asarray(weights)}
     want = run(composed(Spread()), x)
     np.testing.assert_allclose(want[0], 0.3 * spread_of(x, weights), rtol=2e-5)
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -219,11 +234,11 @@ def test_constants_by_columns_are_sharded_with_the_vocabulary(axes):
 
 @pytest.mark.parametrize("path", ["fused", "logits"])
 def test_a_term_at_a_temperature_with_numbers_and_a_denominator_of_its_own(path):
-    x = arrays()
-    x["attention_mask"] = x["attention_mask"].at[1].set(False)
+    x = without_row(arrays(), 1)
     loss_fn = composed(terms.CrossEntropy(), Sampled())
     value, aux, state, _ = run(loss_fn, x if path == "fused" else with_logits(x))
-    log_p = np.asarray(jax.nn.log_softmax(logits_of(x) / 0.5), float)
+    z = logits_of(x) / 0.5
+    log_p = z - log_sum_exp(z)[..., None]
     targets = np.asarray(x["targets"])
     own = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     entropy = -np.sum(np.exp(log_p) * log_p, -1)
@@ -249,31 +264,37 @@ def test_the_temperature_of_the_state_is_for_terms_without_their_own(temperature
     aux = run(ava_jax.unified_loss(config, (term,)), x := arrays())[1]
     z = logits_of(x)
     # The statistics of an untempered term keep the shift of the logits themselves.
-    shift = jnp.max(z, -1) if temperature == 1 else jnp.zeros(z.shape[:2])
-    norms = jax.nn.logsumexp((z - shift[..., None]) / want, -1) + shift
+    shift = np.max(z, -1) if temperature == 1 else np.zeros(z.shape[:2])
+    norms = log_sum_exp((z - shift[..., None]) / want) + shift
     np.testing.assert_allclose(aux["norm"], mean(x, norms), rtol=2e-5)
 
 
 def test_its_numbers_add_up_over_micro_batches():
-    x, loss_fn = arrays(), composed(terms.CrossEntropy(), Sampled())
-    x["attention_mask"] = x["attention_mask"].at[1].set(False)
+    x, loss_fn = without_row(arrays(), 1), composed(terms.CrossEntropy(), Sampled())
     integers_ = {name: x[name] for name in ("targets", "attention_mask")}
-    counts, state = loss_fn.normalizers(**integers_), loss_fn.init()
+    counts, state = jax.jit(loss_fn.normalizers)(**integers_), loss_fn.init()
 
     @jax.jit
     def share(x):
         return loss_fn.accumulate(state, normalizers=counts, **x)[::2]
 
     cuts = [
-        {k: v if k == "lm_head" else v[rows] for k, v in x.items()}
+        {k: v if k == "lm_head" else v[rows] for k, v in jax.device_get(x).items()}
         for rows in (slice(0, 1), slice(1, 2), slice(2, 4))
     ]
-    value, stats = jax.tree.map(lambda *v: sum(v), *map(share, cuts))
+    parts = [jax.device_get(share(cut)) for cut in cuts]
+    value, stats = jax.tree.map(lambda *v: jnp.asarray(sum(v)), *parts)
     want, aux, after, _ = run(loss_fn, x)
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    got = loss_fn.commit(state, stats)
+
+    @jax.jit
+    def commit_and_summary(stats):
+        got = loss_fn.commit(state, stats)
+        return got, loss_fn.summary(got, stats)
+
+    got, summary = commit_and_summary(stats)
     assert_trees_close(got.extra, after.extra, 1e-5)
-    assert_trees_close(loss_fn.summary(got, stats), aux, 1e-5)
+    assert_trees_close(summary, aux, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
@@ -299,10 +320,11 @@ def test_two_terms_may_not_share_a_measurement():
 
 def test_an_array_that_every_block_sees_whole():
     x = arrays()
-    x["labels"] = jnp.arange(V, dtype=jnp.int32)
+    x["labels"] = jnp.asarray(np.arange(V, dtype=np.int32))
     loss_fn = composed(Whole(), chunk_size=4, block_size=2)
     value = run(loss_fn, x)[0]
-    log_p = np.asarray(jax.nn.log_softmax(logits_of(x)), float)
+    z = logits_of(x)
+    log_p = z - log_sum_exp(z)[..., None]
     targets = np.asarray(x["targets"])
     own = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(value, mean(x, targets * own), rtol=2e-5)
@@ -313,8 +335,9 @@ def entries_selected(loss_fn: ava_jax.UnifiedLoss, x: Any) -> set[str]:
 
 
 def test_a_batch_term_may_read_any_entry_beside_a_policy():
-    x, ones = arrays(), jnp.ones((B, S))
-    x["extra_inputs"] = {"advantages": ones, "reward": 3 * ones}
+    x, ones = arrays(), np.ones((B, S), np.float32)
+    rewards = {"advantages": ones, "reward": 3 * ones}
+    x["extra_inputs"] = jax.tree.map(jnp.asarray, rewards)
     loss_fn = composed(terms.PolicyTerm(), Rewards())
     assert entries_selected(loss_fn, x) == {"advantages", "reward"}
     np.testing.assert_allclose(run(loss_fn, x)[1]["rewards"], 3.0, rtol=1e-6)
@@ -323,7 +346,7 @@ def test_a_batch_term_may_read_any_entry_beside_a_policy():
 def test_entries_that_a_users_term_names_are_checked():
     """Where every term names what it reads, nothing else may be given."""
     x = arrays()
-    x["extra_inputs"] = {"reward": jnp.ones((B, S))}
+    x["extra_inputs"] = {"reward": jnp.asarray(np.ones((B, S), np.float32))}
     loss_fn = composed(terms.CrossEntropy(), Spread())
     assert entries_selected(loss_fn, x) == set()
     with pytest.raises(ValueError, match=r"\['reward'\] is given.*column_weights"):
@@ -332,7 +355,7 @@ def test_entries_that_a_users_term_names_are_checked():
 
 def test_a_loss_of_a_batch_term_alone_reports_the_tokens():
     x = arrays()
-    x["extra_inputs"] = {"reward": jnp.ones((B, S))}
+    x["extra_inputs"] = {"reward": jnp.asarray(np.ones((B, S), np.float32))}
     value, aux, _, gradient = run(composed(Rewards()), x)
     np.testing.assert_allclose(value, 1.0, rtol=1e-6)
     del x["extra_inputs"]

@@ -117,7 +117,8 @@ def by_log_probs(x, temperature, options):
 
 def with_logits(x: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in x.items() if k not in ("hidden_states", "lm_head")}
-    return {**rest, "logits": x["hidden_states"] @ x["lm_head"]}
+    hidden, head = (np.asarray(x[name]) for name in ("hidden_states", "lm_head"))
+    return {**rest, "logits": hidden @ head}
 
 
 # Numbers ---------------------------------------------------------------------------
@@ -154,28 +155,29 @@ def test_logits_soft_caps_and_padded_columns(temperature):
     """On the logits path, of a padded vocabulary, NaN in the padding."""
     x, term = batch(2), policy(temperature, kind="dapo", **KL)
     given = with_logits(x)
-    capped = {**given, "logits": 2 * jnp.tanh(given["logits"] / 2)}
+    capped = {**given, "logits": 2 * np.tanh(given["logits"] / 2)}
     want = run(alone(term), capped)
-    rows = jnp.full((B, S, 2), jnp.nan)
-    padded = {**given, "logits": jnp.concatenate([given["logits"], rows], -1)}
+    rows = np.full((B, S, 2), np.nan, np.float32)
+    padded = {**given, "logits": np.concatenate([given["logits"], rows], -1)}
     value, aux, grads = run(alone(term, logit_soft_cap=2.0), padded)
     np.testing.assert_allclose(value, want[0], rtol=2e-5)
     assert_trees_close(aux, want[1], 2e-5)
-    gradient = grads["logits"]
+    gradient = np.asarray(grads["logits"])
     np.testing.assert_array_equal(gradient[..., V:], 0)
     slope = 1 - (capped["logits"] / 2) ** 2
-    assert_trees_close(gradient[..., :V], slope * want[2]["logits"], 2e-5)
+    assert_trees_close(gradient[..., :V], slope * np.asarray(want[2]["logits"]), 2e-5)
 
 
 @pytest.mark.parametrize("options", [CASES[1], CASES[5]], ids=["grpo", "dr_grpo"])
 @pytest.mark.parametrize(("path", "temperature"), [("fused", 0.7), ("logits", 1.0)])
 def test_masked_tokens_may_hold_anything(options, path, temperature):
     x, loss_fn = batch(3), alone(policy(temperature, **options))
-    masked = x["attention_mask"] == 0
+    masked = np.asarray(x["attention_mask"]) == 0
 
     def spoil(value):
-        kept = masked.reshape(*masked.shape, *[1] * (value.ndim - 2))
-        return jnp.where(kept, jnp.nan, value)
+        spoilt = np.array(value)
+        spoilt[masked] = np.nan
+        return spoilt
 
     spoilt = {**x, "hidden_states": spoil(x["hidden_states"])}
     spoilt["extra_inputs"] = jax.tree.map(spoil, x["extra_inputs"])
@@ -184,13 +186,13 @@ def test_masked_tokens_may_hold_anything(options, path, temperature):
     got, want = run(loss_fn, spoilt), run(loss_fn, x)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     source = "hidden_states" if path == "fused" else "logits"
-    np.testing.assert_array_equal(got[2][source][masked], 0)
+    np.testing.assert_array_equal(np.asarray(got[2][source])[masked], 0)
     assert not any(np.any(g) for g in got[2]["extra_inputs"].values())
 
 
 def test_without_an_unmasked_token_it_is_zero():
     x = batch(4)
-    x["attention_mask"] = jnp.zeros((B, S))
+    x["attention_mask"] = jnp.asarray(np.zeros((B, S), np.float32))
     for kind in ("grpo", "dapo"):
         value, aux, grads = run(alone(policy(kind=kind)), x)
         assert float(value) == float(aux["mean_ratio"]) == 0
@@ -224,7 +226,8 @@ class Confidence(ava_jax.TokenTerm):
 def test_beside_cross_entropy_and_a_users_term():
     """Terms at three temperatures, of which one reads any entry."""
     x = batch(6)
-    bonus = {"bonus": jnp.cos(jnp.arange(B * S, dtype=jnp.float32)).reshape(B, S)}
+    numbers = np.cos(np.arange(B * S)).astype(np.float32).reshape(B, S)
+    bonus = {"bonus": jnp.asarray(numbers)}
     mixed = {**x, "extra_inputs": {**x["extra_inputs"], **bonus}}
     parts = [terms.CrossEntropy(0.1), policy(0.7, **CASES[1], weight=0.5), Confidence()]
     together = ava_jax.compose(parts, vocab_size=V, implementation="cpu")
@@ -234,7 +237,7 @@ def test_beside_cross_entropy_and_a_users_term():
         own = {k: v for k, v in x.items() if k != "extra_inputs"}
         own |= {} if extra is None else {"extra_inputs": extra}
         loss_fn = ava_jax.compose([part], vocab_size=V, implementation="cpu")
-        one, _, gradient = run(loss_fn, own)
+        one, _, gradient = jax.device_get(run(loss_fn, own))
         losses_.append(one)
         gradients.append({k: gradient[k] for k in ("hidden_states", "lm_head")})
         if part.name in aux:
@@ -261,7 +264,7 @@ def test_under_the_unified_loss_with_a_temperature_in_the_state(temperature):
     np.testing.assert_allclose(aux["policy_loss"], own[0], rtol=2e-5)
     for name in AUX:
         np.testing.assert_allclose(aux[name], own[1][name], rtol=2e-5)
-    wanted = own[2]["lm_head"] + main[2]["lm_head"]
+    wanted = np.asarray(own[2]["lm_head"]) + np.asarray(main[2]["lm_head"])
     assert_trees_close(grads["lm_head"], wanted, 2e-5)
 
 
@@ -273,7 +276,7 @@ def test_micro_batches_add_up(options):
     x, loss_fn = batch(8), alone(policy(0.7, **options))
     state = loss_fn.init()
     integers = {name: x[name] for name in ("targets", "attention_mask")}
-    counts = loss_fn.normalizers(**integers)
+    counts = jax.jit(loss_fn.normalizers)(**integers)
 
     @jax.jit
     def share(x):
@@ -284,18 +287,25 @@ def test_micro_batches_add_up(options):
 
         return jax.value_and_grad(loss, has_aux=True)(x["lm_head"])
 
-    head = x.pop("lm_head")
+    head, rows = x.pop("lm_head"), jax.device_get(x)
     cuts = [
-        {**jax.tree.map(lambda v, s=s: v[s], x), "lm_head": head}
+        {**jax.tree.map(lambda v, s=s: v[s], rows), "lm_head": head}
         for s in (slice(0, 1), slice(1, 2), slice(2, 4))
     ]
-    (value, stats), gradient = jax.tree.map(lambda *v: sum(v), *map(share, cuts))
+    parts = [jax.device_get(share(cut)) for cut in cuts]
+    (value, stats), gradient = jax.tree.map(lambda *v: jnp.asarray(sum(v)), *parts)
     want, aux, grads = run(loss_fn, {**x, "lm_head": head})
     np.testing.assert_allclose(value, want, rtol=1e-5)
     assert_trees_close(gradient, grads["lm_head"], 1e-5)
-    after = loss_fn.commit(state, stats)
+
+    @jax.jit
+    def commit_and_summary(stats):
+        after = loss_fn.commit(state, stats)
+        return after, loss_fn.summary(after, stats)
+
+    after, summary = commit_and_summary(stats)
     assert int(after.step) == 1
-    assert_trees_close(loss_fn.summary(after, stats), aux, 1e-5)
+    assert_trees_close(summary, aux, 1e-5)
 
 
 # How the pass goes -----------------------------------------------------------------

@@ -1,6 +1,8 @@
 """A policy term that cannot be, or lacks its arrays, says what to do."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.loss_checks import untyped
 
@@ -67,12 +69,16 @@ def without(name):
     ],
 )
 def test_what_does_not_fit_is_an_error(options, change, words):
-    extra = dict.fromkeys(("advantages", *CONSTANTS), jnp.ones((B, S)))
+    extra = dict.fromkeys(("advantages", *CONSTANTS), np.ones((B, S), np.float32))
     loss_fn = ava_jax.compose([terms.PolicyTerm(**options)], vocab_size=V)
-    with untyped(), pytest.raises(ValueError, match=words):
-        loss_fn(
+
+    def call(extra):
+        return loss_fn(
             loss_fn.init(),
             targets=jnp.ones((B, S), jnp.int32),
             logits=jnp.zeros((B, S, V)),
-            extra_inputs=change(extra),
+            extra_inputs=extra,
         )
+
+    with untyped(), pytest.raises(ValueError, match=words):
+        jax.eval_shape(call, change(extra))
