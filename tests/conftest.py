@@ -21,6 +21,8 @@ from support import typechecking
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling costs far more than running at these sizes.
 jax.config.update("jax_disable_most_optimizations", True)
+# Nobody reads where the operations of these programs come from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 typechecking.install("ava_jax")
 

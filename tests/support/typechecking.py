@@ -54,7 +54,7 @@ def checked(function: Any) -> Any:
 def _kind_of(args: tuple, kwargs: dict[str, Any], closure: tuple) -> int | None:
     """Returns a hash of all that a check can depend on; None if something has none."""
     free = [cell.cell_contents for cell in closure]
-    leaves, structure = jax.tree.flatten((args, kwargs, free))
+    leaves, structure = jax.tree_util.tree_flatten((args, kwargs, free))
     is_wide = jax.config.read("jax_enable_x64")
     try:
         return hash((is_wide, structure, *map(_kind_of_leaf, leaves)))
@@ -63,9 +63,12 @@ def _kind_of(args: tuple, kwargs: dict[str, Any], closure: tuple) -> int | None:
 
 
 def _kind_of_leaf(leaf: Any) -> Hashable:
+    aval = getattr(leaf, "aval", None)  # of an array or a tracer
+    if aval is not None:
+        return aval.shape, aval.dtype
     kind = type(leaf)
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-        return isinstance(leaf, jax.Array) or kind, leaf.shape, leaf.dtype
+        return kind, leaf.shape, leaf.dtype
     # Objects that only equal themselves are of one kind.
     is_value = kind.__eq__ is not object.__eq__
     return kind, leaf if is_value else getattr(leaf, "__code__", None)
