@@ -86,10 +86,14 @@ def test_time(limit: Limit) -> None:
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
 def test_trip_counts_of_loops_are_known(limit: Limit) -> None:
-    """Except for one loop, which recomputes sums that were too inexact."""
+    """Except for the loop that recomputes sums which were too inexact.
+
+    On a GPU, the first chunk is computed before the others, and has its own.
+    """
     loops = compiled(limit.setup, limit.name).open_loops
     has_one = not limit.from_logits or limit.name.startswith("everything")
-    assert len(loops) <= int(has_one)
+    has_another = limit.setup.chip == "h100" and not limit.from_logits
+    assert len(loops) <= has_one + has_another
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
