@@ -58,8 +58,15 @@ def keep_programs(programs: Path) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    """Replaces attributes for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 @pytest.fixture(scope="module", autouse=True)
-def share_steps() -> Iterator[None]:
+def share_steps(module_patch: pytest.MonkeyPatch) -> None:
     """Runs of a module that train by the same step trace it once, and not each."""
     made: dict[object, train_tpu.TrainStep] = {}
 
@@ -74,9 +81,7 @@ def share_steps() -> Iterator[None]:
             made[parts] = MAKE_STEP(*parts)
         return made[parts]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tpu, "make_train_step", make_once)
-        yield
+    module_patch.setattr(train_tpu, "make_train_step", make_once)
 
 
 @pytest.fixture
@@ -86,15 +91,13 @@ def own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def draw_nothing() -> Iterator[None]:
+def draw_nothing(module_patch: pytest.MonkeyPatch) -> None:
     """Leaves the picture of a run empty: to draw it takes as long as to train."""
 
     def draw(records: object, heldout: object, path: Path) -> None:
         path.write_bytes(b"")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "plot_losses", draw)
-        yield
+    module_patch.setattr(finish, "plot_losses", draw)
 
 
 @pytest.fixture

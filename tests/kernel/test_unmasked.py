@@ -23,7 +23,7 @@ def arrays(groups=G):
     return source, {"weights": np.where(active, weights, np.float32(0))}, active
 
 
-def visit(source, inputs, active, size, is_open=False):
+def visit(source, inputs, active, size, is_open=False, first_apart=False):
     """The sum, the order of the weights, and what came back."""
     seen = []
 
@@ -32,15 +32,16 @@ def visit(source, inputs, active, size, is_open=False):
         weights = inputs["weights"]
         io_callback(lambda w: seen.append(np.array(w)), None, weights, ordered=False)
         twice = weights[..., None] * chunk
-        return total + jnp.sum(twice), {"scaled": twice, "weights": 2 * weights}
+        of_chunk = jnp.sum(twice)
+        total = of_chunk if total is None else total + of_chunk
+        return total, {"scaled": twice, "weights": 2 * weights}
 
     @jax.jit
     def fold(source, inputs, active):
         like = {"scaled": source, "weights": inputs["weights"]}
-        start = jnp.zeros(())
-        return fold_unmasked(
-            body, start, source, inputs, active, size, like, is_open=is_open
-        )
+        start = None if first_apart else jnp.zeros(())
+        loop = {"is_open": is_open, "first_apart": first_apart}
+        return fold_unmasked(body, start, source, inputs, active, size, like, **loop)
 
     out = fold(source, inputs, active)
     jax.block_until_ready(out)
@@ -48,14 +49,16 @@ def visit(source, inputs, active, size, is_open=False):
     return *out, seen
 
 
-@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    "loop", [(False, False), (True, False), (True, True)], ids=["all", "open", "apart"]
+)
 @pytest.mark.parametrize("groups", [1, G])
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 11, 20])
-def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups, is_open):
+def test_it_visits_unmasked_tokens_once_and_puts_outputs_back(size, groups, loop):
     source, inputs, active = arrays(groups)
     # A masked token may hold anything.
     source = np.where(active[..., None], source, np.float32(np.nan))
-    total, outputs, seen = visit(source, inputs, active, size, is_open)
+    total, outputs, seen = visit(source, inputs, active, size, *loop)
     want = np.where(active[..., None], inputs["weights"][..., None] * source, 0.0)
     np.testing.assert_allclose(total, np.sum(want), rtol=1e-5)
     np.testing.assert_array_equal(outputs["scaled"], want)

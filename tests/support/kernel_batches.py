@@ -31,12 +31,8 @@ def whole_batch() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @functools.cache
-def _drawn() -> tuple[dict[str, Any], dict[str, Any]]:
-    return _draw()
-
-
 @jax.jit
-def _draw():
+def _drawn() -> tuple[dict[str, Any], dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 6)
     weights = jax.random.uniform(keys[4], (B, S)).at[0, 3:7].set(0.0)
     hidden = jnp.where(weights[..., None] == 0, jnp.nan, normal(keys[0], B, S, D))

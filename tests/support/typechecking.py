@@ -15,9 +15,8 @@ import beartype
 import jax
 import jaxtyping
 
-_with_check = functools.partial(
-    jaxtyping.jaxtyped, typechecker=beartype.beartype
-)  # before `install` replaces the name
+# Taken before `install` replaces the name.
+_with_check = functools.partial(jaxtyping.jaxtyped, typechecker=beartype.beartype)
 # By code: a function inside another one is a new object whenever that one is called.
 _seen: dict[CodeType, set[int]] = collections.defaultdict(set)
 
@@ -30,6 +29,7 @@ def install(package: str) -> None:
 
 
 def checked(function: Any) -> Any:
+    """Decorates a function, whose calls are then checked; classes stay as they are."""
     is_annotated = bool(getattr(function, "__annotations__", None))
     if isinstance(function, type) or not is_annotated:
         return function
