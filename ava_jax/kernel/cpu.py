@@ -13,10 +13,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.collectives import RowMax, add_up, first_id, global_row_max
-from ava_jax.kernel.gradient import bounded, exponentials, gradient_of_logits
-from ava_jax.kernel.logits import column_ids, pick_all, possible_logits
+from ava_jax.kernel.gradient import exponentials, gradient_of_logits
+from ava_jax.kernel.logits import column_ids, has_padding, pick_all, possible_logits
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
-from ava_jax.kernel.summary import RowSums, summarize
+from ava_jax.kernel.summary import (
+    RowSums,
+    count_possible,
+    plain_sums,
+    summarize,
+)
 from ava_jax.reduce import as_float
 
 # Below this, the exponentials of the other classes would leave float32's range.
@@ -50,7 +55,7 @@ def reduce(
     """Computes the statistics of a block; see `token_statistics`."""
     axis = vocabulary.axis
     z = possible_logits(vocabulary, logits)
-    local = _local_max(z)
+    local = _local_max(z, needs_second=query.log_one_minus_p)
     second = local.second if query.log_one_minus_p else None
     row_max = global_row_max(axis, local.largest, second)
     exists = row_max.largest != -jnp.inf
@@ -60,16 +65,14 @@ def reduce(
     second_shift = _second_shift(row_max, shift)
     relative = z - shift[..., None]
     e = exponentials(relative, second_shift, query.log_one_minus_p)
-    possible = z != -jnp.inf
     sums: dict[str, Any] = {
-        "total": jnp.sum(jnp.where(possible, relative, jnp.zeros_like(relative)), -1),
-        "count": jnp.sum(as_float(possible), -1),
-        "expected": jnp.exp(second_shift) * jnp.sum(e * bounded(relative), -1),
+        **_plain_sums(vocabulary, relative, e),
         "top": _top_id(axis, local, row_max, z.shape[-1]),
         "exp_sum": None,
         "second_exp_sum": None,
         "tempered": None,
     }
+    sums["expected"] *= jnp.exp(second_shift)
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
     if query.log_one_minus_p:
         sums["second_exp_sum"] = _sum_without_top(
@@ -141,13 +144,33 @@ def _split(z):
     return z.reshape(*lead, count, width // count)
 
 
-def _local_max(z) -> _LocalMax:
+def _plain_sums(vocabulary: Vocabulary, relative, e) -> dict[str, Array]:
+    """Computes the sums over all possible classes, and their number.
+
+    Masks of −inf entries take as long as the sums. They are left out of a block that
+    has none, which its sums show.
+    """
+
+    def sums(is_all: bool) -> dict[str, Array]:
+        count = count_possible(is_all, relative)
+        return plain_sums(is_all, relative, e, -1) | {"count": count}
+
+    if has_padding(vocabulary, relative.shape[-1]):
+        return sums(is_all=False)
+    if vocabulary.finite:
+        return sums(is_all=True)
+    is_finite = jnp.all(jnp.sum(relative, -1) > -jnp.inf)
+    return lax.cond(is_finite, lambda: sums(True), lambda: sums(False))
+
+
+def _local_max(z, *, needs_second: bool) -> _LocalMax:
     """Finds the row max and the second largest logit in one read of the logits."""
     segments = _split(z)
     maxima = jnp.max(segments, -1)
     segment = jnp.argmax(maxima, -1).astype(jnp.int32)
     own = jnp.take_along_axis(segments, segment[..., None, None], -2)[..., 0, :]
-    largest = jnp.max(maxima, -1)
+    # XLA makes the maximum of maxima that are needed a second read of all logits.
+    largest = jnp.max(own if needs_second else maxima, -1)
     is_largest = own == largest[..., None]
     offset = jnp.min(jnp.where(is_largest, column_ids(own), own.shape[-1]), -1)
     others = jnp.where(column_ids(own) == offset[..., None], -jnp.inf, own)

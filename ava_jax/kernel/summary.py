@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ava_jax.kernel.gradient import bounded
 from ava_jax.kernel.logits import LOG_NOTHING, by_query, capped, ids_of
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.reduce import as_float
 
 # In place of `top` where it is none of the query's ids; never a valid id.
 NOT_QUERIED = -(2**31)
@@ -47,6 +48,33 @@ class RowSums:
     target: Float[Array, "*n"]
     candidates: dict[str, Float[Array, "*n Q"]]
     is_top: Bool[Array, "*n"] | None = None
+
+
+def plain_sums(is_all: bool, relative, e, axis: int) -> dict[str, Array]:
+    """Computes the sums over all possible classes: those whose logit is not −inf.
+
+    Args:
+      is_all: whether all classes are possible.
+      relative: the logits relative to the shift.
+      e: the exponentials of these.
+      axis: the axis of classes.
+
+    Returns:
+      `total` and `expected` of `RowSums`.
+    """
+    if is_all:
+        known = bound = relative
+    else:
+        known = jnp.where(relative != -jnp.inf, relative, jnp.zeros_like(relative))
+        bound = bounded(relative)
+    return {"total": jnp.sum(known, axis), "expected": jnp.sum(e * bound, axis)}
+
+
+def count_possible(is_all: bool, relative: Float[Array, "*n W"]) -> Float[Array, "*n"]:
+    """Counts the possible classes of each row."""
+    if is_all:
+        return jnp.full(relative.shape[:-1], relative.shape[-1], relative.dtype)
+    return jnp.sum(as_float(relative != -jnp.inf), -1)
 
 
 def with_queried(

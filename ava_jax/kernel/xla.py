@@ -20,7 +20,7 @@ from ava_jax.kernel.collectives import (
     num_shards,
 )
 from ava_jax.kernel.cpu import scatter_add
-from ava_jax.kernel.gradient import bounded, gradient_of_logits
+from ava_jax.kernel.gradient import gradient_of_logits
 from ava_jax.kernel.logits import (
     capped,
     column_ids,
@@ -30,7 +30,12 @@ from ava_jax.kernel.logits import (
     raw_logits,
 )
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
-from ava_jax.kernel.summary import RowSums, summarize
+from ava_jax.kernel.summary import (
+    RowSums,
+    count_possible,
+    plain_sums,
+    summarize,
+)
 from ava_jax.reduce import as_float
 
 # A sum of exponentials below this is recomputed relative to the second largest logit:
@@ -66,13 +71,12 @@ def reduce(
     relative = z - shift[..., None]
     e = jnp.exp(relative)
     is_all = vocabulary.finite and not has_padding(vocabulary, width)
-    sums: dict[str, Any] = plain_sums(is_all, z, relative, e, -1)
-    sums["count"] = (
-        jnp.full(shift.shape, width, z.dtype)
-        if is_all
-        else jnp.sum(as_float(z != -jnp.inf), -1)
-    )
-    sums |= {"exp_sum": None, "tempered": None}
+    sums: dict[str, Any] = {
+        **plain_sums(is_all, relative, e, -1),
+        "count": count_possible(is_all, relative),
+        "exp_sum": None,
+        "tempered": None,
+    }
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
     sums["top"] = _top_id(axis, z, compared, row_max, exists)
     second_shift, second = jnp.zeros_like(shift), None
@@ -117,20 +121,6 @@ def logits_gradient(
         add=_add,
         put=put,
     )
-
-
-def plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
-    """Computes the sums over all possible classes: those whose logit is not −inf."""
-    if is_all:
-        return {
-            "total": jnp.sum(relative, axis),
-            "expected": jnp.sum(e * relative, axis),
-        }
-    known = jnp.where(z != -jnp.inf, relative, jnp.zeros_like(relative))
-    return {
-        "total": jnp.sum(known, axis),
-        "expected": jnp.sum(e * bounded(relative), axis),
-    }
 
 
 class _Comparison(NamedTuple):

@@ -28,7 +28,7 @@ from ava_jax.kernel.logits import (
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.rounded import Exponentials
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
-from ava_jax.kernel.summary import summarize, with_queried
+from ava_jax.kernel.summary import plain_sums, summarize, with_queried
 from ava_jax.reduce import as_float
 
 # The range of (row max − shift) / min(T, 1) for which a shift is accepted: exponentials
@@ -201,7 +201,7 @@ def _sum_up(
     relative = z - spread(shift)
     exponentials = jnp.exp(relative)
     e = not_queried(exponentials, 0.0)
-    sums = xla.plain_sums(not is_padded, z, relative, e, axis)
+    sums = plain_sums(not is_padded, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
     if request.temperature is not None:
         cooled = not_queried(jnp.exp(relative * (1 / request.temperature)), 0.0)

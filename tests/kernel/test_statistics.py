@@ -109,6 +109,20 @@ def test_masked_entries_have_no_probability_and_no_gradient():
     assert float(grad[1]) == float(grad[3]) == 0
 
 
+def test_rows_with_and_without_impossible_classes_are_computed_in_one_block():
+    z = np.array([[1.0, -np.inf, 0.5, 2.0], [0.5, 3.0, -1.0, 0.0]], np.float32)
+    query = Query(targets=jnp.array([0, 1]), active=jnp.array([True, True]))
+    stats = statistics_of(jnp.asarray(z), query, Vocabulary(4))
+    np.testing.assert_array_equal(stats.count, [3, 4])
+    for row, (total, entropy) in enumerate(
+        zip(stats.total, stats.entropy, strict=True)
+    ):
+        possible = z[row][z[row] > -np.inf].astype(np.float64)
+        p = np.exp(possible) / np.exp(possible).sum()
+        np.testing.assert_allclose(total, (possible - possible.max()).sum(), rtol=1e-6)
+        np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("log_one_minus_p", [True, False])
 def test_a_token_without_a_possible_class_is_infinite_and_has_no_gradient(
     log_one_minus_p,
