@@ -207,10 +207,10 @@ class UnifiedLoss:
           >>> import jax, jax.numpy as jnp, ava_jax
           >>> loss_fn = ava_jax.create_unified_loss({"vocab_size": 8})
           >>> state, targets = loss_fn.init(), jnp.ones((2, 1, 5), int)
-          >>> n = loss_fn.normalizers(targets=targets)
-          >>> loss, stats = 0.0, None
+          >>> n = jax.jit(loss_fn.normalizers)(targets=targets)
+          >>> accumulate, loss, stats = jax.jit(loss_fn.accumulate), 0.0, None
           >>> for micro in targets:
-          ...     part, _, own = loss_fn.accumulate(
+          ...     part, _, own = accumulate(
           ...         state, targets=micro, logits=jnp.zeros((1, 5, 8)), normalizers=n)
           ...     loss = loss + part
           ...     stats = own if stats is None else jax.tree.map(jnp.add, stats, own)
