@@ -107,8 +107,8 @@ def token_log_probs(
       ValueError: an array is missing or does not fit, or a number is out of its range.
 
     Example:
-      >>> import jax.numpy as jnp, ava_jax
-      >>> out = ava_jax.token_log_probs(
+      >>> import jax, jax.numpy as jnp, ava_jax
+      >>> out = jax.jit(ava_jax.token_log_probs)(
       ...     targets=jnp.array([[1, 2]]), hidden_states=jnp.ones((1, 2, 4)),
       ...     lm_head=jnp.zeros((4, 8)))
       >>> [round(float(x), 4) for x in out.log_probs[0]]

@@ -94,10 +94,11 @@ class UnifiedLoss:
           ValueError: an argument is missing, or does not fit, or nothing reads it.
 
         Example:
-          >>> import jax.numpy as jnp, ava_jax
+          >>> import jax, jax.numpy as jnp, ava_jax
           >>> loss_fn = ava_jax.create_unified_loss({"vocab_size": 8})
-          >>> loss, aux, state = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
-          ...                            targets=jnp.array([[1, 2, 3, 4]]))
+          >>> loss, aux, state = jax.jit(loss_fn)(
+          ...     loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+          ...     targets=jnp.array([[1, 2, 3, 4]]))
           >>> round(float(aux["nll"]), 4), int(state.step)
           (2.0794, 1)
         """
@@ -207,10 +208,10 @@ class UnifiedLoss:
           >>> import jax, jax.numpy as jnp, ava_jax
           >>> loss_fn = ava_jax.create_unified_loss({"vocab_size": 8})
           >>> state, targets = loss_fn.init(), jnp.ones((2, 1, 5), int)
-          >>> n = loss_fn.normalizers(targets=targets)
-          >>> loss, stats = 0.0, None
+          >>> n = jax.jit(loss_fn.normalizers)(targets=targets)
+          >>> accumulate, loss, stats = jax.jit(loss_fn.accumulate), 0.0, None
           >>> for micro in targets:
-          ...     part, _, own = loss_fn.accumulate(
+          ...     part, _, own = accumulate(
           ...         state, targets=micro, logits=jnp.zeros((1, 5, 8)), normalizers=n)
           ...     loss = loss + part
           ...     stats = own if stats is None else jax.tree.map(jnp.add, stats, own)
@@ -376,13 +377,14 @@ def compose(
       ValueError: there are no terms, or two of them have the same name or state.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import ava_jax
       >>> from ava_jax import terms
       >>> loss_fn = ava_jax.compose(
       ...     [terms.CrossEntropy(0.1), terms.ZLoss(1e-4)], vocab_size=8)
-      >>> loss, aux, _ = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
-      ...                        targets=jnp.array([[1, 2, 3, 4]]))
+      >>> loss, aux, _ = jax.jit(loss_fn)(
+      ...     loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+      ...     targets=jnp.array([[1, 2, 3, 4]]))
       >>> round(float(loss), 4), round(float(aux["z_loss"]), 6)
       (2.0799, 0.000432)
     """

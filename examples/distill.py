@@ -145,7 +145,9 @@ def train(teacher: Trained, options: argparse.Namespace) -> list[Record]:
     init = jax.jit(student.init)
     params = init(jax.random.key(options.seed), heldout[0])["params"]
     weights = {"plain": 0.0, "distilled": WEIGHT}
-    states: dict[str, State] = dict.fromkeys(weights, (params, optimizer.init(params)))
+    # Committed to the device, as what a step returns: so it is compiled once.
+    begin: State = jax.device_put((params, optimizer.init(params)), jax.devices()[0])
+    states: dict[str, State] = dict.fromkeys(weights, begin)
     steps = {
         name: make_step(student, teacher, optimizer, weight)
         for name, weight in weights.items()

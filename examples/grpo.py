@@ -158,7 +158,8 @@ class Policy:
 def train(trained: Trained, options: argparse.Namespace) -> list[Record]:
     """Samples and updates; writes the numbers, their plot and some of the samples."""
     policy, reference, begun = Policy(trained), trained.params, time.perf_counter()
-    state = reference, OPTIMIZER.init(reference)
+    # Committed to the device, as what an update returns: so it is compiled once.
+    state = jax.device_put((reference, OPTIMIZER.init(reference)), jax.devices()[0])
     prompts = prompts_of(trained, options.seed)
     sampling = Sampling(temperature=TEMPERATURE)
     records: list[Record] = []

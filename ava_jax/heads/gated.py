@@ -61,7 +61,7 @@ class ConfidenceGate(nn.Module):
       >>> from ava_jax.heads import ConfidenceGate
       >>> gate = ConfidenceGate(gate_hidden_dims=(8, 4))
       >>> h = jnp.ones((2, 3, 4))
-      >>> variables = gate.init(jax.random.key(0), h)
+      >>> variables = jax.jit(gate.init)(jax.random.key(0), h)
       >>> confidence = gate.apply(variables, h, jnp.array([[1, 1, 0], [1, 1, 1]]))
       >>> confidence.shape, bool(confidence[0, 0] == confidence[1, 0])
       ((2, 1), True)
@@ -202,10 +202,11 @@ class AdaptiveMTPHeads(nn.Module):
       >>> from ava_jax.heads import AdaptiveMTPHeads
       >>> module = AdaptiveMTPHeads(num_heads=2, vocab_size=5, warmup_steps=10)
       >>> h = jnp.ones((1, 3, 4))
-      >>> variables = module.init(jax.random.key(0), h, step=0)
-      >>> [bool(module.apply(variables, h, step=s).mtp_active) for s in (9, 10)]
+      >>> variables = jax.jit(module.init)(jax.random.key(0), h, step=0)
+      >>> apply = jax.jit(module.apply)
+      >>> [bool(apply(variables, h, step=s).mtp_active) for s in (9, 10)]
       [False, True]
-      >>> sorted(vars(module.apply(variables, h, step=0)))
+      >>> sorted(vars(apply(variables, h, step=0)))
       ['additional_logits', 'confidence_scores', 'mtp_active']
     """
 

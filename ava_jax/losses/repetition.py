@@ -175,10 +175,10 @@ def repetition_decay_loss(
       ValueError: `decay` is out of its range, or shapes do not match.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from ava_jax import losses
       >>> rows = losses.repeat_spans(jnp.array([[1, 2]]), 6)
-      >>> loss = losses.repetition_decay_loss(
+      >>> loss = jax.jit(losses.repetition_decay_loss)(
       ...     jnp.zeros((1, 6, 4)), rows, span_length=2)
       >>> round(float(loss), 4)
       0.089

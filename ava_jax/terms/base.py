@@ -208,7 +208,7 @@ class TokenTerm(Term):
         term finds them wrapped in `Columns`.
 
     Example:
-      >>> import dataclasses, jax.numpy as jnp, ava_jax
+      >>> import dataclasses, jax, jax.numpy as jnp, ava_jax
       >>> @dataclasses.dataclass(frozen=True)
       ... class ConfidencePenalty(ava_jax.TokenTerm):
       ...     name: str = "confidence_penalty"
@@ -217,8 +217,9 @@ class TokenTerm(Term):
       ...         return -stats.entropy
       >>> config = ava_jax.UnifiedLossConfig(vocab_size=8)
       >>> loss_fn = ava_jax.unified_loss(config, extra_terms=(ConfidencePenalty(),))
-      >>> _, aux, _ = loss_fn(loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
-      ...                     targets=jnp.array([[1, 2, 3, 4]]))
+      >>> _, aux, _ = jax.jit(loss_fn)(
+      ...     loss_fn.init(), logits=jnp.zeros((1, 4, 8)),
+      ...     targets=jnp.array([[1, 2, 3, 4]]))
       >>> round(float(aux["confidence_penalty"]), 4)
       -0.2079
 
@@ -316,7 +317,7 @@ class BatchTerm(Term):
         Otherwise it is averaged over micro-batches, weighted by their tokens.
 
     Example:
-      >>> import dataclasses, jax.numpy as jnp, ava_jax
+      >>> import dataclasses, jax, jax.numpy as jnp, ava_jax
       >>> @dataclasses.dataclass(frozen=True)
       ... class SmallStates(ava_jax.BatchTerm):
       ...     name: str = "small_states"
@@ -326,7 +327,7 @@ class BatchTerm(Term):
       ...         return jnp.mean(call.array("hidden_states") ** 2)
       >>> config = ava_jax.UnifiedLossConfig(vocab_size=8)
       >>> loss_fn = ava_jax.unified_loss(config, extra_terms=(SmallStates(),))
-      >>> _, aux, _ = loss_fn(
+      >>> _, aux, _ = jax.jit(loss_fn)(
       ...     loss_fn.init(), hidden_states=jnp.ones((1, 4, 2)),
       ...     lm_head=jnp.zeros((2, 8)), targets=jnp.array([[1, 2, 3, 4]]))
       >>> round(float(aux["small_states"]), 4)

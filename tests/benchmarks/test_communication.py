@@ -23,7 +23,8 @@ N = B * S
 PADDING = 72  # columns of lm_head beyond the vocabulary
 PARTS = 16  # the most parts in which the projection's gradient is reduced
 
-pytestmark = pytest.mark.usefixtures("optimized", "unannotated")
+# Compiled fast: the flags for that change neither the collectives nor the memory.
+pytestmark = pytest.mark.usefixtures("unannotated")
 
 
 @functools.cache

@@ -4,8 +4,10 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
@@ -15,10 +17,16 @@ from texts import make_text
 import ava_jax
 import train_tpu
 from trainer.model.language_model import LanguageModel
+from trainer.model.layers import Batch
 from trainer.report import finish
+from trainer.report.metrics import Metrics
 from trainer.run.settings import Settings
+from trainer.run.state import TrainState
 
 DRAW, MAKE_STEP = finish.plot_losses, train_tpu.make_train_step
+INIT, SHAPES = train_tpu.init_sharded, train_tpu.state_shapes
+Others = tuple[LanguageModel, ava_jax.UnifiedLoss, Mesh]
+Parts = tuple[Settings, *Others]
 # Settings that say where a run is and how long it goes on, which no step depends on.
 OF_THE_RUN = {
     "out": Path(),
@@ -65,29 +73,67 @@ def module_patch() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+class SharedStep:
+    """A train step that is compiled once and outlives the caches of a module."""
+
+    def __init__(self, step: jax.stages.Wrapped) -> None:
+        self._step = step
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._compiled is None:
+            self._compiled = self._step.lower(state, batch).compile()
+        return self._compiled(state, batch)
+
+
+class Shared:
+    """The steps and the first states of all runs here, by what they depend on."""
+
+    def __init__(self) -> None:
+        self._steps: dict[Parts, SharedStep] = {}
+        self._states: dict[Parts, tuple[TrainState, TrainState]] = {}
+        self._shapes: dict[Parts, TrainState] = {}
+
+    def make_step(self, settings: Settings, *others: *Others) -> train_tpu.TrainStep:
+        parts = dataclasses.replace(settings, **OF_THE_RUN), *others
+        if parts not in self._steps:
+            step = cast(jax.stages.Wrapped, MAKE_STEP(*parts))
+            self._steps[parts] = SharedStep(step)
+        return self._steps[parts]
+
+    def init(self, settings: Settings, *others: *Others) -> TrainState:
+        parts = dataclasses.replace(settings, **OF_THE_RUN), *others
+        if parts not in self._states:
+            state = INIT(*parts)
+            # A step takes the arrays that it is given; these stay.
+            arrays = jax.tree.map(np.array, state)
+            self._states[parts] = arrays, jax.tree.map(lambda x: x.sharding, state)
+        return jax.device_put(*self._states[parts])
+
+    def shapes(self, settings: Settings, *others: *Others) -> TrainState:
+        parts = dataclasses.replace(settings, **OF_THE_RUN), *others
+        if parts not in self._shapes:
+            self._shapes[parts] = SHAPES(*parts)
+        return self._shapes[parts]
+
+
+SHARED = Shared()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def share_steps(module_patch: pytest.MonkeyPatch) -> None:
-    """Runs of a module that train by the same step trace it once, and not each."""
-    made: dict[object, train_tpu.TrainStep] = {}
-
-    def make_once(
-        settings: Settings,
-        model: LanguageModel,
-        loss_fn: ava_jax.UnifiedLoss,
-        mesh: Mesh,
-    ) -> train_tpu.TrainStep:
-        parts = dataclasses.replace(settings, **OF_THE_RUN), model, loss_fn, mesh
-        if parts not in made:
-            made[parts] = MAKE_STEP(*parts)
-        return made[parts]
-
-    module_patch.setattr(train_tpu, "make_train_step", make_once)
+    """Runs with the same step trace it once, and begin by the same arrays."""
+    module_patch.setattr(train_tpu, "make_train_step", SHARED.make_step)
+    module_patch.setattr(train_tpu, "init_sharded", SHARED.init)
+    module_patch.setattr(train_tpu, "state_shapes", SHARED.shapes)
 
 
 @pytest.fixture
 def own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run makes its step from all of its settings, as for users."""
+    """Every run makes step and state from all of its settings, as for users."""
     monkeypatch.setattr(train_tpu, "make_train_step", MAKE_STEP)
+    monkeypatch.setattr(train_tpu, "init_sharded", INIT)
+    monkeypatch.setattr(train_tpu, "state_shapes", SHAPES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,7 +198,7 @@ def tiny(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         "log-every": 1,
         "dtype": "float32",
         "mesh": "data=1",
-        "model.layers": 2,
+        "model.layers": 1,
         "model.width": 32,
         "model.heads": 2,
         "loss-config": loss,

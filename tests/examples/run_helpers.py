@@ -16,11 +16,15 @@ import optax
 import orbax.checkpoint as ocp
 from support import compiling
 
-from train_tpu import main
+from train_tpu import main, make_train_step
 from trainer.report.metrics import Record, read_records
 from trainer.run import launch_local
+from trainer.run.compile_for import make_plan
+from trainer.run.devices import make_mesh
+from trainer.run.settings import make_loss_config, parse_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TWO_LAYERS = ("--model.layers", "2")  # of the preset moe: the first has no experts
 
 
 def with_flags(tiny: list[str], *flags: str) -> list[str]:
@@ -39,9 +43,22 @@ def train(
     tiny: list[str], out: Path, *flags: str, preset: str = "demo"
 ) -> list[Record]:
     """Runs the trainer in this process and returns its metrics."""
-    arguments = ["--preset", preset, "--out", str(out), *with_flags(tiny, *flags)]
+    sizes = TWO_LAYERS if preset == "moe" else ()
+    own = with_flags(tiny, *sizes, *flags)
+    arguments = ["--preset", preset, "--out", str(out), *own]
     assert main(arguments) == 0
     return read_records(out / "metrics.jsonl")
+
+
+def names_of_metrics(arguments: list[str]) -> tuple[str, ...]:
+    """The metrics of a step; nothing is compiled or run."""
+    settings, fields = parse_settings(arguments)
+    size = settings.vocab_size
+    loss = make_loss_config(settings, fields, size, size - 1)
+    mesh = make_mesh(settings.mesh, settings.batch_size)
+    plan = make_plan(settings, loss, make_train_step, mesh)
+    _, metrics = jax.eval_shape(plan.step, plan.state, plan.batch)
+    return metrics.names
 
 
 def checkpoint(out: Path, step: int) -> tuple[dict[str, object], object]:

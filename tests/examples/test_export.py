@@ -24,10 +24,11 @@ FLAGS = ("--loss.initial-temperature", "0.7", "--loss.logit-soft-cap", "3")
 @pytest.fixture(scope="module")
 def run(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with experts, at another temperature than 1."""
+    sizes = ("--model.dense-layers", "0")
     out = tmp_path_factory.mktemp("run")
     # Optax's Adam raises a Python float to an int32 power, which strict refuses.
     with jax.numpy_dtype_promotion("standard"):
-        train(tiny, out, "--preset", "moe", "--steps", "3", *FLAGS)
+        train(tiny, out, "--preset", "moe", "--steps", "3", *sizes, *FLAGS)
     return out
 
 

@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from run_helpers import (
+    TWO_LAYERS,
     assert_close,
     checkpoint,
+    names_of_metrics,
     train,
     with_flags,
     without_seconds,
@@ -171,9 +173,8 @@ def test_a_run_goes_on_under_another_mesh(tiny: list[str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,fsdp=2"])
 def test_big_matrices_are_split(tiny: list[str], tmp_path: Path, mesh: str) -> None:
-    at = tiny.index("--mesh")
-    flags = [*tiny[:at], *tiny[at + 2 :], "--mesh", mesh]
-    arguments = ["--preset", "moe", *flags, "--out", str(tmp_path)]
+    moe = "--preset", "moe", *TWO_LAYERS
+    arguments = with_flags(tiny, *moe, "--mesh", mesh, "--out", str(tmp_path))
     run = Run(*parse_settings(arguments), Console(quiet=True))
     placed = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
@@ -249,12 +250,7 @@ def test_bfloat16_is_near_float32(tiny: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_single_fields_of_the_loss_add_their_terms(
-    tiny: list[str], tmp_path: Path, flags: list[str], name: str
+    tiny: list[str], flags: list[str], name: str
 ) -> None:
     sizes = ("--model.layers", "1", "--model.dense-layers", "0")
-    arguments = with_flags(tiny, "--out", str(tmp_path), *sizes)
-    settings, fields = parse_settings([*arguments, *flags])
-    run = Run(settings, fields, Console(quiet=True))
-    batch = run.share.put(next(run.batches))
-    _, metrics = jax.eval_shape(run.train_step, run.state, batch)
-    assert name in metrics.names
+    assert name in names_of_metrics([*with_flags(tiny, *sizes), *flags])

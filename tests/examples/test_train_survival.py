@@ -192,7 +192,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 @pytest.mark.parametrize("notices", [True, False])
-@pytest.mark.parametrize("free", [pytest.param(40, marks=pytest.mark.slow), 1500])
+@pytest.mark.parametrize("free", [pytest.param(40, marks=pytest.mark.slow), 1200])
 def test_a_full_disk_loses_nothing(
     tiny: list[str],
     tmp_path: Path,
@@ -218,7 +218,7 @@ def test_a_full_disk_loses_nothing(
         assert "No space left on device" in message
         assert message.count("\n") == 1
         saved = Checkpoints(out / "checkpoints", keep=9).latest()
-        assert saved == {40: None, 1500: 2}[free]
+        assert saved == {40: None, 1200: 2}[free]
         remount(disk, "size=64m")
         assert main(arguments) == 0
         assert_same_run(out, tmp_path / "whole", 6)

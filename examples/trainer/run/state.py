@@ -41,6 +41,8 @@ def make_model(settings: Settings, loss: ava_jax.UnifiedLossConfig) -> LanguageM
     )
 
 
+# Not traced anew by each call: a run asks for the shapes twice, then for the state.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(
     settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss
 ) -> TrainState:
@@ -61,8 +63,7 @@ def state_shapes(
     settings: Settings, model: LanguageModel, loss_fn: ava_jax.UnifiedLoss, mesh: Mesh
 ) -> TrainState:
     """Returns the state's shapes and dtypes, each with its sharding on the mesh."""
-    make = functools.partial(init_state, settings, model, loss_fn)
-    return placed(jax.eval_shape(make), mesh)
+    return placed(init_state.eval_shape(settings, model, loss_fn), mesh)
 
 
 def init_sharded(

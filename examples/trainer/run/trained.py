@@ -1,7 +1,6 @@
 """Loads the model of a run from a checkpoint."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,11 +77,12 @@ def load(folder: Path, step: int | None = None) -> Trained:
             f"{folder} has no checkpoint of step {step}, but of {known}"
         )
     chosen = steps[-1] if step is None else step
-    make = functools.partial(
-        init_state, settings, model, ava_jax.unified_loss(model.loss)
-    )
+    loss_fn = ava_jax.unified_loss(model.loss)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: x.update(sharding=here), jax.eval_shape(make))
+    shapes = jax.tree.map(
+        lambda x: x.update(sharding=here),
+        init_state.eval_shape(settings, model, loss_fn),
+    )
     state, _ = checkpoints.restore(chosen, shapes)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     bias = routing_bias(state.loss)
