@@ -51,12 +51,20 @@ def here_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def optimized(monkeypatch: pytest.MonkeyPatch):
-    """Compiles as users do, for tests that look at the compiled program."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def optimized_text(monkeypatch: pytest.MonkeyPatch):
+    """Optimizes programs as users do, for tests that read the compiled program's text.
+
+    It shows all but the machine code, whose optimization takes as long again.
+    """
     if compiling.QUICK in os.environ["XLA_FLAGS"]:
         jit = functools.partial(jax.jit, compiler_options=compiling.AS_USERS_DO)
         monkeypatch.setattr(jax, "jit", jit)
+
+
+@pytest.fixture
+def optimized(optimized_text: None):
+    """Compiles as users do, for tests whose numbers depend on the machine code."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
 

@@ -225,7 +225,7 @@ def test_without_jit(types: tuple[AxisType, ...]) -> None:
     assert_trees_close(jax.device_get(got), jax.device_get((value, grads)), 5e-6)
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 @pytest.mark.parametrize("gradient", [False, True])
 def test_hidden_states_and_logits_stay_where_they_are(gradient: bool) -> None:
     """Devices exchange numbers per token, and sums of the gradients."""

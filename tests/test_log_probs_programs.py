@@ -70,7 +70,7 @@ def test_flops(arguments, units, implementation, temperature) -> None:
     assert dot_flops(jaxpr) == units * unit + sampled
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 @pytest.mark.parametrize(
     ("arguments", "units"),
     [

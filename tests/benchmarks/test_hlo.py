@@ -181,7 +181,7 @@ def test_text_that_is_not_a_program_is_an_error():
         hlo.parse("module @jit_f {}")
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_program_of_this_machine():
     count, rows, width, columns = 7, 32, 16, 64
 

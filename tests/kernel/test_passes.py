@@ -239,14 +239,14 @@ def largest_over_the_vocabulary(config, arrays, integers):
     return max(np.prod(shape) for shape in shapes if V in shape)
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_no_array_of_tokens_times_vocabulary_exists():
     largest = largest_over_the_vocabulary({**EVERYTHING, "chunk_size": 2}, *batch())
     assert largest < B * S * V
     assert max(2 * B * V, D * V) <= largest
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_parallel_heads_never_hold_their_logits():
     config = {**EVERYTHING, "mtp_type": "parallel", "hidden_size": D, "chunk_size": 2}
     arrays, integers = batch()
@@ -274,7 +274,7 @@ def test_the_gradient_costs_six_and_the_value_two():
     assert dot_flops(with_grad) == 6 * unit
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_the_compiled_program_multiplies_no_more_than_that():
     hidden, kernel = np.ones((2, 64, 32), np.float32), np.ones((32, 256), np.float32)
     targets = jnp.ones((2, 64), jnp.int32)

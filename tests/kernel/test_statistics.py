@@ -215,7 +215,7 @@ def test_gradient_comes_back_in_the_dtype_of_the_logits():
         assert grad.dtype == dtype
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_plain_cross_entropy_pays_for_nothing_else():
     """The derivative of a term that is not in the loss is not computed."""
     targets, active = np.zeros(8, np.int32), np.ones(8, bool)

@@ -352,7 +352,7 @@ def test_the_config_weighs_and_reports_it():
     assert NAME not in [term.name for term in off.terms]
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_no_array_of_tokens_squared_or_tokens_times_vocabulary_exists():
     rows, length, vocab, window = 2, 67, 101, 13
     term = terms.ContrastiveToken(window, 1.0)

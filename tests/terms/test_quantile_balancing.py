@@ -198,7 +198,7 @@ def test_a_mesh_changes_nothing(types):
     check_same(jax.device_get(got), jax.device_get(want))
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized_text")
 def test_devices_exchange_histograms_and_no_tokens():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     loss_fn = ava_jax.create_unified_loss(CONFIG, mesh=mesh, batch_axes="data")
