@@ -329,13 +329,13 @@ LONG, WIDE = 64, 41
 
 
 def program(x, differentiated, **options):
-    rest = {k: jnp.asarray(v) for k, v in x.items() if k not in differentiated}
+    rest = {k: jax.device_put(v) for k, v in x.items() if k not in differentiated}
 
     def loss(trained):
         given = {**rest, **trained, **CPU, **options}
         return ava_jax.distillation_loss(**given)[0]
 
-    trained = {k: jnp.asarray(x[k]) for k in differentiated}
+    trained = {k: jax.device_put(x[k]) for k in differentiated}
     function = jax.grad(loss) if differentiated else loss
     return jax.make_jaxpr(function)(trained).jaxpr
 
@@ -374,5 +374,5 @@ def test_a_second_step_does_not_recompile():
         return ava_jax.distillation_loss(**x, **CPU)[0]
 
     for seed in range(3):
-        step({k: jnp.asarray(v) for k, v in batch(seed).items()})
+        step({k: jax.device_put(v) for k, v in batch(seed).items()})
     assert calls == 1

@@ -84,7 +84,7 @@ def batch(columns: int = V + 3) -> dict[str, jax.Array]:
     return {
         **{k: jnp.asarray(x, jnp.float32) for k, x in floats.items()},
         "targets": jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32),
-        "attention_mask": jnp.asarray(mask),
+        "attention_mask": jax.device_put(mask),
     }
 
 
@@ -371,9 +371,9 @@ def test_bad_calls(
 
 
 def test_the_call_that_they_change_is_good() -> None:
-    out = ava_jax.token_log_probs(**CALL)
+    out = jax.jit(lambda: ava_jax.token_log_probs(**CALL))()
     np.testing.assert_allclose(out.log_probs, -np.log(V), rtol=1e-6)
-    out = ava_jax.token_log_probs(**{**CALL, **LOGITS})
+    out = jax.jit(lambda: ava_jax.token_log_probs(**{**CALL, **LOGITS}))()
     np.testing.assert_allclose(out.entropy, np.log(V), rtol=1e-6)
 
 

@@ -403,7 +403,7 @@ def test_a_mean_over_shards_is_far_off():
         lambda h, t, m: loss_fn(
             loss_fn.init(),
             hidden_states=h,
-            lm_head=jnp.asarray(arrays["lm_head"]),
+            lm_head=jax.device_put(arrays["lm_head"]),
             targets=t,
             attention_mask=m,
         )[0]

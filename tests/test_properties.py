@@ -85,11 +85,11 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
     """The arrays on the device; float32 becomes the precision's own float."""
     wide = jnp.result_type(float)
 
-    def move(x: np.ndarray) -> jax.Array:
-        return jnp.asarray(x, wide if x.dtype == np.float32 else x.dtype)
+    def widen(x: np.ndarray) -> np.ndarray:
+        return x.astype(wide) if x.dtype == np.float32 else x
 
     arrays = {key: x for key, x in inputs.items() if not isinstance(x, bool)}
-    return jax.tree.map(move, arrays)
+    return jax.device_put(jax.tree.map(widen, arrays))
 
 
 def assert_near(

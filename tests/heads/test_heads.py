@@ -210,7 +210,7 @@ def test_heads_read_masked_positions_as_zeros() -> None:
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def run(variables: Any, h: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(apply(module, variables, h, jnp.asarray(mask))))
+        return jnp.sum(jnp.sin(apply(module, variables, h, jax.device_put(mask))))
 
     got = run(variables, poisoned)
     chex.assert_trees_all_equal(got, run(variables, h))
@@ -289,7 +289,7 @@ def test_gate_equals_the_oracle(
     with jax.enable_x64(True):
         h = normal(*mask.shape, D, seed=seed, dtype="float64")
         variables = init(module, h, seed=seed)
-        got = np.asarray(apply(module, variables, h, jnp.asarray(mask)))
+        got = np.asarray(apply(module, variables, h, jax.device_put(mask)))
     params, x = in_numpy(variables["params"]), np.asarray(h)
     if not module.per_token:
         x = oracle_pool(x, mask, params)
@@ -309,7 +309,7 @@ def test_masked_positions_do_not_matter_to_the_gate(
     variables = init(module, h)
 
     def loss(variables: Any, h: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.log(apply(module, variables, h, jnp.asarray(mask))))
+        return jnp.sum(jnp.log(apply(module, variables, h, jax.device_put(mask))))
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     got = grad(variables, np.where(mask[..., None], h, np.float32(poison)))

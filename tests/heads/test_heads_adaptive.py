@@ -90,7 +90,7 @@ def test_skipped_heads_give_zeros_and_no_gradient(options: dict, step: int) -> N
         return jnp.sum(out.additional_logits) + jnp.sum(out.confidence_scores), out
 
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, out), (grads, _) = got = grad(variables, h, jnp.asarray(step))
+    (_, out), (grads, _) = got = grad(variables, h, jax.device_put(step))
     chex.assert_tree_all_finite(got)
     assert not out.mtp_active
     np.testing.assert_array_equal(out.additional_logits, 0)

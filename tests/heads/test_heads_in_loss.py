@@ -4,7 +4,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -24,7 +23,7 @@ from support.head_checks import (
 import ava_jax
 from ava_jax.heads import MTPHeads, SequentialMTP
 
-TARGETS = jnp.asarray(np.random.default_rng(5).integers(V, size=(B, S)))
+TARGETS = jax.device_put(np.random.default_rng(5).integers(V, size=(B, S)))
 
 
 def loss_function(**options: Any) -> ava_jax.UnifiedLoss:

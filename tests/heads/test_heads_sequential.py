@@ -73,7 +73,7 @@ def test_sequential_equals_the_oracle(
     with jax.enable_x64(True):
         h, e = (normal(*ids.shape, D, seed=seed + i, dtype="float64") for i in (0, 1))
         variables = init(module, h, e, seed=seed)
-        packed = apply(module, variables, h, e, segment_ids=jnp.asarray(ids))
+        packed = apply(module, variables, h, e, segment_ids=jax.device_put(ids))
         plain = apply(module, variables, h, e)
     arrays = np.asarray(h), np.asarray(e)
     params = in_numpy(variables["params"])

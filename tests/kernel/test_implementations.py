@@ -118,7 +118,7 @@ def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
     hidden, head = rng.normal(size=(B, S, D)), rng.normal(size=(D, V))
     targets = jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32)
     one = jax.jit(loss_fn.normalizers)(targets=targets)
-    many = dataclasses.replace(one, tokens=jnp.asarray(tokens))
+    many = dataclasses.replace(one, tokens=jax.device_put(tokens))
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))

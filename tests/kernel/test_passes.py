@@ -47,7 +47,7 @@ def batch(scale=1.0, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str,
         "segment_ids": np.array([[1] * 6 + [2] * 5, [1] * 9 + [0] * 2], np.int32),
         "attention_mask": weights,
     }
-    return jax.tree.map(jnp.asarray, (arrays, integers))
+    return jax.device_put((arrays, integers))
 
 
 @functools.cache

@@ -120,7 +120,7 @@ def measured_product(
     )
     (grad, slope), (values, found) = run(
         jnp.zeros(hidden.shape, jnp.asarray(0.0).dtype),
-        jnp.asarray(TEMPERATURE),
+        jax.device_put(TEMPERATURE),
         hidden,
         jnp.eye(WIDTH, dtype=z.dtype),
         NEAR[near](largest) if near else largest,

@@ -36,12 +36,12 @@ def test_gradients_are_those_of_the_values(name, cap):
 
     def value(logits, temperature):
         tokens = read_tokens(
-            jnp.asarray(targets), None, jnp.asarray(SEGMENTS), vocab_size=5
+            jax.device_put(targets), None, jax.device_put(SEGMENTS), vocab_size=5
         )
         query = Query(
             targets=tokens.targets,
             active=tokens.active,
-            candidates={"a": jnp.asarray(ids)},
+            candidates={"a": jax.device_put(ids)},
         )
         stats = token_statistics(logits, query, Vocabulary(5, cap), temperature)
         return jnp.sum(mix * tokens.weights * STATS[name](stats))
@@ -182,11 +182,11 @@ def test_the_largest_logit_is_found_in_any_segment(width):
     z[2, -1] = z[2, 3] = 9.0
     z[3, -1] = 400.0
     wanted = Query(
-        targets=jnp.asarray(np.zeros(40, np.int32)),
-        active=jnp.asarray(np.ones(40, bool)),
-        candidates={"first": jnp.asarray(np.zeros((40, 1), np.int32))},
+        targets=jax.device_put(np.zeros(40, np.int32)),
+        active=jax.device_put(np.ones(40, bool)),
+        candidates={"first": jax.device_put(np.zeros((40, 1), np.int32))},
     )
-    stats = statistics_of(jnp.asarray(z), wanted, Vocabulary(width))
+    stats = statistics_of(jax.device_put(z), wanted, Vocabulary(width))
     np.testing.assert_array_equal(stats.top, z.argmax(-1))
     others = np.where(np.arange(width) == z.argmax(-1)[:, None], -np.inf, z)
     exact = others.astype(np.float64) - z.max(-1, keepdims=True)
@@ -211,7 +211,7 @@ def test_gradient_comes_back_in_the_dtype_of_the_logits():
         def gradient(z, query=query):
             return jnp.sum(token_statistics(z, query, Vocabulary(4)).nll)
 
-        grad = gradient(jnp.asarray(logits))
+        grad = gradient(jax.device_put(logits))
         assert grad.dtype == dtype
 
 
@@ -219,7 +219,7 @@ def test_gradient_comes_back_in_the_dtype_of_the_logits():
 def test_plain_cross_entropy_pays_for_nothing_else():
     """The derivative of a term that is not in the loss is not computed."""
     targets, active = np.zeros(8, np.int32), np.ones(8, bool)
-    query = Query(targets=jnp.asarray(targets), active=jnp.asarray(active))
+    query = Query(targets=jax.device_put(targets), active=jax.device_put(active))
     shape = jax.ShapeDtypeStruct((8, 64), jnp.float32)
 
     def plain(z):

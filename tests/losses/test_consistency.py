@@ -96,8 +96,8 @@ def test_matches_the_oracle(kind, shape, temperature, scale, seed) -> None:
     a, b = scale * values(2, *shape, seed=seed)
     got = value_of(
         consistency_loss,
-        jnp.asarray(a),
-        jnp.asarray(b),
+        jax.device_put(a),
+        jax.device_put(b),
         kind=kind,
         temperature=jnp.float32(temperature),
     )
@@ -186,14 +186,14 @@ def test_shapes_and_dtypes() -> None:
 
 
 def test_bad_arguments() -> None:
-    a = jnp.asarray(A)
+    a = jax.device_put(A)
     with pytest.raises(ValueError, match='"mse", "kl" or "ce", got \'l1\''):
         consistency_loss(a, a, kind="l1")
     with pytest.raises(ValueError, match=r"temperature must be above 0, got 0"):
         consistency_loss(a, a, temperature=0.0)
     with untyped():
         with pytest.raises(ValueError, match="outputs_augmented must have one shape"):
-            consistency_loss(a, jnp.asarray(A[:, :4]))
+            consistency_loss(a, jax.device_put(A[:, :4]))
         with pytest.raises(ValueError, match="weights must have one entry per row"):
             consistency_loss(a, a, weights=a)
 
@@ -202,8 +202,8 @@ def test_bad_arguments() -> None:
 def test_explicit_axes(kind: str) -> None:
     check_explicit_axes(
         lambda a, b, w: jnp.sum(consistency_loss(a, b, kind=kind, weights=w)),
-        jnp.asarray(A),
-        jnp.asarray(B),
+        jax.device_put(A),
+        jax.device_put(B),
         jnp.array([1.0, 0.0, 0.5, 1.0]),
     )
 
@@ -213,7 +213,7 @@ class Variants(VariantsCase):
     def test_jit_changes_nothing(self) -> None:
         for kind in KINDS:
             rows = self.under(lambda a, b, kind=kind: consistency_loss(a, b, kind=kind))
-            got = rows(jnp.asarray(A), jnp.asarray(B))
+            got = rows(jax.device_put(A), jax.device_put(B))
             np.testing.assert_allclose(got, oracle(A, B, kind, 1.0), rtol=1e-4)
 
 
@@ -223,7 +223,9 @@ def test_a_traced_temperature_does_not_recompile() -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def rows(temperature: jax.Array) -> jax.Array:
-        return consistency_loss(jnp.asarray(A), jnp.asarray(B), temperature=temperature)
+        return consistency_loss(
+            jax.device_put(A), jax.device_put(B), temperature=temperature
+        )
 
     cool, hot = rows(jnp.float32(1.0)), rows(jnp.float32(4.0))
     assert np.max(np.asarray(hot) / np.asarray(cool)) < 1

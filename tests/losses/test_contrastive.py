@@ -62,7 +62,7 @@ def labelled(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
 
 
 def poisoned(x: NDArray, keep: NDArray) -> jax.Array:
-    return jnp.asarray(np.where(keep[..., None], x, np.nan))
+    return jax.device_put(np.where(keep[..., None], x, np.nan))
 
 
 @FEW
@@ -70,8 +70,8 @@ def poisoned(x: NDArray, keep: NDArray) -> jax.Array:
 def test_label_losses_match_the_oracles(batch, normalize: bool) -> None:
     x, labels, keep = batch
     given_rows = {
-        "labels": jnp.asarray(labels),
-        "mask": jnp.asarray(keep),
+        "labels": jax.device_put(labels),
+        "mask": jax.device_put(keep),
         "normalize": normalize,
     }
     dirty = poisoned(x, keep)
@@ -108,7 +108,7 @@ def test_pair_losses_match_the_oracles(
     named = {
         "positive_pairs": jnp.asarray(positive, jnp.int32).reshape(-1, 2),
         "negative_pairs": jnp.asarray(negative, jnp.int32).reshape(-1, 2),
-        "mask": jnp.asarray(keep),
+        "mask": jax.device_put(keep),
         "normalize": normalize,
     }
     got = value_of(contrastive_margin_loss, poisoned(x, keep), margin=1.3, **named)
@@ -363,7 +363,11 @@ def test_distances_hold_no_array_of_all_differences(loss) -> None:
 
 
 def test_explicit_axes() -> None:
-    x, labels, mask = jnp.asarray(X), jnp.asarray(LABELS), jnp.array([1, 1, 1, 1, 0, 1])
+    x, labels, mask = (
+        jax.device_put(X),
+        jax.device_put(LABELS),
+        jnp.array([1, 1, 1, 1, 0, 1]),
+    )
     for loss in LABEL_LOSSES:
         check_explicit_axes(
             lambda x, labels, mask, loss=loss: loss(x, labels=labels, mask=mask),
@@ -390,7 +394,7 @@ class Variants(VariantsCase):
         )
         for loss, want in zip(LABEL_LOSSES, wants, strict=True):
             got = self.under(lambda x, y, loss=loss: loss(x, labels=y))(
-                jnp.asarray(X), jnp.asarray(LABELS)
+                jax.device_put(X), jax.device_put(LABELS)
             )
             np.testing.assert_allclose(got, want, rtol=1e-4)
 
@@ -403,6 +407,6 @@ def test_new_numbers_do_not_recompile() -> None:
     def step(x: jax.Array, labels: jax.Array) -> list[jax.Array]:
         return [loss(x, labels=labels) for loss in LABEL_LOSSES]
 
-    first = step(jnp.asarray(X), jnp.asarray(LABELS))
-    second = step(jnp.asarray(X), jnp.asarray(LABELS[::-1].copy()))
+    first = step(jax.device_put(X), jax.device_put(LABELS))
+    second = step(jax.device_put(X), jax.device_put(LABELS[::-1].copy()))
     assert all(float(a) != float(b) for a, b in zip(first, second, strict=True))

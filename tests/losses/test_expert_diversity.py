@@ -84,9 +84,9 @@ def test_diversity_matches_the_oracle(shape, similarity, seed, share) -> None:
     keep = random.random(shape[1]) < share
     got = value_of(
         expert_diversity_loss,
-        jnp.asarray(np.where(keep[:, None], outputs, np.nan)),
+        jax.device_put(np.where(keep[:, None], outputs, np.nan)),
         similarity=similarity,
-        token_weights=jnp.asarray(keep),
+        token_weights=jax.device_put(keep),
     )
     want = diversity_oracle(outputs, keep, similarity)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -181,7 +181,7 @@ def test_distances_hold_no_array_of_all_differences() -> None:
 
 
 def test_explicit_axes() -> None:
-    outputs = jnp.asarray(values(3, 4, 2))
+    outputs = jax.device_put(values(3, 4, 2))
     for similarity in SIMILARITIES:
         check_explicit_axes(
             lambda x, similarity=similarity: expert_diversity_loss(
@@ -196,6 +196,6 @@ class Variants(VariantsCase):
     @with_and_without_jit
     def test_jit_changes_nothing(self) -> None:
         outputs = values(3, 4, 2)
-        got = self.under(expert_diversity_loss)(jnp.asarray(outputs))
+        got = self.under(expert_diversity_loss)(jax.device_put(outputs))
         want = diversity_oracle(outputs, np.ones(4), "cosine")
         np.testing.assert_allclose(got, want, rtol=1e-5)

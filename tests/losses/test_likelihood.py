@@ -36,11 +36,13 @@ def sum_and_gradient(name, logits, targets):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_values_and_gradients(name):
-    (_, got), _ = sum_and_gradient(name, jnp.asarray(LOGITS), jnp.asarray(TARGETS))
+    (_, got), _ = sum_and_gradient(
+        name, jax.device_put(LOGITS), jax.device_put(TARGETS)
+    )
     wide = LOGITS.astype(np.float64)
     want = [ORACLES[name](z, int(y)) for z, y in zip(wide, TARGETS, strict=True)]
     np.testing.assert_allclose(got, want, rtol=2e-5)
-    check_gradient(lambda z: jnp.sum(CALLS[name](z, jnp.asarray(TARGETS))), LOGITS)
+    check_gradient(lambda z: jnp.sum(CALLS[name](z, jax.device_put(TARGETS))), LOGITS)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -92,7 +94,7 @@ def test_perplexity_of_what_counts():
 
 @pytest.mark.usefixtures("unannotated")
 def test_bad_arguments():
-    logits, targets = jnp.asarray(LOGITS), jnp.asarray(TARGETS)
+    logits, targets = jax.device_put(LOGITS), jax.device_put(TARGETS)
     with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\), got 1"):
         losses.label_smoothing_loss(logits, targets, smoothing=1.0)
     with pytest.raises(ValueError, match=r"targets must have the shape \(6,\)"):

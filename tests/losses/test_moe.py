@@ -212,10 +212,10 @@ def test_gradient_balance_matches_the_oracle(
     want = weight * sum(squares) / entries if entries else 0.0
     value, gradient = value_and_gradient(
         gradient_balance_loss,
-        jnp.asarray(np.where(np.array(keep)[:, None], gates, np.nan)),
+        jax.device_put(np.where(np.array(keep)[:, None], gates, np.nan)),
         balance=balance_of([float(c) for c in counts], float(tokens)),
         weight=weight,
-        token_weights=jnp.asarray(keep),
+        token_weights=np.array(keep),
     )
     np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-9)
     per_expert = [-2 * weight * pull / max(entries, 1) for pull in a]
@@ -263,7 +263,7 @@ def test_balance_of_nothing_is_zero() -> None:
 
 def test_another_number_of_experts() -> None:
     with untyped(), pytest.raises(ValueError, match=r"3 experts, .* has 2; set num_ex"):
-        gradient_balance_loss(jnp.asarray(GATES), fresh(2), weight=0.1)
+        gradient_balance_loss(jax.device_put(GATES), fresh(2), weight=0.1)
 
 
 def diagnostics(
@@ -392,7 +392,7 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
         return update_bias(state, counts(state), rate=0.01)
 
     def counts(state: BiasBalanceState) -> jax.Array:
-        _, indices = route(jnp.asarray(scores), state.bias, 1)
+        _, indices = route(jax.device_put(scores), state.bias, 1)
         return jnp.sum(jax.nn.one_hot(indices[:, 0], 4), axis=0)
 
     @jax.jit
@@ -409,8 +409,8 @@ def test_the_bias_evens_out_a_skewed_router() -> None:
 
 
 def test_explicit_axes() -> None:
-    gates = jnp.asarray(values(6, 3))
-    scores = jnp.asarray(1 / (1 + np.exp(-values(6, 3))))
+    gates = jax.device_put(values(6, 3))
+    scores = jax.device_put(1 / (1 + np.exp(-values(6, 3))))
     balance = balance_of([3.0, 1.0, 2.0], 6.0)
     check_explicit_axes(lambda g: gradient_balance_loss(g, balance, weight=0.1), gates)
     bias, taken = jnp.array([0.5, 0.0, -0.5]), jnp.array([1.0, 2.0])
@@ -444,6 +444,8 @@ def test_steps_do_not_recompile() -> None:
 
     state, losses = fresh(3), []
     for i in range(3):
-        loss, state = step(state, jnp.asarray(values(5, 3, seed=i)), jnp.float32(i + 1))
+        loss, state = step(
+            state, jax.device_put(values(5, 3, seed=i)), jnp.float32(i + 1)
+        )
         losses.append(float(loss))
     assert 0 < losses[0] < losses[1] < losses[2]

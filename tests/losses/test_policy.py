@@ -140,11 +140,11 @@ def test_gradient(kind: str) -> None:
     options = {**EVERYTHING, **needed(kind)}
 
     def loss(log_probs: jax.Array, entropy: jax.Array) -> jax.Array:
-        constants: dict[str, Any] = {name: jnp.asarray(x[name]) for name in names}
+        constants: dict[str, Any] = {name: jax.device_put(x[name]) for name in names}
         return losses.policy_loss(
             log_probs,
-            jnp.asarray(x["advantages"]),
-            jnp.asarray(x["mask"]),
+            jax.device_put(x["advantages"]),
+            jax.device_put(x["mask"]),
             kind=kind,
             entropy=entropy,
             **constants,
@@ -256,7 +256,7 @@ def test_micro_batches_add_up(kind: str) -> None:
     """Rows fall unevenly, and one micro-batch has a row without tokens."""
     x = batch(5, rows=6)
     whole = run(on_device(x), kind=kind, **EVERYTHING, **needed(kind))
-    counts = {"num_tokens": jnp.asarray(x["mask"].sum())}
+    counts = {"num_tokens": jax.device_put(x["mask"].sum())}
     if kind in MEANS_OF_ROWS:
         counts["num_rows"] = jnp.asarray(6.0)
     options = {**EVERYTHING, **needed(kind), **counts, "kind": kind}

@@ -100,7 +100,7 @@ def test_sampler_weights(level: str) -> None:
         own: jax.Array, other: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         weights = losses.sampler_weights(
-            own, other, jnp.asarray(mask), cap=1.2, level=level
+            own, other, jax.device_put(mask), cap=1.2, level=level
         )
         return jnp.sum(weights), weights
 

@@ -68,7 +68,7 @@ def with_options(loss: Callable[..., Result], **options: Any) -> Callable[..., R
 
 
 def on_device(arrays: Sequence[NDArray]) -> list[jax.Array]:
-    return [jnp.asarray(x) for x in arrays]
+    return [jax.device_put(x) for x in arrays]
 
 
 def dpo(kind: str, arrays: list[NDArray], **options: Any) -> Any:
@@ -121,7 +121,7 @@ def test_gradient_of_dpo(kind: str) -> None:
     chosen, rejected, ref_chosen, ref_rejected = rows(seed=2)
 
     def loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-        refs = jnp.asarray(ref_chosen), jnp.asarray(ref_rejected)
+        refs = jax.device_put(ref_chosen), jax.device_put(ref_rejected)
         pairs, _ = losses.dpo_loss(
             chosen, rejected, *refs, kind=kind, **options_of(kind)
         )
@@ -246,7 +246,7 @@ def test_kto(shape: tuple[int, ...]) -> None:
     )
 
     def both(s: jax.Array, ref: jax.Array, kl: jax.Array) -> Result:
-        return loss(s, ref, jnp.asarray(desirable), kl)
+        return loss(s, ref, jax.device_put(desirable), kl)
 
     got, aux, grads = run(both, *on_device([s, ref, kl]))
     each = np.broadcast_to(kl, s.shape)
@@ -290,21 +290,23 @@ def test_sequence_log_probs(average: bool) -> None:
     @jax.jit
     @jax.grad
     def gradient(x: jax.Array) -> jax.Array:
-        return jnp.sum(losses.sequence_log_probs(x, jnp.asarray(mask), average=average))
+        return jnp.sum(
+            losses.sequence_log_probs(x, jax.device_put(mask), average=average)
+        )
 
     got = losses.sequence_log_probs(
-        jnp.asarray(dirty), jnp.asarray(mask), average=average
+        jax.device_put(dirty), jax.device_put(mask), average=average
     )
     np.testing.assert_allclose(got, want, rtol=1e-5)
     sums = mask.sum(1, keepdims=True)
     slope = mask / np.where(sums == 0, 1, sums) if average else mask
-    np.testing.assert_allclose(gradient(jnp.asarray(dirty)), slope, rtol=1e-6)
+    np.testing.assert_allclose(gradient(jax.device_put(dirty)), slope, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int32])
 def test_masks_of_other_types(dtype: type) -> None:
     x = jnp.asarray([[-1.0, -2.0, -4.0]])
-    mask = jnp.asarray(np.array([[0, 1, 1]], dtype))
+    mask = jax.device_put(np.array([[0, 1, 1]], dtype))
     assert losses.sequence_log_probs(x, mask, average=True).tolist() == [-3.0]
 
 

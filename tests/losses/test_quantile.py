@@ -53,17 +53,17 @@ def test_both_functions_are_the_oracles(seed, k, bins, scale: float) -> None:
     wide = bias.astype(float)
     with jax.enable_x64(True):
         counts = histogram_of(
-            jnp.asarray(np.where(weights[:, None] != 0, scores, np.nan)),
-            jnp.asarray(bias),
+            jax.device_put(np.where(weights[:, None] != 0, scores, np.nan)),
+            jax.device_put(bias),
             k,
             bins=bins,
-            token_weights=jnp.asarray(weights),
+            token_weights=jax.device_put(weights),
         )
         want = oracle_batch.cutoff_histogram(
             scores.astype(float), wide, k, tokens, bins
         )
         np.testing.assert_array_equal(counts, want)
-        new = bias_of(jnp.asarray(wide), counts, k, momentum=0.25)
+        new = bias_of(jax.device_put(wide), counts, k, momentum=0.25)
         oracle = oracle_batch.next_quantile_bias(wide, want, k, 0.25)
         np.testing.assert_allclose(new, oracle, rtol=1e-12, atol=1e-12)
 
@@ -197,7 +197,7 @@ def test_the_bias_keeps_its_dtype() -> None:
 )
 def test_a_skewed_router_is_even_after_a_few_steps(kind: str, steps: int) -> None:
     experts, k = 8, 2
-    gates = jnp.asarray(values(4096, experts) + np.linspace(1.5, -1.5, experts))
+    gates = jax.device_put(values(4096, experts) + np.linspace(1.5, -1.5, experts))
     gates = gates.astype(jnp.float32)
     scores = gates if kind == "logits" else getattr(jax.nn, kind)(gates)
 

@@ -36,7 +36,7 @@ def test_sequence_unlikelihood_is_the_oracles(n):
     run = jax.jit(functools.partial(losses.sequence_unlikelihood, ngram_size=n))
     for seed in range(4):
         logits, ids, weights = batch(seed)
-        got = run(jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights))
+        got = run(jax.device_put(logits), jax.device_put(ids), jax.device_put(weights))
         terms = oracle_terms.sequence_unlikelihood(logits, ids, weights, n)
         want = oracle_terms.weighted_mean(terms, weights)
         np.testing.assert_allclose(got, want, rtol=2e-5)
@@ -47,7 +47,7 @@ def test_repetition_decay_is_the_oracles(span):
     run = jax.jit(functools.partial(losses.repetition_decay_loss, span_length=span))
     for seed in range(4):
         logits, ids, weights = batch(seed)
-        got = run(jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(weights))
+        got = run(jax.device_put(logits), jax.device_put(ids), jax.device_put(weights))
         want = decay_oracle(logits, ids, weights, span)
         np.testing.assert_allclose(got, want, rtol=2e-5)
 
@@ -56,7 +56,7 @@ def test_spans_may_differ_by_row():
     logits, ids, _ = batch()
     spans = jnp.array([1, 4, 2])
     run = jax.jit(losses.repetition_decay_loss)
-    got = run(jnp.asarray(logits), jnp.asarray(ids), span_length=spans)
+    got = run(jax.device_put(logits), jax.device_put(ids), span_length=spans)
     ones = np.ones((1, S))
     rows = [
         decay_oracle(logits[b : b + 1], ids[b : b + 1], ones, span)
@@ -69,10 +69,12 @@ def test_gradients():
     logits, ids, weights = batch()
 
     def sequence(z):
-        return losses.sequence_unlikelihood(z, jnp.asarray(ids), jnp.asarray(weights))
+        return losses.sequence_unlikelihood(
+            z, jax.device_put(ids), jax.device_put(weights)
+        )
 
     def repeats(z):
-        return losses.sequence_unlikelihood(z, jnp.asarray(ids), ngram_size=2)
+        return losses.sequence_unlikelihood(z, jax.device_put(ids), ngram_size=2)
 
     for loss in (sequence, repeats):
         check_gradient(loss, logits)
@@ -126,11 +128,11 @@ def test_masked_tokens_may_hold_anything():
 
 @pytest.mark.usefixtures("unannotated")
 def test_bad_arguments():
-    logits, ids, _ = (jnp.asarray(x) for x in batch())
+    logits, ids, _ = (jax.device_put(x) for x in batch())
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
         losses.repetition_decay_loss(logits, ids, span_length=2, decay=2.0)
     with pytest.raises(ValueError, match=r"token ids must be \[B, S\]"):
-        losses.sequence_unlikelihood(logits, jnp.asarray(batch()[1][:, :4]))
+        losses.sequence_unlikelihood(logits, jax.device_put(batch()[1][:, :4]))
     for loss in (losses.sequence_unlikelihood, losses.anti_repetition_loss):
         with pytest.raises(ValueError, match="ngram_size must be at least 1, got 0"):
             jax.eval_shape(functools.partial(loss, ngram_size=0), logits, ids)
@@ -139,7 +141,7 @@ def test_bad_arguments():
 
 
 def test_anti_repetition_weights_may_be_schedules():
-    logits, ids, _ = (jnp.asarray(x) for x in batch())
+    logits, ids, _ = (jax.device_put(x) for x in batch())
     schedule = optax.linear_schedule(0.2, 0.0, 10)
 
     @jax.jit

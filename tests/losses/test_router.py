@@ -144,9 +144,9 @@ def routed(draw: st.DrawFn) -> tuple[NDArray, NDArray, NDArray]:
 @given(routed())
 def test_load_matches_the_oracle(batch: tuple[NDArray, NDArray, NDArray]) -> None:
     gates, choices, keep = batch
-    dirty = jnp.asarray(np.where(keep[:, None], gates, np.nan))
-    mask = jnp.asarray(np.where(keep, 0.3, 0.0))
-    got = value_of(router_load, dirty, jnp.asarray(choices), token_weights=mask)
+    dirty = jax.device_put(np.where(keep[:, None], gates, np.nan))
+    mask = jax.device_put(np.where(keep, 0.3, 0.0))
+    got = value_of(router_load, dirty, jax.device_put(choices), token_weights=mask)
     counts, scores, tokens = load_oracle(gates, choices, keep)
     np.testing.assert_array_equal(got.counts, counts)
     np.testing.assert_allclose(got.scores, scores, rtol=1e-5, atol=1e-6)
@@ -157,12 +157,12 @@ def test_load_matches_the_oracle(batch: tuple[NDArray, NDArray, NDArray]) -> Non
 @given(routed())
 def test_balance_losses_match_the_oracles(batch) -> None:
     gates, choices, keep = batch
-    dirty = jnp.asarray(np.where(keep[:, None], gates, np.inf))
-    options = {"token_weights": jnp.asarray(keep)}
+    dirty = jax.device_put(np.where(keep[:, None], gates, np.inf))
+    options = {"token_weights": jax.device_put(keep)}
     for loss, oracle in zip(
         BALANCE_LOSSES, (switch_oracle, auxiliary_oracle), strict=True
     ):
-        got = value_of(loss, dirty, jnp.asarray(choices), **options)
+        got = value_of(loss, dirty, jax.device_put(choices), **options)
         want = oracle(gates, choices, keep)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     got = value_of(router_z_loss, dirty, **options)
@@ -185,9 +185,9 @@ def test_sequence_balance_matches_the_oracle(shape, seed: int, scale: float) -> 
     choices, keep = random.integers(0, e, (b, s, k)), random.random((b, s)) < 0.6
     got = value_of(
         sequence_balance_loss,
-        jnp.asarray(np.where(keep[..., None], scores, np.nan)),
-        jnp.asarray(choices),
-        token_weights=jnp.asarray(keep),
+        jax.device_put(np.where(keep[..., None], scores, np.nan)),
+        jax.device_put(choices),
+        token_weights=jax.device_put(keep),
     )
     want = sequence_oracle(scores, choices, keep)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -261,7 +261,7 @@ def test_gradient_at_the_clip() -> None:
 
 
 def test_gradients() -> None:
-    choices = jnp.asarray(CHOICES)
+    choices = jax.device_put(CHOICES)
     for loss in BALANCE_LOSSES:
         check_gradient(lambda g, loss=loss: loss(g, choices), GATES)
     for loss in Z_LOSSES:
@@ -343,7 +343,7 @@ def test_low_precision_inputs() -> None:
 
 
 def test_shapes_and_types_that_do_not_fit() -> None:
-    gates, choices = jnp.asarray(GATES), jnp.asarray(CHOICES)
+    gates, choices = jax.device_put(GATES), jax.device_put(CHOICES)
     with untyped():
         for loss in (*BALANCE_LOSSES, router_load):
             with pytest.raises(
@@ -370,7 +370,7 @@ def test_layers_by_vmap() -> None:
 
 
 def test_explicit_axes() -> None:
-    gates, choices = jnp.asarray(GATES), jnp.asarray(CHOICES)
+    gates, choices = jax.device_put(GATES), jax.device_put(CHOICES)
     weights = jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     for loss in BALANCE_LOSSES:
         check_explicit_axes(loss, gates, choices)
@@ -382,16 +382,16 @@ def test_explicit_axes() -> None:
         )
     for loss in Z_LOSSES:
         check_explicit_axes(loss, gates)
-    scores = jnp.asarray(1 / (1 + np.exp(-GATES.reshape(2, 3, 4))))
+    scores = jax.device_put(1 / (1 + np.exp(-GATES.reshape(2, 3, 4))))
     check_explicit_axes(
-        sequence_balance_loss, scores, jnp.asarray(CHOICES.reshape(2, 3, 2))
+        sequence_balance_loss, scores, jax.device_put(CHOICES.reshape(2, 3, 2))
     )
 
 
 class Variants(VariantsCase):
     @with_and_without_jit
     def test_jit_changes_nothing(self) -> None:
-        gates, choices = jnp.asarray(GATES), jnp.asarray(CHOICES)
+        gates, choices = jax.device_put(GATES), jax.device_put(CHOICES)
         everything = np.ones(6)
         got = self.under(load_balancing_loss)(gates, choices)
         want = switch_oracle(GATES, CHOICES, everything)

@@ -49,10 +49,10 @@ def test_simctg_matches_the_oracle(shape, margin, seed, packed) -> None:
     segments = random.integers(0, 3, rows) if packed else np.ones(rows, int)
     got = value_of(
         simctg_loss,
-        jnp.asarray(np.where(keep[..., None], h, np.nan)),
+        jax.device_put(np.where(keep[..., None], h, np.nan)),
         margin=margin,
-        mask=jnp.asarray(keep),
-        segment_ids=jnp.asarray(segments) if packed else None,
+        mask=jax.device_put(keep),
+        segment_ids=jax.device_put(segments) if packed else None,
     )
     want = simctg_oracle(h, keep, segments, margin)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -119,12 +119,12 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 def test_explicit_axes() -> None:
-    check_explicit_axes(simctg_loss, jnp.asarray(values(2, 4, 3)))
+    check_explicit_axes(simctg_loss, jax.device_put(values(2, 4, 3)))
 
 
 class Variants(VariantsCase):
     @with_and_without_jit
     def test_jit_changes_nothing(self) -> None:
         h, ones = values(2, 4, 3), np.ones((2, 4))
-        got = self.under(simctg_loss)(jnp.asarray(h))
+        got = self.under(simctg_loss)(jax.device_put(h))
         np.testing.assert_allclose(got, simctg_oracle(h, ones, ones, 0.5), rtol=1e-4)

@@ -151,9 +151,9 @@ def test_errors_name_the_argument():
     p, q = batch()
     with untyped():
         with pytest.raises(ValueError, match="teacher_log_probs must have the shape"):
-            losses.top_k_divergence(jnp.asarray(p), jnp.asarray(q[:, :2]))
+            losses.top_k_divergence(jax.device_put(p), jax.device_put(q[:, :2]))
         for wrong in NAMES:
             ids = jnp.ones((N, K), jnp.int32)
-            own, other = (ids if wrong == x else jnp.asarray(p) for x in NAMES)
+            own, other = (ids if wrong == x else jax.device_put(p) for x in NAMES)
             with pytest.raises(TypeError, match=f"^{wrong} must be floating"):
                 losses.top_k_divergence(own, other)

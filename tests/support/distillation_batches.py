@@ -78,11 +78,11 @@ def _run(options: tuple[tuple[str, Any], ...], trained: Arrays, rest: Arrays) ->
 def run(x: Arrays, **options: Any) -> tuple[jax.Array, Any, Arrays]:
     """The loss, `aux`, and the gradients of all arrays of floats but the mask."""
     trained = {
-        name: jnp.asarray(value)
+        name: jax.device_put(value)
         for name, value in x.items()
         if jnp.issubdtype(value.dtype, jnp.floating) and name != "attention_mask"
     }
-    rest = {name: jnp.asarray(x[name]) for name in x if name not in trained}
+    rest = {name: jax.device_put(x[name]) for name in x if name not in trained}
     given = tuple(sorted({**CPU, **options}.items()))
     (loss, aux), grads = _run(given, trained, rest)
     return loss, aux, grads

@@ -151,10 +151,10 @@ def on_device(tree: Any) -> Any:
     """Arrays of the current precision: float64 where x64 is on."""
     wide = jnp.result_type(float)
 
-    def move(x: NDArray) -> jax.Array:
-        return jnp.asarray(x, wide if np.issubdtype(x.dtype, np.floating) else x.dtype)
+    def widen(x: NDArray) -> NDArray:
+        return x.astype(wide) if np.issubdtype(x.dtype, np.floating) else x
 
-    return jax.tree.map(move, tree)
+    return jax.device_put(jax.tree.map(widen, tree))
 
 
 def split_floats(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

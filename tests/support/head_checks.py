@@ -47,8 +47,8 @@ def randomized(params: Any, seed: int, dtype: str = "float32") -> Any:
     """Returns the tree with every entry random, so that no bias is 0 and no scale 1."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    drawn = [jnp.asarray(rng.normal(size=leaf.shape), dtype) for leaf in leaves]
-    return jax.tree.unflatten(tree, drawn)
+    drawn = [rng.normal(size=leaf.shape).astype(jnp.dtype(dtype)) for leaf in leaves]
+    return jax.device_put(jax.tree.unflatten(tree, drawn))
 
 
 def in_numpy(params: Any) -> Any:
@@ -56,7 +56,8 @@ def in_numpy(params: Any) -> Any:
 
 
 def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    drawn = np.random.default_rng(seed).normal(size=shape)
+    return jax.device_put(drawn.astype(jnp.dtype(dtype)))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "deterministic"))

@@ -130,7 +130,7 @@ def batch(options: Options):
         ids[:, ::3, -1] = ids[:, ::3, 0]  # one of them twice
         candidates = {
             "a": jnp.asarray(ids, jnp.int32),
-            "b": jnp.asarray(other[:, None]),
+            "b": jax.device_put(other[:, None]),
         }
         candidates["b"] = jnp.stack([candidates["b"].astype(jnp.int32)] * 2)
     active = [not name.startswith("inactive") for name in names]
@@ -249,7 +249,7 @@ def measured(
             out_specs=((P(None, None, axis), P()), P()),
             check_vma=False,
         )
-    grads, (values, found) = jax.jit(run)(z, jnp.asarray(TEMPERATURE), query)
+    grads, (values, found) = jax.jit(run)(z, jax.device_put(TEMPERATURE), query)
     return jax.tree.map(np.asarray, (values, found, grads))
 
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,4 +56,4 @@ def run(x: dict[str, jax.Array], **options: Any) -> tuple[Any, Any, Any]:
 
 
 def on_device(x: Batch) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(value) for name, value in x.items()}
+    return {name: jax.device_put(value) for name, value in x.items()}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ava_jax
@@ -51,7 +50,7 @@ def integers(key: int = 0, rows: int = B, *, experts: bool = True) -> dict[str, 
     }
     if experts:
         ints["expert_indices"] = rng.integers(0, E, (rows, S, 2), np.int32)
-    return jax.tree.map(jnp.asarray, ints)
+    return jax.device_put(ints)
 
 
 def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def floats(key: int = 1, rows: int = B) -> dict[str, Any]:
             "heads": {"kernel": normal(K, D, V), "bias": normal(K, V)},
         },
     }
-    return jax.tree.map(jnp.asarray, arrays)
+    return jax.device_put(arrays)
 
 
 def adaptive_floats(key: int = 2) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def adaptive_floats(key: int = 2) -> dict[str, Any]:
         "additional_logits": rng.standard_normal((K, B, S, V), np.float32),
         "confidence_scores": rng.random((B, S), np.float32),
     }
-    return jax.tree.map(jnp.asarray, arrays)
+    return jax.device_put(arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "train"))

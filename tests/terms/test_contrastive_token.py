@@ -213,7 +213,7 @@ def test_gradients(path):
 
     def value(hidden, head):
         given = {"hidden_states": hidden, "lm_head": head}
-        return value_of(given, only_it(7), jax.tree.map(jnp.asarray, ints), path)
+        return value_of(given, only_it(7), jax.device_put(ints), path)
 
     check_gradient(value, arrays["hidden_states"], arrays["lm_head"])
 
@@ -339,7 +339,7 @@ def test_the_config_weighs_and_reports_it():
         contrastive_token_window=5,
         penalty_source="targets",
     )
-    given = {"logits": jnp.asarray(logits), **jax.tree.map(jnp.asarray, ints)}
+    given = {"logits": jax.device_put(logits), **jax.device_put(ints)}
     step = jax.jit(lambda state: loss_fn(state, **given))
     _, first, state = step(loss_fn.init())
     loss, second, _ = step(state)

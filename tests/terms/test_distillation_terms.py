@@ -26,8 +26,8 @@ OPTIONS: dict[str, Any] = {"beta": 0.3, "logits_temperature": 2.0}
 
 def call_of(x: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call from those of `distillation_loss`."""
-    given: Any = {k: jnp.asarray(v) for k, v in x.items() if k not in EXTRA}
-    given["extra_inputs"] = {k: jnp.asarray(x[k]) for k in EXTRA if k in x}
+    given: Any = {k: jax.device_put(v) for k, v in x.items() if k not in EXTRA}
+    given["extra_inputs"] = {k: jax.device_put(x[k]) for k in EXTRA if k in x}
     targets = np.random.default_rng(0).integers(0, V, (B, S))
     return {**given, "targets": jnp.asarray(targets, jnp.int32)}
 
@@ -137,7 +137,7 @@ def test_micro_batches_add_up(form):
         for i in range(B)
     ]
     parts = [jax.device_get(share(cut)) for cut in cuts]
-    value, stats = jax.tree.map(lambda *v: jnp.asarray(sum(v)), *parts)
+    value, stats = jax.tree.map(lambda *v: jax.device_put(sum(v)), *parts)
     want, aux, _ = run(loss_fn, x)
     np.testing.assert_allclose(value, want, rtol=1e-5)
 

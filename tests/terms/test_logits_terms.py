@@ -136,8 +136,8 @@ class Whole(ava_jax.TokenTerm):
 def arrays() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
-        "hidden_states": jnp.asarray(rng.standard_normal((B, S, D), np.float32)),
-        "lm_head": jnp.asarray(rng.standard_normal((D, V), np.float32)),
+        "hidden_states": jax.device_put(rng.standard_normal((B, S, D), np.float32)),
+        "lm_head": jax.device_put(rng.standard_normal((D, V), np.float32)),
         **integers(experts=False),
     }
 
@@ -156,7 +156,7 @@ def without_row(x: dict[str, Any], row: int) -> dict[str, Any]:
     """The batch with all tokens of a row masked."""
     mask = np.array(x["attention_mask"])
     mask[row] = False
-    return {**x, "attention_mask": jnp.asarray(mask)}
+    return {**x, "attention_mask": jax.device_put(mask)}
 
 
 def with_logits(x: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def test_a_term_of_the_logits(options):
 def test_constants_by_columns_are_sharded_with_the_vocabulary(axes):
     x = arrays()
     weights = np.random.default_rng(3).random((B, S, V), np.float32)
-    x["extra_inputs"] = {"column_weights": jnp.asarray(weights)}
+    x["extra_inputs"] = {"column_weights": jax.device_put(weights)}
     want = run(composed(Spread()), x)
     np.testing.assert_allclose(want[0], 0.3 * spread_of(x, weights), rtol=2e-5)
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -283,7 +283,7 @@ def test_its_numbers_add_up_over_micro_batches():
         for rows in (slice(0, 1), slice(1, 2), slice(2, 4))
     ]
     parts = [jax.device_get(share(cut)) for cut in cuts]
-    value, stats = jax.tree.map(lambda *v: jnp.asarray(sum(v)), *parts)
+    value, stats = jax.tree.map(lambda *v: jax.device_put(sum(v)), *parts)
     want, aux, after, _ = run(loss_fn, x)
     np.testing.assert_allclose(value, want, rtol=1e-5)
 
@@ -320,7 +320,7 @@ def test_two_terms_may_not_share_a_measurement():
 
 def test_an_array_that_every_block_sees_whole():
     x = arrays()
-    x["labels"] = jnp.asarray(np.arange(V, dtype=np.int32))
+    x["labels"] = jax.device_put(np.arange(V, dtype=np.int32))
     loss_fn = composed(Whole(), chunk_size=4, block_size=2)
     value = run(loss_fn, x)[0]
     z = logits_of(x)
@@ -337,7 +337,7 @@ def entries_selected(loss_fn: ava_jax.UnifiedLoss, x: Any) -> set[str]:
 def test_a_batch_term_may_read_any_entry_beside_a_policy():
     x, ones = arrays(), np.ones((B, S), np.float32)
     rewards = {"advantages": ones, "reward": 3 * ones}
-    x["extra_inputs"] = jax.tree.map(jnp.asarray, rewards)
+    x["extra_inputs"] = jax.device_put(rewards)
     loss_fn = composed(terms.PolicyTerm(), Rewards())
     assert entries_selected(loss_fn, x) == {"advantages", "reward"}
     np.testing.assert_allclose(run(loss_fn, x)[1]["rewards"], 3.0, rtol=1e-6)
@@ -346,7 +346,7 @@ def test_a_batch_term_may_read_any_entry_beside_a_policy():
 def test_entries_that_a_users_term_names_are_checked():
     """Where every term names what it reads, nothing else may be given."""
     x = arrays()
-    x["extra_inputs"] = {"reward": jnp.asarray(np.ones((B, S), np.float32))}
+    x["extra_inputs"] = {"reward": jax.device_put(np.ones((B, S), np.float32))}
     loss_fn = composed(terms.CrossEntropy(), Spread())
     assert entries_selected(loss_fn, x) == set()
     with pytest.raises(ValueError, match=r"\['reward'\] is given.*column_weights"):
@@ -355,7 +355,7 @@ def test_entries_that_a_users_term_names_are_checked():
 
 def test_a_loss_of_a_batch_term_alone_reports_the_tokens():
     x = arrays()
-    x["extra_inputs"] = {"reward": jnp.asarray(np.ones((B, S), np.float32))}
+    x["extra_inputs"] = {"reward": jax.device_put(np.ones((B, S), np.float32))}
     value, aux, _, gradient = run(composed(Rewards()), x)
     np.testing.assert_allclose(value, 1.0, rtol=1e-6)
     del x["extra_inputs"]

@@ -192,7 +192,7 @@ def test_masked_tokens_may_hold_anything(options, path, temperature):
 
 def test_without_an_unmasked_token_it_is_zero():
     x = batch(4)
-    x["attention_mask"] = jnp.asarray(np.zeros((B, S), np.float32))
+    x["attention_mask"] = jax.device_put(np.zeros((B, S), np.float32))
     for kind in ("grpo", "dapo"):
         value, aux, grads = run(alone(policy(kind=kind)), x)
         assert float(value) == float(aux["mean_ratio"]) == 0
@@ -227,7 +227,7 @@ def test_beside_cross_entropy_and_a_users_term():
     """Terms at three temperatures, of which one reads any entry."""
     x = batch(6)
     numbers = np.cos(np.arange(B * S)).astype(np.float32).reshape(B, S)
-    bonus = {"bonus": jnp.asarray(numbers)}
+    bonus = {"bonus": jax.device_put(numbers)}
     mixed = {**x, "extra_inputs": {**x["extra_inputs"], **bonus}}
     parts = [terms.CrossEntropy(0.1), policy(0.7, **CASES[1], weight=0.5), Confidence()]
     together = ava_jax.compose(parts, vocab_size=V, implementation="cpu")
@@ -293,7 +293,7 @@ def test_micro_batches_add_up(options):
         for s in (slice(0, 1), slice(1, 2), slice(2, 4))
     ]
     parts = [jax.device_get(share(cut)) for cut in cuts]
-    (value, stats), gradient = jax.tree.map(lambda *v: jnp.asarray(sum(v)), *parts)
+    (value, stats), gradient = jax.tree.map(lambda *v: jax.device_put(sum(v)), *parts)
     want, aux, grads = run(loss_fn, {**x, "lm_head": head})
     np.testing.assert_allclose(value, want, rtol=1e-5)
     assert_trees_close(gradient, grads["lm_head"], 1e-5)

@@ -149,21 +149,21 @@ CONFIG = ava_jax.UnifiedLossConfig(vocab_size=V, chunk_size=4)
 def arrays() -> dict[str, Any]:
     rng = np.random.default_rng(1)
     return {
-        "hidden_states": jnp.asarray(rng.standard_normal((B, S, D), np.float32)),
-        "lm_head": jnp.asarray(rng.standard_normal((D, V), np.float32)),
+        "hidden_states": jax.device_put(rng.standard_normal((B, S, D), np.float32)),
+        "lm_head": jax.device_put(rng.standard_normal((D, V), np.float32)),
         **integers(experts=False),
     }
 
 
 def rewarded() -> dict[str, Any]:
     reward = np.random.default_rng(5).standard_normal((B, S), np.float32)
-    return {**arrays(), "extra_inputs": {"reward": jnp.asarray(reward)}}
+    return {**arrays(), "extra_inputs": {"reward": jax.device_put(reward)}}
 
 
 def with_logits(given: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in given.items() if k not in ("hidden_states", "lm_head")}
     hidden, head = (np.asarray(given[k]) for k in ("hidden_states", "lm_head"))
-    return {**rest, "logits": jnp.asarray(hidden @ head)}
+    return {**rest, "logits": jax.device_put(hidden @ head)}
 
 
 def log_p_of(logits: jax.Array, ids: jax.Array | NDArray) -> NDArray[np.float64]:
@@ -210,7 +210,7 @@ def test_masked_tokens_may_hold_anything():
     reward = np.array(given["extra_inputs"]["reward"])
     reward[~np.asarray(given["attention_mask"])] = np.nan
     assert np.isnan(reward).any()
-    extra = {"reward": jnp.asarray(reward)}
+    extra = {"reward": jax.device_put(reward)}
     got = two_steps(loss_fn, {**given, "extra_inputs": extra})
     chex.assert_trees_all_equal(got, want)
 
