@@ -51,7 +51,7 @@ def arrays(path: str, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
     if path == "logits":
         logits = np.where(mask[..., None], 2 * normal(B, S, columns), nan)
         floats = {"logits": logits, "temperature": temperature}
-        return jax.tree.map(jnp.asarray, (floats, ints))
+        return jax.device_put((floats, ints))
     floats = {
         "hidden_states": np.where(mask[..., None], normal(B, S, D), nan),
         "lm_head": normal(D, columns),
@@ -60,7 +60,7 @@ def arrays(path: str, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if path == "plain":
         del floats["lm_head_bias"], floats["temperature"]
-    return jax.tree.map(jnp.asarray, (floats, ints))
+    return jax.device_put((floats, ints))
 
 
 def make_step(path: str, **layout: Any) -> Any:
@@ -225,7 +225,6 @@ def test_without_jit(types: tuple[AxisType, ...]) -> None:
     assert_trees_close(jax.device_get(got), jax.device_get((value, grads)), 5e-6)
 
 
-@pytest.mark.usefixtures("optimized_text")
 @pytest.mark.parametrize("gradient", [False, True])
 def test_hidden_states_and_logits_stay_where_they_are(gradient: bool) -> None:
     """Devices exchange numbers per token, and sums of the gradients."""

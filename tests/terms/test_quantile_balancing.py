@@ -34,7 +34,7 @@ def batch(*leading: int, seed: int = 0) -> dict[str, Any]:
     scores = jax.nn.sigmoid(jnp.asarray(gates, jnp.float32))
     return {
         "targets": jnp.ones((B, S), jnp.int32),
-        "logits": jnp.asarray(values(B, S, V)),
+        "logits": jax.device_put(values(B, S, V)),
         "gate_logits": scores,
         "expert_indices": jax.lax.top_k(scores, K)[1],
     }
@@ -198,7 +198,6 @@ def test_a_mesh_changes_nothing(types):
     check_same(jax.device_get(got), jax.device_get(want))
 
 
-@pytest.mark.usefixtures("optimized_text")
 def test_devices_exchange_histograms_and_no_tokens():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     loss_fn = ava_jax.create_unified_loss(CONFIG, mesh=mesh, batch_axes="data")
