@@ -1,5 +1,6 @@
 """Micro-batches add up to the whole batch, ragged masks and empty ones included."""
 
+import functools
 from typing import Any
 
 import chex
@@ -48,33 +49,51 @@ def added(shares):
     return jax.tree.map(lambda *x: sum(x[1:], start=x[0]), *shares)
 
 
-def whole_and_parts(config, arrays, ints, path, count):
-    loss_fn = ava_jax.create_unified_loss(config)
-    state = loss_fn.init()
-    normalizers = jax.jit(loss_fn.normalizers)(
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def normalizers_of(loss_fn, ints):
+    return loss_fn.normalizers(
         targets=ints["targets"], attention_mask=ints["attention_mask"]
     )
 
-    @jax.jit
-    def part(arrays, rows):
-        def loss(arrays: dict[str, Any]):
-            part, own = cut(arrays, ints, rows)
-            total, _, stats = loss_fn.accumulate(
-                state, **through(path, part), **own, normalizers=normalizers
-            )
-            return total, stats
 
-        return jax.value_and_grad(loss, has_aux=True)(arrays)
+@functools.partial(jax.jit, static_argnames=("loss_fn", "path"))
+def share(loss_fn, state, arrays, ints, rows, normalizers, path):
+    """((loss, sums), gradients) of the micro-batch of the given rows."""
 
-    @jax.jit
-    def add_up(shares):
-        (total, stats), grads = added(shares)
-        after = loss_fn.commit(state, stats)
-        return (total, (loss_fn.summary(after, stats), after)), grads
+    def loss(arrays: dict[str, Any]):
+        part, own = cut(arrays, ints, rows)
+        total, _, stats = loss_fn.accumulate(
+            state, **through(path, part), **own, normalizers=normalizers
+        )
+        return total, stats
 
-    parts = np.arange(len(ints["targets"])).reshape(count, -1)
-    whole = value_and_grads(loss_fn, state, arrays, ints, path)
-    return whole, add_up([part(arrays, rows) for rows in parts])
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def add_up(loss_fn, state, shares):
+    """What a plain call would return, and its gradients."""
+    (total, stats), grads = added(shares)
+    after = loss_fn.commit(state, stats)
+    return (total, (loss_fn.summary(after, stats), after)), grads
+
+
+def parts_of(config, arrays, ints, path, count):
+    """The results of so many micro-batches."""
+    loss_fn = ava_jax.create_unified_loss(config)
+    state = loss_fn.init()
+    normalizers = normalizers_of(loss_fn, ints)
+    shares = [
+        share(loss_fn, state, arrays, ints, rows, normalizers, path)
+        for rows in np.arange(len(ints["targets"])).reshape(count, -1)
+    ]
+    return add_up(loss_fn, state, shares)
+
+
+def whole(config, arrays, ints):
+    """The results of a plain call, of the hidden states where there are any."""
+    loss_fn = ava_jax.create_unified_loss(config)
+    return value_and_grads(loss_fn, loss_fn.init(), arrays, ints, "fused")
 
 
 DEFAULT = [
@@ -98,8 +117,9 @@ def test_micro_batches_add_up(path, source, count):
     ints = integers(rows=ROWS)
     ints["attention_mask"] = ints["attention_mask"].at[2:4].set(False)  # empty ones
     config = {**ADDITIVE, "penalty_source": source}
-    want, got = whole_and_parts(config, floats(rows=ROWS), ints, path, count)
-    assert_trees_close(got, want, 2e-5)
+    arrays = floats(rows=ROWS)
+    got = parts_of(config, arrays, ints, path, count)
+    assert_trees_close(got, whole(config, arrays, ints), 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +127,10 @@ def test_micro_batches_add_up(path, source, count):
 )
 def test_micro_batches_add_up_in_float64(path, count):
     with jax.enable_x64(True):
-        arrays = jax.tree.map(lambda x: x.astype(float), floats(rows=ROWS))
-        want, got = whole_and_parts(ADDITIVE, arrays, integers(rows=ROWS), path, count)
-        assert_trees_close(got, want, 1e-10)
+        arrays = jax.tree.map(lambda x: np.asarray(x, float), floats(rows=ROWS))
+        arrays, ints = jax.device_put(arrays), integers(rows=ROWS)
+        got = parts_of(ADDITIVE, arrays, ints, path, count)
+        assert_trees_close(got, whole(ADDITIVE, arrays, ints), 1e-10)
 
 
 def test_the_routing_bias_moves_by_the_sign_of_the_sum():
@@ -144,6 +165,7 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
     shares = [share(c) for c in chosen]
     stats = jax.jit(added)(shares)
 
+    @jax.jit
     def bias(stats):
         balance = loss_fn.commit(state, stats).moe_balancing
         assert isinstance(balance, ava_jax.BiasBalanceState)
@@ -156,15 +178,15 @@ def test_the_routing_bias_moves_by_the_sign_of_the_sum():
 
 def test_adaptive_heads_add_up():
     config = {**ADAPTIVE, "use_confidence_weighting": False}
-    want, got = whole_and_parts(
-        config, adaptive_floats(), integers(experts=False), "given", 4
-    )
-    assert_trees_close(got, want, 2e-5)
+    arrays, ints = adaptive_floats(), integers(experts=False)
+    got = parts_of(config, arrays, ints, "given", 4)
+    assert_trees_close(got, whole(config, arrays, ints), 2e-5)
 
 
 def test_one_micro_batch_is_a_plain_call_with_every_term():
-    want, got = whole_and_parts(EVERYTHING, floats(), integers(), "logits", 1)
-    assert_trees_close(got, want, 2e-5)
+    arrays, ints = floats(), integers()
+    got = parts_of(EVERYTHING, arrays, ints, "logits", 1)
+    assert_trees_close(got, whole(EVERYTHING, arrays, ints), 2e-5)
 
 
 def test_terms_that_couple_the_batch_are_averaged():
@@ -206,8 +228,9 @@ def test_normalizers_take_any_leading_axes():
     ints = integers()
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     names = ("targets", "attention_mask")
-    flat = loss_fn.normalizers(**{k: ints[k] for k in names})
-    stacked = loss_fn.normalizers(**{k: ints[k].reshape(2, B // 2, S) for k in names})
+    normalizers = jax.jit(loss_fn.normalizers)
+    flat = normalizers(**{k: ints[k] for k in names})
+    stacked = normalizers(**{k: ints[k].reshape(2, B // 2, S) for k in names})
     chex.assert_trees_all_equal(flat, stacked)
 
 

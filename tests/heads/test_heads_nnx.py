@@ -36,10 +36,14 @@ MODULES: dict[str, tuple[nn.Module, int, Inputs]] = {
 
 
 def made(name: str) -> tuple[NNXHeads, list[jax.Array], Inputs]:
-    """Made from the inputs' widths alone."""
+    """Made from the inputs' widths alone, under jit."""
     module, count, kwargs = MODULES[name]
-    heads = NNXHeads(module, *[SHAPE] * count, rngs=nnx.Rngs(0), **kwargs)
-    return heads, positional(count), kwargs
+
+    @nnx.jit
+    def heads() -> NNXHeads:
+        return NNXHeads(module, *[SHAPE] * count, rngs=nnx.Rngs(0), **kwargs)
+
+    return heads(), positional(count), kwargs
 
 
 def loss_of(output: Any) -> jax.Array:
@@ -98,7 +102,9 @@ def test_train_steps_in_nnx_lower_the_loss(name: str) -> None:
         return loss
 
     # From step 2, where the warm-up of the adaptive heads ends.
-    losses = [float(train_step(heads, optimizer, jnp.asarray(2 + i))) for i in range(8)]
+    losses = [
+        float(train_step(heads, optimizer, jax.device_put(2 + i))) for i in range(8)
+    ]
     assert losses[-1] < losses[0] * 0.99
     assert len(traces) == 1
 
@@ -116,7 +122,7 @@ def test_created_split_and_used_as_a_layer() -> None:
     graphdef, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
     config = {"vocab_size": V, "hidden_size": D, "use_mtp": True}
     loss_fn = ava_jax.create_unified_loss(config, num_future_tokens=K)
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, S)))
+    ids = jax.device_put(np.random.default_rng(0).integers(0, V, (B, S)))
 
     @jax.jit
     @jax.value_and_grad
