@@ -237,7 +237,7 @@ def test_normalizers_take_any_leading_axes():
 def test_too_few_normalizers_are_an_error():
     loss_fn = ava_jax.create_unified_loss(ADAPTIVE, num_future_tokens=1)
     ints = integers(experts=False)
-    normalizers = loss_fn.normalizers(targets=ints["targets"])
+    normalizers = jax.jit(loss_fn.normalizers)(targets=ints["targets"])
     with pytest.raises(ValueError, match="num_future_tokens"):
         jitted(loss_fn)(
             loss_fn.init(), {"normalizers": normalizers, **adaptive_floats(), **ints}

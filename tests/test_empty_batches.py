@@ -52,11 +52,11 @@ def inputs_of(batch: int, length: int, *, path: str) -> Any:
     """Returns arguments for every config, of random values where there are any."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
 
     inputs = {
-        "targets": jnp.asarray(np.ones((batch, length)), jnp.int32),
+        "targets": np.ones((batch, length), np.int32),
         "hidden_states": normal(batch, length, D),
         "lm_head": normal(D, V),
         "mtp_hidden_states": normal(K, batch, length, D),
@@ -65,15 +65,15 @@ def inputs_of(batch: int, length: int, *, path: str) -> Any:
             "heads": {"kernel": normal(K, D, V), "bias": normal(K, V)},
         },
         "additional_logits": normal(K, batch, length, V),
-        "confidence_scores": jnp.asarray(np.full((batch, 1), 0.7), jnp.float32),
+        "confidence_scores": np.full((batch, 1), 0.7, np.float32),
         "gate_logits": normal(batch, length, E),
-        "expert_indices": jnp.asarray(np.zeros((batch, length, 1)), jnp.int32),
+        "expert_indices": np.zeros((batch, length, 1), np.int32),
         "expert_outputs": normal(E, batch, length, D),
         "embeddings": normal(batch, D),
     }
     if path == "logits":
         inputs["logits"] = normal(batch, length, V)
-    return inputs
+    return jax.device_put(inputs)
 
 
 def loss_of(name: str, **options: Any) -> ava_jax.UnifiedLoss:
@@ -214,7 +214,7 @@ def test_distillation_of_no_tokens_is_zero(shape: tuple[int, int]) -> None:
 def test_losses_of_no_logits_are_zero(shape: tuple[int, int]) -> None:
     logits, ids = (
         np.zeros((*shape, V), np.float32),
-        jnp.asarray(np.zeros(shape), jnp.int32),
+        jax.device_put(np.zeros(shape, np.int32)),
     )
 
     @jax.jit

@@ -82,8 +82,8 @@ def batch(columns: int = V + 3) -> dict[str, jax.Array]:
         "lm_head_bias": rng.normal(size=columns),
     }
     return {
-        **{k: jnp.asarray(x, jnp.float32) for k, x in floats.items()},
-        "targets": jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32),
+        **{k: jax.device_put(x.astype(np.float32)) for k, x in floats.items()},
+        "targets": jax.device_put(rng.integers(0, V, (B, S), np.int32)),
         "attention_mask": jax.device_put(mask),
     }
 

@@ -116,7 +116,7 @@ def mean_over(tokens, dtype, implementation: Implementation | None = "xla"):
     )
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(B, S, D)), rng.normal(size=(D, V))
-    targets = jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32)
+    targets = jax.device_put(rng.integers(0, V, (B, S), np.int32))
     one = jax.jit(loss_fn.normalizers)(targets=targets)
     many = dataclasses.replace(one, tokens=jax.device_put(tokens))
 
@@ -160,7 +160,7 @@ def test_shapes_that_divide_nothing(data):
         rng.standard_normal((b, s, d), np.float32),
         rng.standard_normal((d, v + padding), np.float32),
     )
-    targets = jnp.asarray(rng.integers(0, v, (b, s)), jnp.int32)
+    targets = jax.device_put(rng.integers(0, v, (b, s), np.int32))
 
     def run(implementation):
         loss_fn = ava_jax.create_unified_loss(

@@ -115,7 +115,7 @@ def batch(options: Options):
         del rows["inactive, large"]
     names = list(rows)
     z = np.stack(list(rows.values()))
-    z = jnp.asarray(np.stack([z, z]), options.dtype)
+    z = jax.device_put(np.stack([z, z]).astype(jnp.dtype(options.dtype)))
     rng = np.random.default_rng(1)
     top = np.where(np.isnan(z.astype(float)), 0, z.astype(float))
     top = top[..., : options.size].argmax(-1)
@@ -129,14 +129,13 @@ def batch(options: Options):
         ids[:, 1::11, 0] = options.size  # likewise, where there is padding its first
         ids[:, ::3, -1] = ids[:, ::3, 0]  # one of them twice
         candidates = {
-            "a": jnp.asarray(ids, jnp.int32),
-            "b": jax.device_put(other[:, None]),
+            "a": jax.device_put(ids.astype(np.int32)),
+            "b": jax.device_put(np.stack([other[:, None]] * 2).astype(np.int32)),
         }
-        candidates["b"] = jnp.stack([candidates["b"].astype(jnp.int32)] * 2)
     active = [not name.startswith("inactive") for name in names]
     query = Query(
-        targets=jnp.asarray(targets, jnp.int32),
-        active=jnp.asarray([active, active]),
+        targets=jax.device_put(targets.astype(np.int32)),
+        active=jax.device_put(np.array([active, active])),
         candidates=candidates,
         log_one_minus_p=options.log_one_minus_p,
     )

@@ -142,9 +142,11 @@ def expected(call: DrawnCall) -> tuple[Numbers, dict[str, Numbers]]:
 def evaluate(call: DrawnCall, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
     """Returns the package's result, and its gradient, in the arithmetic dtype."""
     wide = jnp.result_type(float)
-    floats = {k: jnp.asarray(v, wide) for k, v in call.floats.items()}
+    floats, cotangents = jax.tree.map(
+        lambda x: x.astype(wide), jax.device_get((call.floats, call.cotangents))
+    )
     run = value_and_pullback({**call.options, **options})
-    return run(floats, call.integers, jnp.asarray(call.cotangents, wide))
+    return run(jax.device_put(floats), call.integers, jax.device_put(cotangents))
 
 
 def value_and_pullback(options: dict[str, Any]) -> Callable[..., Any]:

@@ -59,8 +59,8 @@ def batch(seed: int = 0) -> dict[str, Any]:
         "attention_mask": weights,
         "extra_inputs": extra,
     }
-    floats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
-    return {**floats, "targets": jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32)}
+    floats = jax.tree.map(lambda x: x.astype(np.float32), arrays)
+    return jax.device_put({**floats, "targets": rng.integers(0, V, (B, S), np.int32)})
 
 
 def policy(temperature: float = 1.0, **options: Any) -> terms.PolicyTerm:

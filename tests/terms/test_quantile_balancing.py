@@ -31,13 +31,15 @@ CONFIG: dict[str, Any] = {
 def batch(*leading: int, seed: int = 0) -> dict[str, Any]:
     """Scores that favour the first experts, and the experts they choose."""
     gates = values(*leading, B, S, E, seed=seed) + np.linspace(1, -1, E)
-    scores = jax.nn.sigmoid(jnp.asarray(gates, jnp.float32))
-    return {
-        "targets": jnp.ones((B, S), jnp.int32),
-        "logits": jax.device_put(values(B, S, V)),
+    scores = (1 / (1 + np.exp(-gates))).astype(np.float32)
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[..., :K]
+    arrays = {
+        "targets": np.ones((B, S), np.int32),
+        "logits": values(B, S, V),
         "gate_logits": scores,
-        "expert_indices": jax.lax.top_k(scores, K)[1],
+        "expert_indices": chosen.astype(np.int32),
     }
+    return jax.device_put(arrays)
 
 
 def bias_of(state: ava_jax.LossState) -> jax.Array:
