@@ -8,6 +8,7 @@ exponentiated once.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -66,7 +67,7 @@ def reduce(
     relative = z - shift[..., None]
     e = exponentials(relative, second_shift, query.log_one_minus_p)
     sums: dict[str, Any] = {
-        **_plain_sums(vocabulary, relative, e),
+        **_plain_sums(vocabulary, z, relative, e),
         "top": _top_id(axis, local, row_max, z.shape[-1]),
         "exp_sum": None,
         "second_exp_sum": None,
@@ -144,23 +145,28 @@ def _split(z):
     return z.reshape(*lead, count, width // count)
 
 
-def _plain_sums(vocabulary: Vocabulary, relative, e) -> dict[str, Array]:
+def _plain_sums(vocabulary: Vocabulary, z, relative, e) -> dict[str, Array]:
     """Computes the sums over all possible classes, and their number.
 
     Masks of −inf entries take as long as the sums. They are left out of a block that
     has none, which its sums show.
     """
 
-    def sums(is_all: bool) -> dict[str, Array]:
-        count = count_possible(is_all, relative)
-        return plain_sums(is_all, relative, e, -1) | {"count": count}
+    def sums(is_all: bool, z, relative, e) -> dict[str, Array]:
+        count = count_possible(is_all, z)
+        return plain_sums(is_all, z, relative, e, -1) | {"count": count}
 
-    if has_padding(vocabulary, relative.shape[-1]):
-        return sums(is_all=False)
-    if vocabulary.finite:
-        return sums(is_all=True)
+    def row_by_row(relative, e) -> dict[str, Array]:
+        # Otherwise the masks, which few blocks need, would double the memory.
+        rows = [x.reshape(-1, x.shape[-1]) for x in (relative, relative, e)]
+        found = lax.map(lambda row: sums(False, *row), tuple(rows))
+        return jax.tree.map(lambda x: x.reshape(relative.shape[:-1]), found)
+
+    is_padded = has_padding(vocabulary, z.shape[-1])
+    if vocabulary.finite or is_padded:
+        return sums(not is_padded, z, relative, e)
     is_finite = jnp.all(jnp.sum(relative, -1) > -jnp.inf)
-    return lax.cond(is_finite, lambda: sums(True), lambda: sums(False))
+    return lax.cond(is_finite, lambda *x: sums(True, x[0], *x), row_by_row, relative, e)
 
 
 def _local_max(z, *, needs_second: bool) -> _LocalMax:

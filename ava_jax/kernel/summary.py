@@ -50,11 +50,12 @@ class RowSums:
     is_top: Bool[Array, "*n"] | None = None
 
 
-def plain_sums(is_all: bool, relative, e, axis: int) -> dict[str, Array]:
+def plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
     """Computes the sums over all possible classes: those whose logit is not −inf.
 
     Args:
       is_all: whether all classes are possible.
+      z: the logits, −inf where a class is impossible.
       relative: the logits relative to the shift.
       e: the exponentials of these.
       axis: the axis of classes.
@@ -65,16 +66,16 @@ def plain_sums(is_all: bool, relative, e, axis: int) -> dict[str, Array]:
     if is_all:
         known = bound = relative
     else:
-        known = jnp.where(relative != -jnp.inf, relative, jnp.zeros_like(relative))
+        known = jnp.where(z != -jnp.inf, relative, jnp.zeros_like(relative))
         bound = bounded(relative)
     return {"total": jnp.sum(known, axis), "expected": jnp.sum(e * bound, axis)}
 
 
-def count_possible(is_all: bool, relative: Float[Array, "*n W"]) -> Float[Array, "*n"]:
+def count_possible(is_all: bool, z: Float[Array, "*n W"]) -> Float[Array, "*n"]:
     """Counts the possible classes of each row."""
     if is_all:
-        return jnp.full(relative.shape[:-1], relative.shape[-1], relative.dtype)
-    return jnp.sum(as_float(relative != -jnp.inf), -1)
+        return jnp.full(z.shape[:-1], z.shape[-1], z.dtype)
+    return jnp.sum(as_float(z != -jnp.inf), -1)
 
 
 def with_queried(

@@ -72,8 +72,8 @@ def reduce(
     e = jnp.exp(relative)
     is_all = vocabulary.finite and not has_padding(vocabulary, width)
     sums: dict[str, Any] = {
-        **plain_sums(is_all, relative, e, -1),
-        "count": count_possible(is_all, relative),
+        **plain_sums(is_all, z, relative, e, -1),
+        "count": count_possible(is_all, z),
         "exp_sum": None,
         "tempered": None,
     }

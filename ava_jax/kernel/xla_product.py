@@ -201,7 +201,7 @@ def _sum_up(
     relative = z - spread(shift)
     exponentials = jnp.exp(relative)
     e = not_queried(exponentials, 0.0)
-    sums = plain_sums(not is_padded, relative, e, axis)
+    sums = plain_sums(not is_padded, z, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
     if request.temperature is not None:
         cooled = not_queried(jnp.exp(relative * (1 / request.temperature)), 0.0)
