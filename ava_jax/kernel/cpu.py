@@ -165,8 +165,12 @@ def _plain_sums(vocabulary: Vocabulary, z, relative, e) -> dict[str, Array]:
     is_padded = has_padding(vocabulary, z.shape[-1])
     if vocabulary.finite or is_padded:
         return sums(not is_padded, z, relative, e)
-    is_finite = jnp.all(jnp.sum(relative, -1) > -jnp.inf)
-    return lax.cond(is_finite, lambda *x: sums(True, x[0], *x), row_by_row, relative, e)
+    total = jnp.sum(relative, -1)
+
+    def of_all(relative, e) -> dict[str, Array]:
+        return sums(True, relative, relative, e) | {"total": total}
+
+    return lax.cond(jnp.all(total > -jnp.inf), of_all, row_by_row, relative, e)
 
 
 def _local_max(z, *, needs_second: bool) -> _LocalMax:
