@@ -19,13 +19,13 @@ from ava_jax.kernel.execute import (
     largest,
     map_gradients,
     run_gradients,
-    run_sums,
     run_values,
     with_equal_shards,
     with_masked_token,
 )
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.passes import Objective, Operands, Sums, TokenFunction
+from ava_jax.kernel.projections import all_gradients, all_sums
 from ava_jax.reduce import as_float, float_dtype, weighted_sum
 
 
@@ -40,6 +40,9 @@ def token_sums(
     `total = Σ_name coefficients[name] · sums[name]`. Its gradient is computed in the
     forward pass: 6·N·D·V flops from hidden states, 2·N·D·V without differentiation. A
     gradient through `sums` is exact as well, but runs the pass again.
+
+    With several projections, the tokens of `inputs[0][k]` have the logits of
+    `sources[0]` with `kernel[k]`: a pass per projection, one after the other.
 
     Args:
       objectives: one per source; sums of the same name are added.
@@ -101,7 +104,7 @@ def _ready(plan: Plan, operands: Operands) -> Operands:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_sums(objectives, plan: Plan, operands, coefficients):
-    sums = run_sums(objectives, plan, operands)
+    sums = all_sums(objectives, plan, operands)
     return _weigh(coefficients, sums), sums
 
 
@@ -110,7 +113,7 @@ def _forward(objectives, plan: Plan, operands, coefficients):
     operands, coefficients = jax.tree.map(
         lambda primal: primal.value, (operands, coefficients)
     )
-    sums, gradients = run_gradients(objectives, plan, needed, operands, coefficients)
+    sums, gradients = all_gradients(objectives, plan, needed, operands, coefficients)
     residuals = (operands, coefficients, sums, gradients)
     return (_weigh(coefficients, sums), sums), residuals
 
@@ -129,7 +132,7 @@ def _backward(objectives, plan: Plan, residuals, cotangents):
             if not is_zero_cotangent(cotangent):
                 wanted[name] = wanted.get(name, jnp.zeros_like(cotangent)) + cotangent
         needed = map_gradients(lambda g, _: g is not None, gradients, operands)
-        _, gradients = run_gradients(objectives, plan, needed, operands, wanted)
+        _, gradients = all_gradients(objectives, plan, needed, operands, wanted)
     gradients = map_gradients(
         lambda g, x: None if g is None else g.astype(x.dtype), gradients, operands
     )

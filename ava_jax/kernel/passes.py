@@ -108,8 +108,9 @@ class Operands:
         tokens are read as zeros. None in a gradient.
       rows: a pytree of [B, ...] integers, passed whole to every block of these rows.
       shared: a pytree, passed whole to every block.
-      kernel: the projection, or None.
-      bias: its bias, or None.
+      kernel: the projection, or None. Several, [K, D, V], are for one objective: they
+        share its source, of one group, and each has a group of the inputs.
+      bias: its bias, or None; [K, V] of several.
     """
 
     sources: tuple[Float[Array, "G B S X"], ...]
@@ -117,8 +118,8 @@ class Operands:
     active: tuple[Bool[Array, "G B S"] | None, ...]
     rows: Any
     shared: Any
-    kernel: Float[Array, "D V"] | None = None
-    bias: Float[Array, "V"] | None = None
+    kernel: Float[Array, "*k D V"] | None = None
+    bias: Float[Array, "*k V"] | None = None
 
 
 class Pass(NamedTuple):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -83,6 +82,14 @@ class _Heads(Term):
             self.name, count, settings.vocab_size, settings.logit_soft_cap
         )
 
+    def _coefficients(self, call: Call, count: int) -> dict[str, Float[Array, "K"]]:
+        """Returns the weight of each head's sum in the loss."""
+        weight = self.weight_at(call.step) / count
+        return {self.name: safe_divide(weight, head_denominators(call, count))}
+
+    def _means(self, call: Call, sums: Float[Array, "K"]) -> Float[Array, "K"]:
+        return safe_divide(sums, head_denominators(call, sums.shape[0]))
+
     def _loss(self, call: Call, means: Float[Array, "K"]) -> tuple[Scalar, Aux]:
         count = max(means.shape[0], 1)
         loss = self.weight_at(call.step) * jnp.sum(means) / count
@@ -120,34 +127,30 @@ class ParallelHeads(_Heads, BatchTerm):
             )
 
     def finish(self, call: Call) -> Output:
-        loss, aux = self._loss(call, self._means(call))
-        return Output(loss, loss, aux)
-
-    def _means(self, call: Call) -> Float[Array, "K"]:
         count = usable_heads(self.num_heads, call.tokens)
         if count < 1:
-            return jnp.zeros((0,), float_dtype())
+            loss, aux = self._loss(call, jnp.zeros((0,), float_dtype()))
+            return Output(loss, loss, aux)
         heads = head_inputs(call.tokens, count)
         params = mtp_parameters(call.inputs)
         counted = jnp.any(heads.weights != 0, 0)[..., None]
         hidden = call.array("hidden_states")
         hidden = jnp.where(counted, hidden, jnp.zeros_like(hidden))
         normed = layer_norm(hidden, params["norm"]["scale"], params["norm"]["bias"])
-        objective = self._objective(call, 1)
-
-        def mean(head):
-            kernel, bias, of_head, denominator = head
-            block = jax.tree.map(lambda x: x[None], of_head)
-            block = dataclasses.replace(block, prepared=jnp.zeros_like(block.targets))
-            active = block.weights != 0
-            operands = Operands(
-                (normed[None],), (block,), (active,), None, None, kernel, bias
-            )
-            coefficient = {self.name: safe_divide(jnp.ones((1,)), denominator)}
-            return token_sums((objective,), operands, coefficient, call.plan)[0]
-
-        kernels = params["heads"]["kernel"][:count], params["heads"]["bias"][:count]
-        return jax.lax.map(mean, (*kernels, heads, head_denominators(call, count)))
+        operands = Operands(
+            sources=(normed[None],),
+            inputs=(heads,),
+            active=(heads.weights != 0,),
+            rows=None,
+            shared=None,
+            kernel=params["heads"]["kernel"][:count],
+            bias=params["heads"]["bias"][:count],
+        )
+        objectives = (self._objective(call, count),)
+        coefficients = self._coefficients(call, count)
+        total, sums = token_sums(objectives, operands, coefficients, call.plan)
+        loss, aux = self._loss(call, self._means(call, sums[self.name]))
+        return Output(loss, total, aux)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +183,12 @@ class SequentialHeads(_Heads):
         count = usable_heads(self.num_heads, call.tokens)
         if count < 1:
             return None
-        hidden = call.array("mtp_hidden_states")[:count]
-        weight = self.weight_at(call.step) / count
         return Group(
             self._objective(call, count),
-            hidden,
+            call.array("mtp_hidden_states")[:count],
             head_inputs(call.tokens, count),
             True,
-            {self.name: safe_divide(weight, head_denominators(call, count))},
+            self._coefficients(call, count),
         )
 
     def finish(self, call: Call, sums: Float[Array, "K"] | None) -> Output:
@@ -195,6 +196,6 @@ class SequentialHeads(_Heads):
         if sums is None:
             means = jnp.zeros((0,), float_dtype())
         else:
-            means = safe_divide(sums, head_denominators(call, sums.shape[0]))
+            means = self._means(call, sums)
         loss, aux = self._loss(call, means)
         return Output(loss, jnp.zeros_like(loss), aux)

@@ -258,6 +258,63 @@ def test_parallel_heads_never_hold_their_logits():
     assert largest_over_the_vocabulary(config, arrays, integers) < B * S * V
 
 
+def parallel_heads(heads: int, features: int, vocab: int):
+    """Returns the loss of parallel heads alone, and its arrays."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "hidden_states": rng.normal(size=(2, 32, features)),
+        "lm_head": rng.normal(size=(features, vocab)),
+        "mtp_params": {
+            "norm": {"scale": np.ones(features), "bias": np.zeros(features)},
+            "heads": {
+                "kernel": rng.normal(size=(heads, features, vocab)),
+                "bias": rng.normal(size=(heads, vocab)),
+            },
+        },
+    }
+    arrays = jax.device_put(jax.tree.map(np.float32, arrays))
+    targets = jax.device_put(rng.integers(0, vocab, (2, 32), np.int32))
+    loss_fn = ava_jax.create_unified_loss(
+        vocab_size=vocab,
+        hidden_size=features,
+        use_mtp=True,
+        mtp_type="parallel",
+        num_future_tokens=heads,
+        use_ngram_penalty=False,
+        chunk_size=4,
+        block_size=4,
+    )
+    state = loss_fn.init()
+
+    def loss(arrays: dict[str, Any], name: str = "total_loss"):
+        return loss_fn(state, targets=targets, **arrays)[1][name]
+
+    return loss, arrays
+
+
+def test_each_parallel_head_writes_its_gradient_to_its_place():
+    def temporaries(heads: int) -> int:
+        loss, arrays = parallel_heads(heads, features=64, vocab=1024)
+        program = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
+        memory = program.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    matrix = 64 * 1024 * 4
+    assert temporaries(12) - temporaries(4) < matrix
+
+
+def test_the_loss_of_parallel_heads_in_aux_has_the_gradient_of_the_loss():
+    loss, arrays = parallel_heads(3, features=6, vocab=23)
+
+    whole, own = (
+        jax.jit(jax.grad(functools.partial(loss, name=name)))(arrays)["mtp_params"]
+        for name in ("total_loss", "mtp_loss")
+    )
+    assert_trees_close(own, whole, 1e-6)
+    assert np.all(np.any(np.asarray(whole["heads"]["kernel"]), (1, 2)))
+
+
 def test_the_gradient_costs_six_and_the_value_two():
     config = {**EVERYTHING, "use_mtp": False, "chunk_size": S}
     arrays, integers = batch()
