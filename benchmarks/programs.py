@@ -188,6 +188,8 @@ def entries(shape: Shape, target: Devices) -> Iterator[Entry]:
         yield from _main_candidates(name, config(shape.vocab), arrays, target)
     if target.mesh is None:
         yield from _one_sided(plain(shape.vocab), arrays, target)
+        for name, config in CONFIGS.items():
+            yield _biased(name, config(shape.vocab), arrays, target)
         yield sequential_heads(shape, target)
         yield parallel_heads(shape, target)
 
@@ -236,6 +238,18 @@ def _one_sided(
     for number, what in enumerate(("lm_head", "hidden states")):
         name = f"plain, {what} not differentiated"
         yield Entry(name, "candidate", fused, arrays[:3], (number,))
+
+
+def _biased(
+    name: str, config: ava_jax.UnifiedLossConfig, arrays: Arrays, target: Devices
+) -> Entry:
+    """Returns the loss of a head that has a bias."""
+    hidden, lm_head, targets, _ = arrays
+    names = "hidden_states", "lm_head", "lm_head_bias", "targets"
+    loss = loss_of(config, target, *names)
+    bias = given(lm_head.shape[1:], lm_head.dtype, target.sharding(VOCAB_AXIS))
+    arguments = hidden, lm_head, bias, targets
+    return Entry(f"{name}, with a bias", "candidate", loss, arguments, (0, 1, 2))
 
 
 def sequential_heads(shape: Shape, target: Devices, depths: int = DEPTHS) -> Entry:

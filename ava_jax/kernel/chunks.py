@@ -76,27 +76,31 @@ def local_gradients(
       The sums, and the gradient, with None where it is not needed.
     """
     operands = pass_.operands
-    whole = (
-        _only(needed.bias, operands.bias),
-        _only(needed.shared, operands.shared),
-    )
+    bias = _only(needed.bias, operands.bias)
+    # Where the kernel makes the logits, it adds the bias to them itself.
+    is_own = pass_.sample is not None
+    whole = (None if is_own else bias, _only(needed.shared, operands.shared))
     d_whole = _zeros(whole)
-    d_kernel = _Total.of(_only(needed.kernel, operands.kernel), pass_.on_gpu)
+    d_head = _Head(
+        _Total.of(_only(needed.kernel, operands.kernel), pass_.on_gpu),
+        _zeros(bias if is_own else None),
+    )
     totals: Sums = {}
     d_sources, d_inputs = [], []
     groups = _groups(objectives, operands)
     for (objective, source, inputs, active), *needs in zip(
         groups, needed.sources, needed.inputs, strict=True
     ):
-        needs = _Needs(*needs, kernel=bool(needed.kernel))
+        of_bias = d_head.bias is not None
+        needs = _Needs(*needs, kernel=bool(needed.kernel), bias=of_bias)
         own = pass_.differentiating(objective, inputs)
         of_block = functools.partial(
             _block_gradient, own, objective, needs, whole, wanted
         )
-        carry = (_no_sums(own, objective, source, inputs), d_whole), d_kernel
+        carry = (_no_sums(own, objective, source, inputs), d_whole), d_head
         group = (source, inputs, active)
         carry, d_source, d_input = _group_gradient(own, needs, of_block, carry, group)
-        (sums, d_whole), d_kernel = carry
+        (sums, d_whole), d_head = carry
         totals = _merge(totals, sums)
         d_sources.append(d_source)
         d_inputs.append(d_input)
@@ -107,8 +111,8 @@ def local_gradients(
         active=(None,) * len(d_sources),
         rows=None,
         shared=d_shared,
-        kernel=None if d_kernel is None else d_kernel.value,
-        bias=d_bias,
+        kernel=None if d_head.kernel is None else d_head.kernel.value,
+        bias=d_head.bias if is_own else d_bias,
     )
 
 
@@ -158,7 +162,7 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
       the inputs.
     """
     sizes = pass_.sizes
-    (carry, d_kernel), (source, inputs, active) = carry, group
+    (carry, d_head), (source, inputs, active) = carry, group
     if pass_.operands.kernel is None:
         carry, d_source, d_inputs = transform(
             of_block,
@@ -169,11 +173,12 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
             writes_blocks=needs.logits,
             on_cpu=pass_.on_cpu,
         )
-        return (carry, d_kernel), d_source, d_inputs
+        return (carry, d_head), d_source, d_inputs
     of_chunk = functools.partial(_chunk_gradient, pass_, needs, of_block)
-    (carry, d_kernel, _), (d_source, d_inputs) = fold_unmasked(
+    d_kernel = d_head.kernel
+    (carry, d_head, _), (d_source, d_inputs) = fold_unmasked(
         of_chunk,
-        (carry, d_kernel, _buffer(pass_, needs, source)),
+        (carry, d_head, _buffer(pass_, needs, source)),
         source,
         inputs,
         active,
@@ -182,7 +187,7 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         is_open=pass_.on_gpu,
         first_apart=d_kernel is not None and d_kernel.value is None,
     )
-    return (carry, d_kernel), d_source, d_inputs
+    return (carry, d_head), d_source, d_inputs
 
 
 class _Needs(NamedTuple):
@@ -192,16 +197,18 @@ class _Needs(NamedTuple):
       source: hidden states, or logits.
       inputs: a pytree of bools.
       kernel: the projection.
+      bias: its bias, as the sum of the logits' gradient.
     """
 
     source: bool
     inputs: Any
     kernel: bool
+    bias: bool
 
     @property
     def logits(self) -> bool:
         """Whether the gradient of the logits is needed."""
-        return self.source or self.kernel
+        return self.source or self.kernel or self.bias
 
 
 def _groups(objectives, operands: Operands):
@@ -267,7 +274,7 @@ def _buffer(pass_: Pass, needs: _Needs, source) -> Array | None:
 def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
     """Computes the gradient of one chunk of hidden states."""
     kernel = pass_.operands.kernel
-    carry, d_kernel, buffer = carry
+    carry, d_head, buffer = carry
     if pass_.on_cpu:
         carry, dz, d_inputs = _at_once(pass_, needs, of_block, carry, h, inputs)
         rows = h
@@ -291,9 +298,13 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
         if not pass_.on_cpu:
             dh = dh.reshape(*dh.shape[:1], h.shape[0], -1, h.shape[-1])
             dh = join_rows(dh, h.shape, dh.shape[2])
-    if needs.kernel:
-        d_kernel = _add_product(pass_, d_kernel, rows, dz)
-    return (carry, d_kernel, buffer), (dh, d_inputs)
+    if d_head.kernel is not None:
+        total = _add_product(pass_, d_head.kernel, rows, dz)
+        d_head = d_head._replace(kernel=total)
+    if d_head.bias is not None:
+        assert dz is not None  # as `_Needs.logits` says
+        d_head = d_head._replace(bias=d_head.bias + _sum_of_rows(pass_, dz))
+    return (carry, d_head, buffer), (dh, d_inputs)
 
 
 def _at_once(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
@@ -383,6 +394,33 @@ class _Total:
         if self.is_empty is not None:
             old = jnp.where(self.is_empty, jnp.zeros_like(old), old)
         return old + more
+
+
+class _Head(NamedTuple):
+    """The gradients of the projection and its bias; None where they are not needed.
+
+    That of the bias is None as well where a block's objective differentiates by it.
+    """
+
+    kernel: _Total | None
+    bias: Float[Array, "V"] | None
+
+
+def _sum_of_rows(pass_: Pass, dz: Float[Array, "*n V"]) -> Float[Array, "V"]:
+    tokens = tuple(range(dz.ndim - 1))
+    if not pass_.by_columns:
+        return jnp.sum(as_float(dz), tokens)
+    # A TPU takes three times as long for a sum over neighbours in memory, which a
+    # product with a single row of ones would become.
+    ones = jnp.ones((8, *dz.shape[:-1]), dz.dtype)
+    sums = lax.dot_general(
+        ones,
+        dz,
+        (([i + 1 for i in tokens], tokens), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=float_dtype(),
+    )
+    return sums[0]
 
 
 def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:

@@ -130,11 +130,10 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
     pass_ = Pass(operands, kernel, sizes, on_gpu=target.platform == "gpu")
-    if not is_finite or target.implementation != "xla":
+    if operands.kernel is None or target.implementation != "xla":
         return pass_
-    assert operands.kernel is not None
     by_columns = target.platform == "tpu"
-    sample = sample_columns(operands.kernel, by_columns=by_columns)
+    sample = sample_columns(operands.kernel, operands.bias, by_columns=by_columns)
     pass_ = pass_._replace(sample=sample, by_columns=by_columns)
     if not by_columns or operands.kernel.dtype != ROUNDED_OPERANDS:
         return pass_

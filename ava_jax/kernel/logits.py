@@ -105,6 +105,7 @@ def pick(
     logits: Float[Array, "*n W"],
     ids: Int[Array, "*n Q"],
     shift: Float[Array, "*n"] | None = None,
+    bias: Float[Array, "W"] | None = None,
 ) -> Float[Array, "*n Q"]:
     """Returns the logits at ids; 0 for ids of other shards.
 
@@ -113,9 +114,13 @@ def pick(
       logits: this shard's columns.
       ids: any integers; −inf for those outside `[0, V)`.
       shift: subtracted from the soft-capped logits; None returns raw logits.
+      bias: added to the raw logits.
     """
     columns = columns_of(vocabulary.axis, ids, logits.shape[-1])
-    picked = raw_logits(vocabulary, jnp.take_along_axis(logits, columns, -1), ids)
+    picked = jnp.take_along_axis(logits, columns, -1)
+    if bias is not None:
+        picked += as_float(jnp.take(bias, columns, mode="clip"))
+    picked = raw_logits(vocabulary, picked, ids)
     if shift is not None:
         picked = capped(vocabulary, picked) - shift[..., None]
     if vocabulary.axis is None:

@@ -1,5 +1,6 @@
 """The parts of a pass over the tokens: objectives, arrays, static options."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ava_jax.kernel.product import Product, near_largest
+from ava_jax.kernel.product import Product, Sample, near_largest
 from ava_jax.kernel.sizes import Sizes
 from ava_jax.kernel.stats import Kernel
 from ava_jax.kernel.xla import MOST_COMPARED
@@ -140,7 +141,7 @@ class Pass(NamedTuple):
     operands: Operands
     kernel: Kernel
     sizes: Sizes
-    sample: Float[Array, "D M"] | None = None
+    sample: Sample | None = None
     by_columns: bool = False
     rounded_sizes: Sizes | None = None
     may_round: bool = False
@@ -197,4 +198,6 @@ class Pass(NamedTuple):
 
 
 def _biased(z, bias):
+    if isinstance(z, Product):
+        return dataclasses.replace(z, bias=bias)
     return z if bias is None else z + as_float(bias)

@@ -1,6 +1,7 @@
 """Logits that do not exist yet: the kernel computes them together with their sums."""
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from ava_jax.reduce import float_dtype
+from ava_jax.reduce import as_float, float_dtype
 
 # The number of columns that estimate a token's row max, and of the runs they lie in.
 _MOST_SAMPLED = 128
@@ -17,14 +18,16 @@ _RUNS = 8
 
 @flax.struct.dataclass
 class Product:
-    """The logits `hidden · kernel` of a block of tokens.
+    """The logits `hidden · kernel + bias` of a block of tokens.
 
     Attributes:
       hidden: the hidden states of the block's N tokens, flattened.
       kernel: the projection.
       near: per token, a number near its row max; any number gives correct results, but
         one that is far off costs a second product.
-      probe: zeros whose gradient is that of the logits; None if it is not needed.
+      bias: −inf for classes that are impossible; None if there is none.
+      probe: zeros whose gradient is that of the logits; None if it is not needed. The
+        gradient of the bias is its sum over the tokens.
       shape: the block's token axes, which are flattened here.
       by_columns: whether the logits of a column are contiguous in memory, as TPUs
         prefer: a number per token then needs no broadcast within a register.
@@ -36,6 +39,7 @@ class Product:
     hidden: Float[Array, "N D"]
     kernel: Float[Array, "D W"]
     near: Float[Array, "N"]
+    bias: Float[Array, "W"] | None = None
     probe: Float[Array, "N W"] | None = None
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
@@ -43,7 +47,7 @@ class Product:
     precision: lax.PrecisionLike = flax.struct.field(pytree_node=False, default=None)
 
     def make(self) -> Float[Array, "..."]:
-        """Computes the logits [N, W], or [W, N] by columns."""
+        """Computes the logits without the bias: [N, W], or [W, N] by columns."""
         z = lax.dot_general(
             self.hidden,
             self.kernel,
@@ -52,6 +56,12 @@ class Product:
             preferred_element_type=float_dtype(),
         )
         return _row_major(z.T) if self.by_columns else z
+
+    def biased(self, made: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Adds the bias to what `make` returns."""
+        if self.bias is None:
+            return made
+        return made + jnp.expand_dims(as_float(self.bias), 1 - self.class_axis)
 
     @property
     def class_axis(self) -> int:
@@ -64,7 +74,7 @@ class Product:
 
     def logits(self) -> Float[Array, "*n W"]:
         """Computes logits in the block's shape; their gradient goes to the probe."""
-        z = lax.stop_gradient(self.by_token(self.make()))
+        z = lax.stop_gradient(self.by_token(self.biased(self.make())))
         if self.probe is not None:
             z += self.probe
         return z.reshape(*self.shape, z.shape[-1])
@@ -95,29 +105,42 @@ def _row_major(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
     return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 
 
+class Sample(NamedTuple):
+    """A few columns of a projection, and of its bias if it has one."""
+
+    columns: Float[Array, "D M"]
+    bias: Float[Array, "M"] | None
+
+
 def sample_columns(
-    kernel: Float[Array, "D W"], *, by_columns: bool
-) -> Float[Array, "D M"]:
+    kernel: Float[Array, "D W"], bias: Float[Array, "W"] | None, *, by_columns: bool
+) -> Sample:
     """Returns evenly spread columns of a projection, at most one in 128."""
     width = kernel.shape[1]
     count = max(min(_MOST_SAMPLED, width // _MOST_SAMPLED), 1)
     runs = min(_RUNS, count)
     size = count // runs
     starts = [width * run // runs for run in range(runs)]
-    parts = [lax.slice_in_dim(kernel, start, start + size, axis=1) for start in starts]
+
+    def parts_of(x, axis):
+        return [lax.slice_in_dim(x, start, start + size, axis=axis) for start in starts]
+
+    parts = parts_of(kernel, 1)
     if by_columns:
         # Otherwise XLA would change the layout of the whole projection.
         parts = [_row_major(part) for part in parts]
-    return jnp.concatenate(parts, 1)
+    of_bias = None if bias is None else jnp.concatenate(parts_of(bias, 0))
+    return Sample(jnp.concatenate(parts, 1), of_bias)
 
 
-def near_largest(
-    hidden: Float[Array, "*n D"], columns: Float[Array, "D M"]
-) -> Float[Array, "*n"]:
-    """Computes the maximum of a token's logits over a few columns."""
+def near_largest(hidden: Float[Array, "*n D"], sample: Sample) -> Float[Array, "*n"]:
+    """Computes the maximum of a token's logits over a few columns; 0 if it is −inf."""
     # Otherwise XLA merges this product with that of all logits on GPUs, and copies it.
     hidden = lax.optimization_barrier(hidden)
     z = jnp.einsum(
-        "...d,dm->...m", hidden, columns, preferred_element_type=float_dtype()
+        "...d,dm->...m", hidden, sample.columns, preferred_element_type=float_dtype()
     )
-    return jnp.max(z, -1)
+    if sample.bias is None:
+        return jnp.max(z, -1)
+    near = jnp.max(z + as_float(sample.bias), -1)
+    return jnp.where(near != -jnp.inf, near, jnp.zeros_like(near))

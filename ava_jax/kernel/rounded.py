@@ -16,6 +16,7 @@ from ava_jax.kernel.gradient import (
     bounded,
     cotangents_at_ids,
     exponentials,
+    is_zero_cotangent,
     of_active,
     through_sums,
 )
@@ -40,6 +41,7 @@ class Exponentials:
 
 def logits_gradient(
     kept: Exponentials,
+    bias: Float[Array, "W"] | None,
     query: Query,
     vocabulary: Vocabulary,
     stats: TokenStats,
@@ -51,8 +53,9 @@ def logits_gradient(
 
     Args:
       kept: the block's exponentials.
+      bias: that of the logits, −inf for impossible classes; None if there is none.
       query: the query of `stats`.
-      vocabulary: the static facts; logits are finite and have no soft-cap.
+      vocabulary: the static facts; logits have no soft-cap.
       stats: of the block.
       cotangents: of the stats; None where they are known to be zero.
       tempered: whether the temperature can differ from 1.
@@ -68,6 +71,9 @@ def logits_gradient(
     if has_padding(vocabulary, width):
         every = column_ids(grad) + first_id(vocabulary.axis, width)
         grad = jnp.where(is_class(vocabulary, every), grad, jnp.zeros_like(grad))
+    if bias is not None and not is_zero_cotangent(cotangents.total):
+        # All other terms are multiples of the exponential, which is 0.
+        grad = jnp.where(bias != -jnp.inf, grad, jnp.zeros_like(grad))
     ids = ids_of(query)
     exact = _at_ids(ids, query, stats, cotangents)
     columns = columns_of(vocabulary.axis, ids, width)

@@ -108,24 +108,25 @@ def _product_forward(vocabulary, probe, product, query, temperature):
         product, query, vocabulary, temperature, keep=keep
     )
     kept = (temperature, () if is_learned else None)
-    return stats, (block, query, stats, kept)
+    return stats, (block, product.bias, query, stats, kept)
 
 
 def _product_backward(vocabulary, residuals, cotangents: TokenStats):
-    block, query, stats, (temperature, _) = residuals
+    block, bias, query, stats, (temperature, is_learned) = residuals
+    facts = query, vocabulary, stats, _known(cotangents)
+    is_tempered, d_temperature = temperature is not None, None
     if isinstance(block, rounded.Exponentials):
-        d_logits = rounded.logits_gradient(
+        d_logits = rounded.logits_gradient(block, bias, *facts, tempered=is_tempered)
+    else:
+        d_logits, d_temperature = xla.logits_gradient(
             block,
-            query,
-            vocabulary,
-            stats,
-            _known(cotangents),
-            tempered=temperature is not None,
+            *facts,
+            tempered=is_tempered,
+            of_temperature=is_learned is not None,
+            bias=bias,
         )
-        d_temperature = None if temperature is None else jnp.zeros_like(temperature)
-        return d_logits, None, None, d_temperature
-    vocabulary = vocabulary._replace(implementation="xla")
-    d_logits, _, d_temperature = _backward(vocabulary, residuals, cotangents)
+    if d_temperature is None and temperature is not None:
+        d_temperature = jnp.zeros_like(temperature)
     return d_logits, None, None, d_temperature
 
 

@@ -91,13 +91,13 @@ def with_queried(
 
     Args:
       others: the sums over all other classes, relative to `shift`; `total` includes
-        the queried ids.
+        the queried ids. And `count`, the number of possible classes.
       maxima: of raw logits: the largest one of the other classes, and the largest one
         at an id below the target.
       shift: a number near the former.
       raw: the raw logits of `ids_of(query)`.
       query: the query.
-      vocabulary: the soft-cap and the number of classes, all of them possible.
+      vocabulary: the soft-cap.
       temperature: T, or None for 1.
 
     Returns:
@@ -138,8 +138,8 @@ def with_queried(
         exp_sum=None if query.log_one_minus_p else exp_sum,
         second_exp_sum=second_exp_sum,
         tempered=tempered,
-        total=others["total"] + vocabulary.size * (shift - row_max),
-        count=jnp.full_like(shift, vocabulary.size),
+        total=others["total"] + others["count"] * (shift - row_max),
+        count=jnp.broadcast_to(others["count"], shift.shape),
         expected=moments * scale + jnp.sum(e * bounded(relative), -1),
         top=top,
         target=target,

@@ -107,12 +107,14 @@ def logits_gradient(
     *,
     tempered: bool,
     of_temperature: bool,
+    bias: Float[Array, "W"] | None = None,
 ) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
     """Computes the cotangents of logits and temperature; ids are compared with."""
+    # Otherwise XLA would save what both passes need, such as a mask of all logits.
+    logits = lax.optimization_barrier(logits)
     return gradient_of_logits(
         vocabulary,
-        # Otherwise XLA would save what both passes need, such as a mask of all logits.
-        lax.optimization_barrier(logits),
+        logits if bias is None else logits + as_float(bias),
         query,
         stats,
         cotangents,

@@ -15,7 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.kernel import xla
-from ava_jax.kernel.collectives import add_up, first_id, max_over_shards
+from ava_jax.kernel.collectives import (
+    add_scalar,
+    add_up,
+    first_id,
+    max_over_shards,
+)
 from ava_jax.kernel.logits import (
     capped,
     columns_of,
@@ -54,20 +59,21 @@ def reduce(
     Args:
       product: the logits to compute.
       query: per token, [N, ...].
-      vocabulary: the static facts; the logits are finite.
+      vocabulary: the static facts.
       temperature: T, or None for 1.
       keep: what to return of the block for the gradient. Exponentials require the
         layout by columns, and at most `xla.MOST_COMPARED` ids.
 
     Returns:
-      The statistics, and what `keep` says. `top` is exact where it is one of the ids
-      of the query, and `NOT_QUERIED` elsewhere.
+      The statistics, and what `keep` says, logits without the bias. `top` is exact
+      where it is one of the ids of the query, and `NOT_QUERIED` elsewhere.
     """
     ids = ids_of(query)
     if ids.shape[-1] > xla.MOST_COMPARED:
-        logits = product.by_token(product.make())
+        made = product.make()
+        logits = product.by_token(product.biased(made))
         stats = xla.reduce(logits, query, vocabulary, temperature)
-        return stats, logits
+        return stats, product.by_token(made)
     request = _Request(
         columns=columns_of(vocabulary.axis, ids, product.kernel.shape[1]),
         targets=query.targets,
@@ -80,9 +86,10 @@ def reduce(
     if at_ids is None:
         assert made.logits is not None
         kept = product.by_token(made.logits)
-        at_ids = pick(vocabulary, kept, ids)
+        at_ids = pick(vocabulary, kept, ids, bias=product.bias)
     sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), 1)
     at_ids = jnp.where(is_class(vocabulary, ids), at_ids, -jnp.inf)
+    sums["count"] = _count_possible(product, vocabulary)
     row_sums = with_queried(
         sums, made.maxima, made.shift, at_ids, query, vocabulary, temperature
     )
@@ -135,6 +142,14 @@ class _Made(NamedTuple):
     is_off: Bool[Array, ""]
 
 
+def _count_possible(product: Product, vocabulary: Vocabulary) -> Float[Array, ""]:
+    """Counts the classes of all shards that are not made impossible by the bias."""
+    if product.bias is None:
+        return as_float(vocabulary.size)
+    bias = raw_logits(vocabulary, product.bias)
+    return add_scalar(vocabulary.axis, jnp.sum(as_float(bias != -jnp.inf)))
+
+
 def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
     """Computes a block and its sums; twice if the first shift was too far off."""
 
@@ -148,7 +163,7 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
         )
 
     def sum_up(logits: Array, shift: Array) -> _Made:
-        return _sum_up(vocabulary, logits, product.class_axis, shift, request)
+        return _sum_up(product, vocabulary, logits, shift, request)
 
     def make_again(shift: Array) -> _Made:
         # Otherwise XLA would hoist the product, a loop invariant, out of the loop.
@@ -165,17 +180,18 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
 
 
 def _sum_up(
-    vocabulary: Vocabulary, logits, axis: int, shift, request: _Request
+    product: Product, vocabulary: Vocabulary, made, shift, request: _Request
 ) -> _Made:
     """Sums over this shard's classes except the queried ones, in one pass.
 
     Args:
+      product: what makes the logits.
       vocabulary: the static facts.
-      logits: the block.
-      axis: its axis of classes.
+      made: what it has made.
       shift: what the sums are relative to, [N].
       request: what to compute.
     """
+    axis, logits = product.class_axis, product.biased(made)
     width = logits.shape[axis]
     every = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
     ids = every + first_id(vocabulary.axis, width)
@@ -201,7 +217,8 @@ def _sum_up(
     relative = z - spread(shift)
     exponentials = jnp.exp(relative)
     e = not_queried(exponentials, 0.0)
-    sums = plain_sums(not is_padded, z, relative, e, axis)
+    is_all = not is_padded and product.bias is None
+    sums = plain_sums(is_all, z, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
     if request.temperature is not None:
         cooled = not_queried(jnp.exp(relative * (1 / request.temperature)), 0.0)

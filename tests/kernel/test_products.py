@@ -16,10 +16,12 @@ from support.kernel_rows import (
     Options,
     assert_rows_agree,
     batch,
+    bias_of,
     gradient_of_temperature,
     measured,
     mixed,
     top_logit_of,
+    unbiased,
     unknown,
 )
 from support.trees import assert_trees_close
@@ -35,6 +37,11 @@ PRODUCTS = {
     "without log(1 - p)": Options(finite=True, log_one_minus_p=False),
     "no candidates": Options(finite=True, ids=0),
     "many ids": Options(finite=True, ids=20),  # these take two passes
+    "a bias": Options(finite=True, biased=True),
+    "a bias and padding": Options(
+        finite=True, biased=True, size=WIDTH - 130, cap=30.0, tempered=False
+    ),
+    "a bias and many ids": Options(finite=True, biased=True, ids=20),
     "float64": Options(finite=True, dtype="float64", size=WIDTH - 5),
 }
 # Numbers near each token's largest logit, as a function of it.
@@ -57,16 +64,17 @@ def product_program(
     may_round: bool,
 ):
     """Values, facts and gradients of a mixture of a product's statistics, under jit."""
-    vocabulary = Vocabulary(options.size, options.cap, axis, True, "xla")
+    vocabulary = Vocabulary(options.size, options.cap, axis, options.promises, "xla")
 
-    def mixture(probe, temperature, hidden, kernel, near, query):
+    def mixture(probe, temperature, hidden, kernel, bias, near, query):
         if not is_near_given:
-            columns = sample_columns(kernel, by_columns=by_columns)
-            near = near_largest(hidden, columns)
+            sample = sample_columns(kernel, bias, by_columns=by_columns)
+            near = near_largest(hidden, sample)
         product = Product(
             hidden,
             kernel,
             near,
+            bias,
             probe,
             query.targets.shape,
             by_columns=by_columns,
@@ -83,7 +91,7 @@ def product_program(
         run = jax.shard_map(
             run,
             mesh=MESH,
-            in_specs=(P(None, axis), P(), P(), P(None, axis), P(), P()),
+            in_specs=(P(None, axis), P(), P(), P(None, axis), P(axis), P(), P()),
             out_specs=((P(None, axis), P()), P()),
             check_vma=False,
         )
@@ -108,9 +116,12 @@ def measured_product(
       may_round: see `Product`; the temperature then has no gradient.
     """
     _, z, query = batch(options)
-    hidden = jnp.where(query.active[..., None], z, jnp.zeros_like(z))
-    hidden = hidden.reshape(-1, WIDTH)
-    largest = jnp.max(hidden[:, : options.size], -1)
+    _, hidden = unbiased(options)
+    active = query.active[..., None]
+    z, hidden = (
+        jnp.where(active, x, jnp.zeros_like(x)).reshape(-1, WIDTH) for x in (z, hidden)
+    )
+    largest = jnp.max(z[:, : options.size], -1)
     run = product_program(
         options,
         by_columns=by_columns,
@@ -123,10 +134,12 @@ def measured_product(
         jax.device_put(TEMPERATURE),
         hidden,
         jnp.eye(WIDTH, dtype=z.dtype),
+        bias_of(options) if options.biased else None,
         NEAR[near](largest) if near else largest,
         query,
     )
-    return jax.tree.map(np.asarray, (values, found, (grad.reshape(z.shape), slope)))
+    grad = grad.reshape(*query.targets.shape, WIDTH)
+    return jax.tree.map(np.asarray, (values, found, (grad, slope)))
 
 
 def assert_product_agrees(
@@ -187,6 +200,7 @@ def assert_product_agrees(
         ("finite with padding", True),
         ("many ids", True),
         ("float64", True),
+        ("a bias", True),
     ],
 )
 def test_a_product_has_the_statistics_of_its_logits(name, by_columns):
@@ -195,7 +209,8 @@ def test_a_product_has_the_statistics_of_its_logits(name, by_columns):
 
 @pytest.mark.parametrize("near", NEAR)
 @pytest.mark.parametrize(
-    ("name", "by_columns"), [("finite", True), ("finite with padding", False)]
+    ("name", "by_columns"),
+    [("finite", True), ("finite with padding", False), ("a bias and padding", True)],
 )
 def test_any_number_is_near_enough(name, by_columns, near):
     assert_product_agrees(PRODUCTS[name], by_columns=by_columns, near=near)
@@ -209,6 +224,8 @@ def test_any_number_is_near_enough(name, by_columns, near):
         ("without log(1 - p)", True),
         ("no candidates", False),
         ("many ids", False),
+        ("a bias", True),
+        ("a bias and padding", False),
     ],
 )
 def test_shards_of_a_product_have_its_statistics(name, by_columns):
@@ -222,6 +239,8 @@ ROUNDED = {
     "five ids": Options(finite=True, ids=3),
     "no temperature": Options(finite=True, ids=1, tempered=False),
     "without log(1 - p)": Options(finite=True, ids=1, log_one_minus_p=False),
+    "a bias": Options(finite=True, ids=1, biased=True),
+    "a bias and padding": Options(finite=True, biased=True, size=WIDTH - 130),
 }
 
 
@@ -237,7 +256,13 @@ def test_rounded_exponentials_may_be_relative_to_anything(near):
 
 
 @pytest.mark.parametrize(
-    "name", ["three ids, padding", "five ids", "without log(1 - p)"]
+    "name",
+    [
+        "three ids, padding",
+        "five ids",
+        "without log(1 - p)",
+        "a bias and padding",
+    ],
 )
 def test_shards_of_rounded_exponentials(name):
     options = ROUNDED[name]
@@ -255,7 +280,8 @@ def test_a_product_whose_classes_are_all_asked_for(near):
 
     def run(probe, implementation):
         vocabulary = Vocabulary(3, None, None, True, implementation)
-        product = Product(z, jnp.eye(3), jnp.full(2, near), probe, (2,))
+        near_of_rows = jnp.full(2, near)
+        product = Product(z, jnp.eye(3), near_of_rows, probe=probe, shape=(2,))
         logits = product if implementation == "xla" else z + probe
         stats = token_statistics(logits, query, vocabulary)
         names = ("nll", "entropy", "total", "log_one_minus_p", "log_sum_without_top")
@@ -264,4 +290,28 @@ def test_a_product_whose_classes_are_all_asked_for(near):
 
     grad = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
     got, want = (grad(jnp.zeros_like(z), i) for i in ("xla", "reference"))
+    assert_trees_close(got, want, 4e-6)
+
+
+@pytest.mark.parametrize("kept", [[5], [5, 6], [6, 7], []])
+def test_a_bias_may_leave_few_classes(kept):
+    """None of the sampled columns is possible, and perhaps not the target."""
+    hidden = jax.device_put(np.random.default_rng(0).normal(size=(2, 256)))
+    bias = jnp.full(256, -jnp.inf).at[np.array(kept, int)].set(0.5)
+    query = Query(targets=jnp.array([5, 5]), active=jnp.ones(2, bool))
+
+    def run(probe, implementation):
+        vocabulary = Vocabulary(256, None, None, False, implementation)
+        near = near_largest(
+            hidden, sample_columns(jnp.eye(256), bias, by_columns=False)
+        )
+        product = Product(hidden, jnp.eye(256), near, bias, probe, (2,))
+        logits = product if implementation == "xla" else hidden + bias + probe
+        stats = token_statistics(logits, query, vocabulary)
+        values = [getattr(stats, name) for name in ("log_sum", "entropy", "total")]
+        return sum(map(jnp.sum, values)), (values, jnp.exp(stats.target), stats.count)
+
+    grad = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)
+    got, want = (grad(jnp.zeros_like(hidden), i) for i in ("xla", "reference"))
+    assert not np.isnan(want[0]).any()
     assert_trees_close(got, want, 4e-6)

@@ -38,6 +38,7 @@ OF_16_BITS: dict[str, dict[str, Any]] = {
         "initial_temperature": 1.4,
     },
     "focal": {"use_focal_loss": True, "focal_gamma": 2.0},
+    "bias": {"label_smoothing": 0.2},
     # The main loss queries all earlier ids, the heads one each.
     "heads": WHOLE | {"logit_soft_cap": None, "use_ngram_penalty": True},
 }
@@ -57,7 +58,10 @@ def loss_of_16_bits(config, implementation: Implementation, arrays, ints):
 
 def batch_of_16_bits(name):
     arrays, ints = whole_batch()
-    del arrays["lm_head_bias"]
+    if name == "bias":
+        arrays["lm_head_bias"] = arrays["lm_head_bias"].at[7].set(-jnp.inf)
+    else:
+        del arrays["lm_head_bias"]
     if name != "heads":
         del arrays["mtp_hidden_states"]
     return arrays, ints
@@ -108,13 +112,40 @@ def test_rounded_exponentials_leave_a_certain_target_its_gradient(monkeypatch):
         assert error <= 2**-9 * largest, (key, error / largest)
 
 
-@pytest.mark.parametrize("change", ["cap", "extra", "bias", "temperature"])
+@pytest.mark.parametrize("known", ["hidden_states", "lm_head", "both"])
+def test_the_bias_alone_has_its_gradient(monkeypatch, known):
+    """Also where nothing else needs the gradient of the logits."""
+    arrays, ints = batch_of_16_bits("bias")
+    names = {"both": ("hidden_states", "lm_head")}.get(known, (known,))
+    fixed = {k: arrays[k] for k in names}
+    given = {k: v for k, v in arrays.items() if k not in names}
+    config = {"vocab_size": V - 3, "use_ngram_penalty": False, "chunk_size": 15}
+
+    def gradients(implementation: Implementation):
+        loss_fn = ava_jax.create_unified_loss(config, implementation=implementation)
+
+        def loss(given: dict[str, Any]):
+            return loss_fn(loss_fn.init(), **given, **fixed, **ints)[0]
+
+        return jax.jit(jax.grad(loss))(given)
+
+    want = gradients("reference")
+    assert want["lm_head_bias"][7] == 0
+    for platform, rounds in (("gpu", False), ("tpu", False), ("tpu", True)):
+        compile_for(monkeypatch, platform, rounds=rounds)
+        got = gradients("xla")
+        tolerance = 2**-9 if rounds else 2e-6
+        for key, gradient in want.items():
+            error = np.abs(got[key] - gradient).max()
+            assert error <= tolerance * np.abs(gradient).max(), (key, platform)
+
+
+@pytest.mark.parametrize("change", ["cap", "extra", "temperature"])
 def test_exponentials_are_not_rounded_where_logits_are_wanted(monkeypatch, change):
     compile_for(monkeypatch, "tpu", rounds=True)
     monkeypatch.delattr(rounded, "logits_gradient")
     arrays, ints = whole_batch()
-    names = ["hidden_states", "lm_head", *["lm_head_bias"] * (change == "bias")]
-    arrays = {k: arrays[k] for k in names}
+    arrays = {k: arrays[k] for k in ("hidden_states", "lm_head")}
     config = ava_jax.UnifiedLossConfig(
         vocab_size=V,
         use_ngram_penalty=False,

@@ -32,6 +32,7 @@ class Options(NamedTuple):
       log_one_minus_p: whether log(1 − p) is requested.
       ids: how many candidates.
       dtype: of the logits.
+      biased: whether a bias is added, −inf for some classes, without that promise.
     """
 
     size: int = WIDTH
@@ -41,6 +42,12 @@ class Options(NamedTuple):
     log_one_minus_p: bool = True
     ids: int = 3
     dtype: str = "float32"
+    biased: bool = False
+
+    @property
+    def promises(self) -> bool:
+        """Whether the vocabulary promises finite logits."""
+        return self.finite and not self.biased
 
 
 OPTIONS = {
@@ -106,8 +113,25 @@ def named_rows() -> dict[str, np.ndarray]:
 
 
 @functools.cache
+def bias_of(options: Options) -> jax.Array:
+    """Returns the bias of every class; −inf for one class in 32."""
+    bias = np.random.default_rng(2).normal(size=WIDTH)
+    bias[9::32] = -np.inf
+    return jax.device_put(bias.astype(jnp.dtype(options.dtype)))
+
+
+@functools.cache
 def batch(options: Options):
     """The rows' names, logits [2, n, WIDTH] and a query: the targets of [0] are top."""
+    names, z = unbiased(options)
+    if options.biased:
+        z += bias_of(options)
+    return names, z, _query(options, names, z)
+
+
+@functools.cache
+def unbiased(options: Options):
+    """The rows' names, and their logits without the bias."""
     rows = named_rows()
     if options.finite:
         # Masked ones are zeros in a pass; these are finite as well.
@@ -115,7 +139,10 @@ def batch(options: Options):
         del rows["inactive, large"]
     names = list(rows)
     z = np.stack(list(rows.values()))
-    z = jax.device_put(np.stack([z, z]).astype(jnp.dtype(options.dtype)))
+    return names, jax.device_put(np.stack([z, z]).astype(jnp.dtype(options.dtype)))
+
+
+def _query(options: Options, names, z) -> Query:
     rng = np.random.default_rng(1)
     top = np.where(np.isnan(z.astype(float)), 0, z.astype(float))
     top = top[..., : options.size].argmax(-1)
@@ -133,13 +160,12 @@ def batch(options: Options):
             "b": jax.device_put(np.stack([other[:, None]] * 2).astype(np.int32)),
         }
     active = [not name.startswith("inactive") for name in names]
-    query = Query(
+    return Query(
         targets=jax.device_put(targets.astype(np.int32)),
         active=jax.device_put(np.array([active, active])),
         candidates=candidates,
         log_one_minus_p=options.log_one_minus_p,
     )
-    return names, z, query
 
 
 def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
@@ -229,7 +255,7 @@ def measured(
         options.size,
         options.cap,
         axis,
-        options.finite,
+        options.promises,
         implementation,
     )
     _, z, query = batch(options)
