@@ -20,12 +20,11 @@ from ava_jax.checks import check_inputs
 from ava_jax.config import Settings, UnifiedLossConfig
 from ava_jax.inputs import LossInputs, array, tokens_of
 from ava_jax.kernel.fused import token_values
-from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
-from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query
 from ava_jax.reduce import as_float
 from ava_jax.tokens import Tokens
@@ -291,9 +290,7 @@ class _LogProbs:
         """Computes the values; `shared` is the temperature."""
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if shared is not None:
-            z = logits.logits() if isinstance(logits, Product) else logits
-            logits = at_temperature(z, inputs.active, vocabulary, shared)
-            vocabulary = vocabulary._replace(soft_cap=None)
+            logits, vocabulary = cooled(logits, inputs.active, vocabulary, shared)
         stats = token_statistics(logits, inputs, vocabulary)
         return {
             "log_probs": -stats.nll,

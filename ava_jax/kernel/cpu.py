@@ -22,6 +22,7 @@ from ava_jax.kernel.summary import (
     count_possible,
     plain_sums,
     summarize,
+    tempered_sums,
 )
 from ava_jax.reduce import as_float
 
@@ -71,7 +72,6 @@ def reduce(
         "top": _top_id(axis, local, row_max, z.shape[-1]),
         "exp_sum": None,
         "second_exp_sum": None,
-        "tempered": None,
     }
     sums["expected"] *= jnp.exp(second_shift)
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
@@ -81,9 +81,7 @@ def reduce(
         )
     else:
         sums["exp_sum"] = jnp.sum(_split(e), (-2, -1))
-    if temperature is not None:
-        cooled = jnp.exp(relative * (1 / temperature))
-        sums["tempered"] = jnp.sum(_split(cooled), (-2, -1))
+    sums |= tempered_sums(query, _split(relative), temperature, (-2, -1))
     added = add_up(axis, sums, shift.ndim)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
     row_sums = RowSums(shift=shift, second_shift=second_shift, **added)

@@ -66,7 +66,8 @@ def gradient_of_logits(
     is_finite = vocabulary.finite and not has_padding(vocabulary, z.shape[-1])
     grad, at_top = through_sums(e, relative, stats, cotangents, is_finite=is_finite)
     temperature = None
-    if of_temperature and not is_zero_cotangent(cotangents.log_sum_tempered):
+    tempered_sums = cotangents.log_sum_tempered, cotangents.expected_tempered
+    if of_temperature and not all(map(is_zero_cotangent, tempered_sums)):
         temperature = _through_temperature(
             vocabulary, query, relative, stats, cotangents
         )
@@ -88,11 +89,17 @@ def gradient_of_logits(
 
 def _through_temperature(vocabulary: Vocabulary, query, relative, stats, cotangents):
     """Computes the temperature's cotangent through the tempered sums."""
-    of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
-    moments = jnp.exp(relative * (1 / stats.temperature)) * bounded(relative)
-    mean = of_sum * jnp.sum(moments, -1)
-    mean = jnp.where(query.active, mean, jnp.zeros_like(mean))
-    return -add_scalar(vocabulary.axis, jnp.sum(mean)) / stats.temperature**2
+    e = jnp.exp(relative * (1 / stats.temperature))
+    scale, relative = jnp.exp(-stats.log_sum_tempered), bounded(relative)
+    total = jnp.zeros_like(scale)
+    if not is_zero_cotangent(cotangents.log_sum_tempered):
+        total += cotangents.log_sum_tempered * scale * jnp.sum(e * relative, -1)
+    if not is_zero_cotangent(cotangents.expected_tempered):
+        distance = relative - stats.expected_tempered[..., None]
+        variance = scale * jnp.sum(e * relative * distance, -1)
+        total += cotangents.expected_tempered * variance
+    total = jnp.where(query.active, total, jnp.zeros_like(total))
+    return -add_scalar(vocabulary.axis, jnp.sum(total)) / stats.temperature**2
 
 
 def of_active(cotangents: TokenStats, active: Array, *, tempered: bool) -> TokenStats:
@@ -101,8 +108,8 @@ def of_active(cotangents: TokenStats, active: Array, *, tempered: bool) -> Token
     Args:
       cotangents: None where they are known to be zero.
       active: marks the unmasked tokens.
-      tempered: whether the temperature can differ from 1; if not, the cotangent of the
-        tempered sum is added to that of the other sum.
+      tempered: whether the temperature can differ from 1; if not, the cotangents of
+        what depends on it are added to those of the same at 1.
     """
     if not tempered:
         cotangents = _at_temperature_one(cotangents)
@@ -146,14 +153,19 @@ def _where_possible(vocabulary: Vocabulary, z, query: Query, grad):
 
 
 def _at_temperature_one(cotangents: TokenStats) -> TokenStats:
-    """Adds the cotangent of `log_sum_tempered`, which equals `log_sum`, to its own."""
-    both = [
-        c
-        for c in (cotangents.log_sum, cotangents.log_sum_tempered)
-        if not is_zero_cotangent(c)
-    ]
-    total = functools.reduce(jnp.add, both) if both else cotangents.log_sum
-    return dataclasses.replace(cotangents, log_sum=total, log_sum_tempered=None)
+    """Adds the cotangents of tempered numbers to those of the numbers they equal."""
+
+    def add(*parts):
+        known = [c for c in parts if not is_zero_cotangent(c)]
+        return functools.reduce(jnp.add, known) if known else None
+
+    return dataclasses.replace(
+        cotangents,
+        log_sum=add(cotangents.log_sum, cotangents.log_sum_tempered),
+        expected=add(cotangents.expected, cotangents.expected_tempered),
+        log_sum_tempered=None,
+        expected_tempered=None,
+    )
 
 
 def through_sums(
@@ -182,10 +194,24 @@ def through_sums(
         of_sum = cotangents.log_sum_tempered * jnp.exp(-stats.log_sum_tempered)
         grad += (of_sum * inverse)[..., None] * jnp.exp(relative * inverse)
         at_top += of_sum * inverse
+    if not is_zero_cotangent(cotangents.expected_tempered):
+        of_tempered = _through_expected_tempered(
+            relative, stats, cotangents, is_finite=is_finite
+        )
+        grad, at_top = grad + of_tempered[0], at_top + of_tempered[1]
     if not is_zero_cotangent(cotangents.total):
         grad += cotangents.total[..., None]
         at_top += cotangents.total
     return grad, at_top
+
+
+def _through_expected_tempered(relative, stats, cotangents, *, is_finite: bool):
+    """Computes the gradient through `expected_tempered`, and that at the top."""
+    inverse, mean = 1 / stats.temperature, stats.expected_tempered
+    scale = cotangents.expected_tempered * jnp.exp(-stats.log_sum_tempered)
+    distance = (relative if is_finite else bounded(relative)) - mean[..., None]
+    factor = scale[..., None] * (1 + inverse * distance)
+    return jnp.exp(relative * inverse) * factor, scale * (1 - inverse * mean)
 
 
 def _through_exponentials(e, relative, stats, cotangents: TokenStats, is_finite: bool):

@@ -18,16 +18,17 @@ _RUNS = 8
 
 @flax.struct.dataclass
 class Product:
-    """The logits `hidden · kernel + bias` of a block of tokens.
+    """The logits `(hidden · kernel + bias) · scale` of a block of tokens.
 
     Attributes:
       hidden: the hidden states of the block's N tokens, flattened.
       kernel: the projection.
-      near: per token, a number near its row max; any number gives correct results, but
-        one that is far off costs a second product.
+      near: per token, a number near its row max at scale 1; any number gives correct
+        results, but one that is far off costs a second product.
       bias: −inf for classes that are impossible; None if there is none.
-      probe: zeros whose gradient is that of the logits; None if it is not needed. The
-        gradient of the bias is its sum over the tokens.
+      scale: one over a temperature; None for 1. Logits with a soft-cap have none.
+      probe: zeros whose gradient is that of the logits at scale 1; None if it is not
+        needed. The gradient of the bias is its sum over the tokens.
       shape: the block's token axes, which are flattened here.
       by_columns: whether the logits of a column are contiguous in memory, as TPUs
         prefer: a number per token then needs no broadcast within a register.
@@ -40,6 +41,7 @@ class Product:
     kernel: Float[Array, "D W"]
     near: Float[Array, "N"]
     bias: Float[Array, "W"] | None = None
+    scale: Float[Array, ""] | None = None
     probe: Float[Array, "N W"] | None = None
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
@@ -47,7 +49,7 @@ class Product:
     precision: lax.PrecisionLike = flax.struct.field(pytree_node=False, default=None)
 
     def make(self) -> Float[Array, "..."]:
-        """Computes the logits without the bias: [N, W], or [W, N] by columns."""
+        """Computes `hidden · kernel`: [N, W], or [W, N] by columns."""
         z = lax.dot_general(
             self.hidden,
             self.kernel,
@@ -57,11 +59,9 @@ class Product:
         )
         return _row_major(z.T) if self.by_columns else z
 
-    def biased(self, made: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Adds the bias to what `make` returns."""
-        if self.bias is None:
-            return made
-        return made + jnp.expand_dims(as_float(self.bias), 1 - self.class_axis)
+    def finish(self, made: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Computes the logits from what `make` returns."""
+        return finished(made, self.bias, self.scale, self.class_axis)
 
     @property
     def class_axis(self) -> int:
@@ -74,10 +74,23 @@ class Product:
 
     def logits(self) -> Float[Array, "*n W"]:
         """Computes logits in the block's shape; their gradient goes to the probe."""
-        z = lax.stop_gradient(self.by_token(self.biased(self.make())))
+        assert self.scale is None  # it is applied last
+        z = lax.stop_gradient(self.by_token(self.finish(self.make())))
         if self.probe is not None:
             z += self.probe
         return z.reshape(*self.shape, z.shape[-1])
+
+
+def finished(
+    made: Float[Array, "..."],
+    bias: Float[Array, "W"] | None,
+    scale: Float[Array, ""] | None,
+    class_axis: int = -1,
+) -> Float[Array, "..."]:
+    """Adds a bias to a product, and multiplies by a scale."""
+    if bias is not None:
+        made = made + jnp.expand_dims(as_float(bias), (class_axis + 1) % made.ndim)
+    return made if scale is None else made * scale
 
 
 def differentiable(z: Float[Array, "*n W"] | Product) -> Float[Array, "*m W"]:

@@ -67,8 +67,9 @@ def _gathered(logits, vocabulary: Vocabulary):
 
 def _floats(stats: TokenStats) -> dict[str, Array | None]:
     """Returns the differentiable statistics by name."""
-    names = ("log_sum", "second_log_sum", "log_sum_tempered", "temperature", "target")
-    named = {name: getattr(stats, name) for name in (*names, "total", "expected")}
+    names = ("log_sum", "second_log_sum", "log_sum_tempered", "expected_tempered")
+    names += ("temperature", "target", "total", "expected")
+    named = {name: getattr(stats, name) for name in names}
     return named | {f"candidates.{k}": c for k, c in stats.candidates.items()}
 
 
@@ -90,6 +91,10 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
     cooled = jnp.where(possible, finite / given, -jnp.inf)
     tempered = log_sum if temperature is None else _log_sum_exp(cooled)
+    of_tempered = None
+    if query.tempered_entropy:
+        p = jnp.where(possible, jnp.exp(finite / given - tempered[..., None]), 0.0)
+        of_tempered = jnp.sum(p * finite, -1)
 
     def pick(ids):
         known = (ids >= 0) & (ids < vocabulary.size)
@@ -102,6 +107,7 @@ def _define(logits, query: Query, vocabulary: Vocabulary, temperature) -> TokenS
         second_shift=jnp.zeros_like(shift),
         second_log_sum=second,
         log_sum_tempered=tempered,
+        expected_tempered=of_tempered,
         temperature=given,
         target=pick(query.targets[..., None])[..., 0],
         total=jnp.sum(finite, -1),

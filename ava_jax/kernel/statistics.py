@@ -7,12 +7,14 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel import cpu, reference, rounded, xla, xla_product
+from ava_jax.kernel.collectives import shared_scalar
 from ava_jax.kernel.gradient import is_zero_cotangent
+from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.platforms import Implementation, by_implementation
-from ava_jax.kernel.product import Product
+from ava_jax.kernel.product import Product, finished
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float
 
@@ -72,6 +74,31 @@ def token_statistics(
     return _reshaped(cast(TokenStats, stats), long, lead)
 
 
+def cooled(
+    logits: Float[Array, "*n V"] | Product,
+    active: Bool[Array, "*n"],
+    vocabulary: Vocabulary,
+    temperature: Float[Array, ""],
+) -> tuple[Float[Array, "*n V"] | Product, Vocabulary]:
+    """Divides logits by a temperature, with their derivatives.
+
+    Args:
+      logits: a block's, or what makes them.
+      active: marks the unmasked tokens; the others' logits may hold anything.
+      vocabulary: the static facts.
+      temperature: T.
+
+    Returns:
+      The soft-capped logits, divided, and the facts of their vocabulary.
+    """
+    if isinstance(logits, Product) and vocabulary.soft_cap is None:
+        shared = cast(Array, shared_scalar(vocabulary.axis, temperature))
+        return dataclasses.replace(logits, scale=1 / shared), vocabulary
+    z = logits.logits() if isinstance(logits, Product) else logits
+    z = at_temperature(z, active, vocabulary, temperature)
+    return z, vocabulary._replace(soft_cap=None)
+
+
 def _reshaped(stats: TokenStats, old: tuple[int, ...], new: tuple[int, ...]):
     """Reshapes the token axes of all statistics."""
     whole = jax.tree.map(
@@ -85,49 +112,59 @@ def _of_block(product: Product, query: Query, vocabulary: Vocabulary, temperatur
     """Computes the statistics of a block whose logits the kernel computes itself."""
     shape = product.shape
     query = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), query)
-    probe = product.probe
-    product = dataclasses.replace(product, probe=None)
-    stats = _product_statistics(vocabulary, probe, product, query, temperature)
+    probe, scale = product.probe, product.scale
+    product = dataclasses.replace(product, probe=None, scale=None)
+    stats = _product_statistics(vocabulary, probe, scale, product, query, temperature)
     return _reshaped(cast(TokenStats, stats), (-1,), shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product_statistics(vocabulary, probe, product, query, temperature):
+def _product_statistics(vocabulary, probe, scale, product, query, temperature):
     del probe
+    product = dataclasses.replace(product, scale=scale)
     return xla_product.reduce(product, query, vocabulary, temperature)[0]
 
 
-def _product_forward(vocabulary, probe, product, query, temperature):
-    is_learned = temperature is not None and temperature.perturbed
-    product, query, temperature = jax.tree.map(
-        lambda primal: primal.value, (product, query, temperature)
-    )
+def _product_forward(vocabulary, probe, scale, product, query, temperature):
     del probe
-    keep = "exponentials" if product.may_round and not is_learned else "logits"
+    learned = [x is not None and x.perturbed for x in (scale, temperature)]
+    scale, product, query, temperature = jax.tree.map(
+        lambda primal: primal.value, (scale, product, query, temperature)
+    )
+    product = dataclasses.replace(product, scale=scale)
+    keep = "exponentials" if product.may_round and not any(learned) else "logits"
     stats, block = xla_product.reduce(
         product, query, vocabulary, temperature, keep=keep
     )
-    kept = (temperature, () if is_learned else None)
-    return stats, (block, product.bias, query, stats, kept)
+    # An empty tuple or None: a static fact is passed on as pytree structure.
+    facts = [() if is_learned else None for is_learned in learned]
+    return stats, (block, product.bias, scale, query, stats, temperature, facts)
 
 
 def _product_backward(vocabulary, residuals, cotangents: TokenStats):
-    block, bias, query, stats, (temperature, is_learned) = residuals
+    block, bias, scale, query, stats, temperature, learned = residuals
     facts = query, vocabulary, stats, _known(cotangents)
-    is_tempered, d_temperature = temperature is not None, None
+    is_tempered = temperature is not None
+    d_scale, d_temperature = jax.tree.map(jnp.zeros_like, (scale, temperature))
     if isinstance(block, rounded.Exponentials):
         d_logits = rounded.logits_gradient(block, bias, *facts, tempered=is_tempered)
     else:
-        d_logits, d_temperature = xla.logits_gradient(
+        d_logits, slope = xla.logits_gradient(
             block,
             *facts,
             tempered=is_tempered,
-            of_temperature=is_learned is not None,
+            of_temperature=learned[1] is not None,
             bias=bias,
+            scale=scale,
         )
-    if d_temperature is None and temperature is not None:
-        d_temperature = jnp.zeros_like(temperature)
-    return d_logits, None, None, d_temperature
+        d_temperature = d_temperature if slope is None else slope
+        if learned[0] is not None:
+            # An impossible class has a gradient of 0, but an infinite logit.
+            moves = d_logits * finished(block, bias, None)
+            d_scale = jnp.sum(jnp.where(d_logits != 0, moves, jnp.zeros_like(moves)))
+    if scale is not None:
+        d_logits *= scale
+    return d_logits, d_scale, None, None, d_temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -39,6 +39,8 @@ class TokenStats:
       is_top: whether the target is `top`.
       candidates: `z_c − shift` at the query's candidates, by name, [..., Q].
       candidate_is_top: whether each candidate is `top`, by name.
+      expected_tempered: `Σ_v p_v (z_v − shift)` with p at temperature T; None unless
+        the query sets `tempered_entropy`.
     """
 
     shift: Float[Array, "*n"]
@@ -55,6 +57,7 @@ class TokenStats:
     is_top: Bool[Array, "*n"]
     candidates: dict[str, Float[Array, "*n Q"]]
     candidate_is_top: dict[str, Bool[Array, "*n Q"]]
+    expected_tempered: Float[Array, "*n"] | None = None
 
     @property
     def log_z(self) -> Float[Array, "*n"]:
@@ -84,6 +87,16 @@ class TokenStats:
     def entropy(self) -> Float[Array, "*n"]:
         """`−Σ p log p` at temperature 1, in nats."""
         return self.log_sum - self.expected
+
+    @property
+    def tempered_entropy(self) -> Float[Array, "*n"]:
+        """`−Σ p log p` at temperature T, in nats."""
+        if self.expected_tempered is None:
+            raise ValueError(
+                "the entropy at T was not computed: pass Query(..., "
+                "tempered_entropy=True)"
+            )
+        return self.log_sum_tempered - self.expected_tempered / self.temperature
 
     @property
     def log_one_minus_p(self) -> Float[Array, "*n"]:
@@ -125,12 +138,14 @@ class Query:
       candidates: further ids whose logits are needed, by name, [..., Q].
       log_one_minus_p: whether to compute what `log(1 − p)` of the target and of the
         candidates needs.
+      tempered_entropy: whether to compute what the entropy at temperature T needs.
     """
 
     targets: Int[Array, "*n"]
     active: Bool[Array, "*n"]
     candidates: dict[str, Int[Array, "*n Q"]] = flax.struct.field(default_factory=dict)
     log_one_minus_p: bool = flax.struct.field(pytree_node=False, default=True)
+    tempered_entropy: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Kernel(NamedTuple):

@@ -1,6 +1,7 @@
 """Computing `TokenStats` from sums over whole rows of logits."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -27,6 +28,8 @@ class RowSums:
       second_exp_sum: `Σ exp(z − shift − second_shift)` over all classes except the top
         one; None if not requested.
       tempered: `Σ exp((z − shift)/T)`; None at temperature 1.
+      tempered_moment: `Σ exp((z − shift)/T)·(z − shift)`; None at temperature 1, or if
+        not requested.
       total: `Σ (z − shift)` over the possible classes.
       count: the number of possible classes.
       expected: `Σ exp(z − shift)·(z − shift)`.
@@ -41,6 +44,7 @@ class RowSums:
     exp_sum: Float[Array, "*n"] | None
     second_exp_sum: Float[Array, "*n"] | None
     tempered: Float[Array, "*n"] | None
+    tempered_moment: Float[Array, "*n"] | None
     total: Float[Array, "*n"]
     count: Float[Array, "*n"]
     expected: Float[Array, "*n"]
@@ -71,6 +75,31 @@ def plain_sums(is_all: bool, z, relative, e, axis: int) -> dict[str, Array]:
     return {"total": jnp.sum(known, axis), "expected": jnp.sum(e * bound, axis)}
 
 
+def tempered_sums(
+    query: Query,
+    relative,
+    temperature: Float[Array, ""] | None,
+    axis: int | tuple[int, ...],
+) -> dict[str, Array | None]:
+    """Computes the sums at a temperature.
+
+    Args:
+      query: says whether the moment is requested.
+      relative: the logits relative to the shift.
+      temperature: T, or None for 1.
+      axis: the axis of classes, or the axes that they are split to.
+
+    Returns:
+      `tempered` and `tempered_moment` of `RowSums`.
+    """
+    if temperature is None:
+        return {"tempered": None, "tempered_moment": None}
+    e, moment = jnp.exp(relative * (1 / temperature)), None
+    if query.tempered_entropy:
+        moment = jnp.sum(e * bounded(relative), axis)
+    return {"tempered": jnp.sum(e, axis), "tempered_moment": moment}
+
+
 def count_possible(is_all: bool, z: Float[Array, "*n W"]) -> Float[Array, "*n"]:
     """Counts the possible classes of each row."""
     if is_all:
@@ -79,7 +108,7 @@ def count_possible(is_all: bool, z: Float[Array, "*n W"]) -> Float[Array, "*n"]:
 
 
 def with_queried(
-    others: dict[str, Array],
+    others: dict[str, Any],
     maxima: Float[Array, "2 *n"],
     shift: Float[Array, "*n"],
     raw: Float[Array, "*n Q"],
@@ -117,10 +146,14 @@ def with_queried(
     scale = jnp.exp(offset)
     exp_sum = others["exp_sum"] * scale + jnp.sum(e, -1)
     moments = others["expected"] + offset * others["exp_sum"]
-    tempered = None
+    tempered = moment = None
     if temperature is not None:
-        scaled = others["tempered"] * jnp.exp(offset / temperature)
-        tempered = scaled + jnp.sum(_exp_where(is_added, relative / temperature), -1)
+        lead = jnp.exp(offset / temperature)
+        own = _exp_where(is_added, relative / temperature)
+        tempered = others["tempered"] * lead + jnp.sum(own, -1)
+        if query.tempered_entropy:
+            moment = others["tempered_moment"] + offset * others["tempered"]
+            moment = moment * lead + jnp.sum(own * bounded(relative), -1)
     second_shift, second_exp_sum = jnp.zeros_like(shift), None
     if query.log_one_minus_p:
         is_other = is_added & (ids != top[..., None])
@@ -138,6 +171,7 @@ def with_queried(
         exp_sum=None if query.log_one_minus_p else exp_sum,
         second_exp_sum=second_exp_sum,
         tempered=tempered,
+        tempered_moment=moment,
         total=others["total"] + others["count"] * (shift - row_max),
         count=jnp.broadcast_to(others["count"], shift.shape),
         expected=moments * scale + jnp.sum(e * bounded(relative), -1),
@@ -208,7 +242,12 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
     else:
         assert sums.exp_sum is not None
         log_sum = _log_or_zero(sums.exp_sum)
-    tempered = log_sum if sums.tempered is None else _log_or_zero(sums.tempered)
+    expected = sums.expected * jnp.exp(-log_sum)
+    tempered, of_tempered = log_sum, expected
+    if sums.tempered is not None:
+        tempered, of_tempered = _log_or_zero(sums.tempered), None
+    if sums.tempered_moment is not None:
+        of_tempered = sums.tempered_moment * jnp.exp(-tempered)
     top = sums.top
     stats = TokenStats(
         shift=sums.shift,
@@ -216,11 +255,12 @@ def summarize(sums: RowSums, query: Query, temperature: Float[Array, ""]) -> Tok
         second_shift=sums.second_shift,
         second_log_sum=second_log_sum,
         log_sum_tempered=tempered,
+        expected_tempered=of_tempered if query.tempered_entropy else None,
         temperature=temperature,
         target=sums.target,
         total=sums.total,
         count=sums.count,
-        expected=sums.expected * jnp.exp(-log_sum),
+        expected=expected,
         top=top,
         is_top=top == query.targets if sums.is_top is None else sums.is_top,
         candidates=sums.candidates,
@@ -242,13 +282,14 @@ def _without_inactive(stats: TokenStats, active: Array) -> TokenStats:
         mask = active if x.ndim == active.ndim else active[..., None]
         return jnp.where(mask, x, jnp.full_like(x, other))
 
-    second = stats.second_log_sum
+    second, of_tempered = stats.second_log_sum, stats.expected_tempered
     return dataclasses.replace(
         stats,
         # Any positive number: p < 1 keeps log(1 − p) finite.
         log_sum=keep(stats.log_sum, 1.0),
         log_sum_tempered=keep(stats.log_sum_tempered, 1.0),
         second_log_sum=None if second is None else keep(second),
+        expected_tempered=None if of_tempered is None else keep(of_tempered),
         target=keep(stats.target),
         total=keep(stats.total),
         expected=keep(stats.expected),

@@ -29,12 +29,14 @@ from ava_jax.kernel.logits import (
     possible_logits,
     raw_logits,
 )
+from ava_jax.kernel.product import finished
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import (
     RowSums,
     count_possible,
     plain_sums,
     summarize,
+    tempered_sums,
 )
 from ava_jax.reduce import as_float
 
@@ -74,8 +76,8 @@ def reduce(
     sums: dict[str, Any] = {
         **plain_sums(is_all, z, relative, e, -1),
         "count": count_possible(is_all, z),
+        **tempered_sums(query, relative, temperature, -1),
         "exp_sum": None,
-        "tempered": None,
     }
     sums["target"], sums["candidates"] = pick_all(vocabulary, logits, shift, query)
     sums["top"] = _top_id(axis, z, compared, row_max, exists)
@@ -88,8 +90,6 @@ def reduce(
         second_shift, second = merge_shifted_sums(axis, second_shift, second)
     else:
         sums["exp_sum"] = jnp.sum(e, -1)
-    if temperature is not None:
-        sums["tempered"] = jnp.sum(jnp.exp(relative * (1 / temperature)), -1)
     added = add_up(axis, sums, shift.ndim)
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
     row_sums = RowSums(
@@ -108,13 +108,17 @@ def logits_gradient(
     tempered: bool,
     of_temperature: bool,
     bias: Float[Array, "W"] | None = None,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
-    """Computes the cotangents of logits and temperature; ids are compared with."""
+    """Computes the cotangents of logits and temperature; ids are compared with.
+
+    The cotangent is that of the finished logits, if bias and scale are not yet applied.
+    """
     # Otherwise XLA would save what both passes need, such as a mask of all logits.
     logits = lax.optimization_barrier(logits)
     return gradient_of_logits(
         vocabulary,
-        logits if bias is None else logits + as_float(bias),
+        finished(logits, bias, scale),
         query,
         stats,
         cotangents,

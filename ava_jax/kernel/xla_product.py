@@ -7,7 +7,7 @@ of the product that computes the logits.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,15 @@ from ava_jax.kernel.logits import (
     pick,
     raw_logits,
 )
-from ava_jax.kernel.product import Product
+from ava_jax.kernel.product import Product, finished
 from ava_jax.kernel.rounded import Exponentials
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
-from ava_jax.kernel.summary import plain_sums, summarize, with_queried
+from ava_jax.kernel.summary import (
+    plain_sums,
+    summarize,
+    tempered_sums,
+    with_queried,
+)
 from ava_jax.reduce import as_float
 
 # The range of (row max − shift) / min(T, 1) for which a shift is accepted: exponentials
@@ -65,18 +70,19 @@ def reduce(
         layout by columns, and at most `xla.MOST_COMPARED` ids.
 
     Returns:
-      The statistics, and what `keep` says, logits without the bias. `top` is exact
-      where it is one of the ids of the query, and `NOT_QUERIED` elsewhere.
+      The statistics, and what `keep` says, where the logits are the product's alone,
+      without bias and scale. `top` is exact where it is one of the ids of the query,
+      and `NOT_QUERIED` elsewhere.
     """
     ids = ids_of(query)
     if ids.shape[-1] > xla.MOST_COMPARED:
         made = product.make()
-        logits = product.by_token(product.biased(made))
+        logits = product.by_token(product.finish(made))
         stats = xla.reduce(logits, query, vocabulary, temperature)
         return stats, product.by_token(made)
     request = _Request(
+        query=query,
         columns=columns_of(vocabulary.axis, ids, product.kernel.shape[1]),
-        targets=query.targets,
         temperature=temperature,
         writes_logits=keep == "logits" or not product.by_columns,
         writes_exponentials=keep == "exponentials",
@@ -87,6 +93,7 @@ def reduce(
         assert made.logits is not None
         kept = product.by_token(made.logits)
         at_ids = pick(vocabulary, kept, ids, bias=product.bias)
+        at_ids = finished(at_ids, None, product.scale)
     sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), 1)
     at_ids = jnp.where(is_class(vocabulary, ids), at_ids, -jnp.inf)
     sums["count"] = _count_possible(product, vocabulary)
@@ -103,16 +110,16 @@ class _Request(NamedTuple):
     """What to compute of a block.
 
     Attributes:
-      columns: the columns of the queried ids.
-      targets: the targets' ids.
+      query: the query.
+      columns: the columns of its ids.
       temperature: T, or None for 1.
       writes_logits: whether to write the logits to memory; otherwise those at the
         queried ids are extracted by sums.
       writes_exponentials: whether to write the exponentials to memory.
     """
 
+    query: Query
     columns: Int[Array, "N K"]
-    targets: Int[Array, "N"]
     temperature: Float[Array, ""] | None
     writes_logits: bool
     writes_exponentials: bool
@@ -135,7 +142,7 @@ class _Made(NamedTuple):
 
     logits: Float[Array, "..."] | None
     rounded: Float[Array, "..."] | None
-    sums: dict[str, Array]
+    sums: dict[str, Any]
     at_ids: Float[Array, "N K"] | None
     maxima: Float[Array, "2 N"]
     shift: Float[Array, "N"]
@@ -154,7 +161,8 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
     """Computes a block and its sums; twice if the first shift was too far off."""
 
     def until_near(turn: Callable[[Array], _Made]) -> _Made:
-        near = capped(vocabulary, max_over_shards(vocabulary.axis, product.near))
+        near = finished(product.near, None, product.scale)
+        near = capped(vocabulary, max_over_shards(vocabulary.axis, near))
         shapes = jax.eval_shape(turn, near)
         start = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), shapes)
         start = start._replace(shift=near, is_off=jnp.ones_like(shapes.is_off))
@@ -191,7 +199,7 @@ def _sum_up(
       shift: what the sums are relative to, [N].
       request: what to compute.
     """
-    axis, logits = product.class_axis, product.biased(made)
+    axis, logits = product.class_axis, product.finish(made)
     width = logits.shape[axis]
     every = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
     ids = every + first_id(vocabulary.axis, width)
@@ -220,9 +228,9 @@ def _sum_up(
     is_all = not is_padded and product.bias is None
     sums = plain_sums(is_all, z, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
-    if request.temperature is not None:
-        cooled = not_queried(jnp.exp(relative * (1 / request.temperature)), 0.0)
-        sums["tempered"] = jnp.sum(cooled, axis)
+    sums |= tempered_sums(
+        request.query, not_queried(relative, -jnp.inf), request.temperature, axis
+    )
     at_ids = rounded = None
     if not request.writes_logits:
         masked = [jnp.where(hit, raw, jnp.zeros_like(raw)) for hit in hits]
@@ -230,7 +238,7 @@ def _sum_up(
     if request.writes_exponentials:
         rounded = exponentials.astype(jnp.bfloat16)
     largest = jnp.max(not_queried(raw, -jnp.inf), axis)
-    is_before = ids < spread(request.targets)
+    is_before = ids < spread(request.query.targets)
     before = jnp.max(jnp.where(is_before, raw, jnp.full_like(raw, -jnp.inf)), axis)
     maxima = max_over_shards(vocabulary.axis, jnp.stack([largest, before]))
     shift, is_off = _next_shift(vocabulary, shift, maxima[0], request.temperature)

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Columns
 from ava_jax.kernel.product import Product
-from ava_jax.kernel.statistics import token_statistics
+from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses.likelihood import smoothed_cross_entropy
 from ava_jax.reduce import as_float, weighted_sum
@@ -20,6 +19,8 @@ from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
 from ava_jax.tokens import Tokens
 
 _CANDIDATES = "all"
+# With it, exponentials are 0 of classes whose probability at temperature 1 is 1e-9.
+_COLDEST = 0.25
 
 
 @flax.struct.dataclass
@@ -111,18 +112,21 @@ class TokenObjective:
         if self._needs_logits and isinstance(logits, Product):
             logits = logits.logits()
         values: dict[str, Array] = {}
-        for temperature, terms in self._by_temperature().items():
-            tempered = dataclasses.replace(self, terms=terms)
+        for temperature, objective in self._by_temperature().items():
             given = logits, inputs, own, shared, kernel
-            values |= tempered._values(temperature, *given)
+            values |= objective._values(temperature, *given)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
     def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
         """Returns for how many ids of a token it wants logits; None for all of them.
 
-        A soft-cap's slope, too, wants the logits themselves.
+        A soft-cap's slope, too, wants the logits themselves. So does what is measured
+        at temperature 1 beside very cold logits, whose exponentials underflow.
         """
         if self._needs_logits or self.soft_cap is not None:
+            return None
+        parts = self._by_temperature().items()
+        if any(part.measures and divisor < _COLDEST for divisor, part in parts):
             return None
 
         def candidates(inputs, rows):
@@ -134,14 +138,32 @@ class TokenObjective:
 
     @property
     def _needs_logits(self) -> bool:
-        return any(t.needs_logits or t.logits_temperature != 1 for t in self.terms)
+        has_own = any(t.logits_temperature != 1 for t in self.terms)
+        # A product applies a temperature last, and so no soft-cap.
+        is_capped = has_own and self.soft_cap is not None
+        return is_capped or any(t.needs_logits for t in self.terms)
 
-    def _by_temperature(self) -> dict[float, tuple[TokenTerm, ...]]:
-        """Returns the terms by the temperature of their logits, those of 1 first."""
-        found: dict[float, list[TokenTerm]] = {1.0: []}
-        for term in self.terms:
-            found.setdefault(float(term.logits_temperature), []).append(term)
-        return {temperature: tuple(terms) for temperature, terms in found.items()}
+    def _by_temperature(self) -> dict[float, "TokenObjective"]:
+        """Returns the objectives of the temperatures of logits, that of 1 first.
+
+        One of them measures: that of 1, if it has any terms.
+        """
+
+        def divisor(term: TokenTerm) -> float:
+            # Terms of the logits themselves divide them on their own.
+            is_own = isinstance(term, LogitsTerm)
+            return 1.0 if is_own else float(term.logits_temperature)
+
+        found: dict[float, list[TokenTerm]] = {}
+        for term in sorted(self.terms, key=lambda term: divisor(term) != 1):
+            found.setdefault(divisor(term), []).append(term)
+        parts: dict[float, TokenObjective] = {}
+        for temperature, terms in (found or {1.0: []}).items():
+            measures = self.measures and not parts
+            parts[temperature] = dataclasses.replace(
+                self, terms=tuple(terms), measures=measures
+            )
+        return parts
 
     def _values(
         self, divisor: float, logits, inputs, own, shared: Shared, kernel: Kernel
@@ -156,23 +178,24 @@ class TokenObjective:
                 values[t.name] = t.of_logits(logits, *given)
             else:
                 of_stats.append(t)
-        measures = self.measures and divisor == 1
-        if not of_stats and not measures:
+        if not of_stats and not self.measures:
             return values
         objective = dataclasses.replace(self, terms=tuple(of_stats))
         candidates = objective._candidates(own)
         stats = objective._statistics(
             divisor, logits, inputs, candidates, shared, kernel
         )
-        seen = _by_term(stats, candidates)
+        given = stats if divisor == 1 else _untempered(stats)
+        seen = _by_term(given, candidates)
         for t in of_stats:
-            stats_of_term = seen.get(t.name, stats)
+            stats_of_term = seen.get(t.name, given)
             values[t.name] = t(stats_of_term, own[t.name])
             values |= t.measurements(stats_of_term, own[t.name])
-        if measures:
-            values["nll"] = stats.nll
+        if self.measures:
+            is_one = divisor == 1
+            values["nll"] = stats.nll if is_one else stats.tempered_nll
             values["accuracy"] = as_float(stats.is_top)
-            values["entropy"] = stats.entropy
+            values["entropy"] = stats.entropy if is_one else stats.tempered_entropy
         return values
 
     def _inputs_by_term(self, inputs: TokenInputs, rows, shared: Shared):
@@ -203,12 +226,26 @@ class TokenObjective:
             log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
         )
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
-        temperature = shared.temperature
-        if divisor != 1:
-            temperature = None
-            logits = at_temperature(logits, query.active, vocabulary, as_float(divisor))
-            vocabulary = vocabulary._replace(soft_cap=None)
-        return token_statistics(logits, query, vocabulary, temperature)
+        if divisor == 1:
+            return token_statistics(logits, query, vocabulary, shared.temperature)
+        given = query.active, vocabulary, as_float(divisor)
+        logits, vocabulary = cooled(logits, *given)
+        if not self.measures:
+            return token_statistics(logits, query, vocabulary)
+        # What is measured is at temperature 1, which undoes the division.
+        query = dataclasses.replace(query, tempered_entropy=True)
+        undone = 1 / as_float(divisor)
+        return token_statistics(logits, query, vocabulary, undone)
+
+
+def _untempered(stats: TokenStats) -> TokenStats:
+    """Returns the statistics at temperature 1 of the logits they are of."""
+    return dataclasses.replace(
+        stats,
+        log_sum_tempered=stats.log_sum,
+        expected_tempered=None,
+        temperature=jnp.ones_like(stats.temperature),
+    )
 
 
 @flax.struct.dataclass

@@ -17,16 +17,19 @@ from support.kernel_rows import (
     assert_rows_agree,
     batch,
     bias_of,
+    describe,
     gradient_of_temperature,
     measured,
     mixed,
     top_logit_of,
     unbiased,
     unknown,
+    weights_of,
 )
 from support.trees import assert_trees_close
 
 from ava_jax import Query, Vocabulary, token_statistics
+from ava_jax.kernel.collectives import shared_scalar
 from ava_jax.kernel.product import Product, near_largest, sample_columns
 from ava_jax.kernel.summary import NOT_QUERIED
 
@@ -75,8 +78,8 @@ def product_program(
             kernel,
             near,
             bias,
-            probe,
-            query.targets.shape,
+            probe=probe,
+            shape=query.targets.shape,
             by_columns=by_columns,
             may_round=may_round,
         )
@@ -305,7 +308,7 @@ def test_a_bias_may_leave_few_classes(kept):
         near = near_largest(
             hidden, sample_columns(jnp.eye(256), bias, by_columns=False)
         )
-        product = Product(hidden, jnp.eye(256), near, bias, probe, (2,))
+        product = Product(hidden, jnp.eye(256), near, bias, probe=probe, shape=(2,))
         logits = product if implementation == "xla" else hidden + bias + probe
         stats = token_statistics(logits, query, vocabulary)
         values = [getattr(stats, name) for name in ("log_sum", "entropy", "total")]
@@ -315,3 +318,86 @@ def test_a_bias_may_leave_few_classes(kept):
     got, want = (grad(jnp.zeros_like(hidden), i) for i in ("xla", "reference"))
     assert not np.isnan(want[0]).any()
     assert_trees_close(got, want, 4e-6)
+
+
+@functools.cache
+def scaled_program(implementation, *, axis, by_columns, may_round):
+    """A mixture of the statistics at temperatures 1/scale and 1.9/scale; gradients."""
+    vocabulary = Vocabulary(300, None, axis, False, implementation)
+
+    def mixture(probe, scale, hidden, kernel, bias, query):
+        if may_round:
+            scale = jax.lax.stop_gradient(scale)
+        if implementation == "xla":
+            near = near_largest(
+                hidden, sample_columns(kernel, bias, by_columns=by_columns)
+            )
+            logits = Product(
+                hidden,
+                kernel,
+                near,
+                bias,
+                shared_scalar(axis, scale),
+                probe,
+                (24,),
+                by_columns=by_columns,
+                may_round=may_round,
+            )
+        else:
+            possible = bias != -jnp.inf
+            logits = hidden @ kernel + probe + jnp.where(possible, bias, 0.0)
+            logits = jnp.where(possible, logits * scale, -jnp.inf)
+        stats = token_statistics(logits, query, vocabulary, jnp.float32(1.9))
+        values = describe(stats, query)
+        del values["log_sum_without_top"]  # unspecified if the top is not queried
+
+        def keep(value):
+            known = jnp.isfinite(value) & (jnp.abs(value) < 1e29)
+            known &= query.active.reshape(-1, *[1] * (value.ndim - 1))
+            return jnp.where(known, value, 0.0)
+
+        kept = jax.tree.map(keep, values)
+        mix = (jnp.sum(weights_of(k, v.shape) * v) for k, v in kept.items())
+        return sum(mix, start=jnp.float32(0)), kept
+
+    run = jax.grad(mixture, argnums=(0, 1), has_aux=True)
+    if axis is not None:
+        columns = P(None, axis)
+        run = jax.shard_map(
+            run,
+            mesh=MESH,
+            in_specs=(columns, P(), P(), columns, P(axis), P()),
+            out_specs=((columns, P()), P()),
+            check_vma=False,
+        )
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("axis", [None, "vocab"])
+@pytest.mark.parametrize("form", ["gpu", "tpu", "tpu, rounded"])
+def test_a_scaled_product(form, axis, scale):
+    """Its gradients are those of logits at scale 1, and of the scale."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(24, 16)).astype(np.float32)
+    kernel = rng.normal(size=(16, 512)).astype(np.float32)
+    bias = rng.normal(size=512).astype(np.float32)
+    bias[7::40] = -np.inf
+    ids = rng.integers(0, 300, (2, 24, 2)).astype(np.int32)
+    query = Query(
+        targets=jax.device_put(ids[0, :, 0]),
+        active=jax.device_put(np.arange(24) != 3),
+        candidates={"a": jax.device_put(ids[1])},
+        tempered_entropy=True,
+    )
+    probe = np.zeros((24, 512), np.float32)
+    given = jax.device_put((probe, np.float32(scale), hidden, kernel, bias, query))
+    may_round, by_columns = form.endswith("rounded"), form.startswith("tpu")
+    want = scaled_program("reference", axis=None, by_columns=False, may_round=False)
+    run = scaled_program("xla", axis=axis, by_columns=by_columns, may_round=may_round)
+    ((dz, slope), values), ((exact, of_scale), expected) = run(*given), want(*given)
+    assert_trees_close(values, expected, 1e-5)
+    # The mean of all logits alone has a large gradient, which bfloat16 rounds.
+    assert_trees_close(dz, exact, 2**-8 if may_round else 4e-6)
+    if not may_round:
+        np.testing.assert_allclose(slope, of_scale, rtol=2e-5)

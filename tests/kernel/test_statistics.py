@@ -164,7 +164,7 @@ def test_inactive_tokens_may_hold_anything():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got[1]))
 
 
-def test_log_one_minus_p_must_be_requested():
+def test_some_numbers_must_be_requested():
     query = Query(
         targets=jnp.array([0]), active=jnp.array([True]), log_one_minus_p=False
     )
@@ -172,6 +172,8 @@ def test_log_one_minus_p_must_be_requested():
     np.testing.assert_allclose(stats.nll, np.log(4), rtol=1e-6)
     with pytest.raises(ValueError, match="log_one_minus_p=True"):
         _ = stats.log_one_minus_p
+    with pytest.raises(ValueError, match="tempered_entropy=True"):
+        _ = stats.tempered_entropy
 
 
 @pytest.mark.parametrize("width", [5, 256, 1000])

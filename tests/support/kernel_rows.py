@@ -165,13 +165,14 @@ def _query(options: Options, names, z) -> Query:
         active=jax.device_put(np.array([active, active])),
         candidates=candidates,
         log_one_minus_p=options.log_one_minus_p,
+        tempered_entropy=True,
     )
 
 
 def describe(stats: TokenStats, query: Query) -> dict[str, jax.Array]:
     """Returns all differentiable values, [2, n] or [2, n, Q]."""
     names = ["log_z", "nll", "entropy", "total", "count", "expected", "target"]
-    names += ["log_sum_tempered"]
+    names += ["log_sum_tempered", "expected_tempered", "tempered_entropy"]
     if query.log_one_minus_p:
         names += ["log_sum_without_top", "log_one_minus_p"]
     values = {name: getattr(stats, name) for name in names}
@@ -284,9 +285,14 @@ def weights_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def gradient_of_temperature(options: Options) -> float:
-    """−Σ mix·E[z]/T², the mean over p at that temperature, in float64."""
+    """The derivative of what depends on T, its moments over p at T, in float64.
+
+    That of `log_sum_tempered` is −E[z]/T², of `expected_tempered` −Var[z]/T², and of
+    `tempered_entropy` Var[z]/T³.
+    """
     _, z, query = batch(options)
-    mix = weights_of("log_sum_tempered", z.shape[:-1])
+    names = ("log_sum_tempered", "expected_tempered", "tempered_entropy")
+    of_sum, of_mean, of_entropy = (weights_of(name, z.shape[:-1]) for name in names)
     z = np.asarray(z, np.float64)[..., : options.size]
     active = np.asarray(query.active)
     z = np.where(active[..., None], z, 0.0)
@@ -294,8 +300,12 @@ def gradient_of_temperature(options: Options) -> float:
         z = np.where(np.isinf(z), z, options.cap * np.tanh(z / options.cap))
     relative = z - z.max(-1, keepdims=True)
     e = np.exp(relative / TEMPERATURE)
-    mean = (e * np.maximum(relative, -1e15)).sum(-1) / e.sum(-1)
-    return float(-(mix * active * mean).sum() / TEMPERATURE**2)
+    p = e / e.sum(-1, keepdims=True)
+    relative = np.maximum(relative, -1e15)
+    mean = (p * relative).sum(-1)
+    variance = (p * (relative - mean[..., None]) ** 2).sum(-1)
+    total = of_sum * mean + (of_mean - of_entropy / TEMPERATURE) * variance
+    return float(-(active * total).sum() / TEMPERATURE**2)
 
 
 def assert_rows_agree(
