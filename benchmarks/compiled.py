@@ -146,6 +146,7 @@ def measure(chip: str, entry: Entry, top: int = 0) -> CompiledRow:
         row["estimated_ms"] = costs.estimated_cycles(program) / clock / 1e6
     else:
         row["moved_bytes"] = costs.moved_bytes(program)
+        row["outside_bytes"] = costs.moved_bytes(program, by_products=False)
     memory = compiled.memory_analysis()
     if memory is not None:
         row["temp_bytes"] = memory.temp_size_in_bytes
@@ -193,8 +194,10 @@ def head(chip: str, shape: Shape, mesh: dict[str, int]) -> str:
     """Returns the title and the head of the table."""
     where = "".join(f", {name}={size}" for name, size in mesh.items())
     sizes = f"{shape.batch}x{shape.length} tokens, D {shape.width}, V {shape.vocab}"
-    amount = "estimated ms" if CHIPS[chip].clock else "GiB moved"
-    cells = ("", amount, "temp MiB", f"{amount} ÷", "temp ÷", "compile s")
+    amount, outside = "estimated ms", ""
+    if not CHIPS[chip].clock:
+        amount, outside = "GiB moved", " (outside products)"
+    cells = ("", amount + outside, "temp MiB", f"{amount} ÷", "temp ÷", "compile s")
     title = f"{chip}{where}: {sizes}, bfloat16, jax {jax.__version__}"
     return f"{title}\n\n| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
 
@@ -205,10 +208,12 @@ def line(row: CompiledRow, rows: list[CompiledRow]) -> str:
         return f"| {row['name']} | {row['failed']} | | | | |"
     base = next((r for r in rows if r["name"] == row["reference"]), None)
     amount, temp = amount_of(row), row.get("temp_bytes")
+    outside = row.get("outside_bytes")
+    outside = "" if outside is None else f" ({_number(outside / GIB)})"
     against = f" (÷ {row['reference']})" if row["reference"] != NAIVE else ""
     cells = (
         row["name"],
-        "-" if amount is None else f"{amount:,.{1 if amount >= 10 else 2}f}",
+        "-" if amount is None else _number(amount) + outside,
         "-" if temp is None else f"{temp / MIB:,.0f}",
         _ratio(amount, base and amount_of(base)) + against,
         _ratio(temp, base and base.get("temp_bytes")),
@@ -221,6 +226,10 @@ def amount_of(row: CompiledRow) -> float | None:
     """Returns the estimated milliseconds or the GiB moved."""
     moved = row.get("moved_bytes")
     return row.get("estimated_ms") if moved is None else moved / GIB
+
+
+def _number(amount: float) -> str:
+    return f"{amount:,.{1 if amount >= 10 else 2}f}"
 
 
 def _ratio(own: float | None, other: float | None) -> str:

@@ -111,12 +111,27 @@ def costliest(program: Program, count: int, *, by: str = "cycles") -> list[Cost]
 # Bytes ---------------------------------------------------------------------------
 
 
-def moved_bytes(program: Program) -> int:
-    """Returns the bytes that the kernels read and write, without caches."""
+def moved_bytes(program: Program, *, by_products: bool = True) -> int:
+    """Returns the bytes that the kernels read and write, without caches.
+
+    Args:
+      program: from `benchmarks.hlo.parse`.
+      by_products: whether matrix products count, which compute while they move bytes.
+    """
     return sum(
         times * bytes_of(program, frame.body, operation)
         for operation, times, frame in steps(program)
+        if by_products or not _has_product(program, operation)
     )
+
+
+def _has_product(program: Program, operation: Operation) -> bool:
+    if operation.kind in ("dot", "convolution"):
+        return True
+    if operation.kind != "fusion":
+        return "__cublas$" in operation.attributes
+    fused = program.computations[operation.called[0]].operations.values()
+    return any(_has_product(program, inner) for inner in fused)
 
 
 def bytes_of(program: Program, body: Computation, operation: Operation) -> int:

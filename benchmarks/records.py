@@ -116,6 +116,7 @@ class CompiledRow(TypedDict):
       reference: the baseline that it is compared with.
       estimated_ms: estimate of the TPU's compiler.
       moved_bytes: bytes that the GPU's kernels move.
+      outside_bytes: those of them that are not moved by matrix products.
       temp_bytes: temporary memory per device.
       compile_seconds: time to trace and compile.
       costliest: the most expensive operations.
@@ -127,6 +128,7 @@ class CompiledRow(TypedDict):
     reference: str
     estimated_ms: NotRequired[float]
     moved_bytes: NotRequired[int]
+    outside_bytes: NotRequired[int]
     temp_bytes: NotRequired[int]
     compile_seconds: NotRequired[float]
     costliest: NotRequired[list[CostRecord]]

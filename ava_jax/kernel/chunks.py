@@ -10,11 +10,11 @@ temperature) can be left out.
 import functools
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
 
 from ava_jax.kernel.blocks import (
     fold,
@@ -23,6 +23,7 @@ from ava_jax.kernel.blocks import (
     split_rows,
     transform,
 )
+from ava_jax.kernel.head_gradient import HeadGradient
 from ava_jax.kernel.passes import Objective, Operands, Pass, Sums, TokenFunction
 from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
 from ava_jax.kernel.unmasked import fold_unmasked
@@ -81,9 +82,10 @@ def local_gradients(
     is_own = pass_.sample is not None
     whole = (None if is_own else bias, _only(needed.shared, operands.shared))
     d_whole = _zeros(whole)
-    d_head = _Head(
-        _Total.of(_only(needed.kernel, operands.kernel), pass_.on_gpu),
-        _zeros(bias if is_own else None),
+    d_head = HeadGradient.empty(
+        _only(needed.kernel, operands.kernel),
+        bias if is_own else None,
+        on_gpu=pass_.on_gpu,
     )
     totals: Sums = {}
     d_sources, d_inputs = [], []
@@ -175,7 +177,6 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         )
         return (carry, d_head), d_source, d_inputs
     of_chunk = functools.partial(_chunk_gradient, pass_, needs, of_block)
-    d_kernel = d_head.kernel
     (carry, d_head, _), (d_source, d_inputs) = fold_unmasked(
         of_chunk,
         (carry, d_head, _buffer(pass_, needs, source)),
@@ -185,7 +186,7 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         sizes.chunk,
         like=(_only(needs.source, source), _only(needs.inputs, inputs)),
         is_open=pass_.on_gpu,
-        first_apart=d_kernel is not None and d_kernel.value is None,
+        first_apart=d_head.is_shapeless,
     )
     return (carry, d_head), d_source, d_inputs
 
@@ -298,12 +299,8 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
         if not pass_.on_cpu:
             dh = dh.reshape(*dh.shape[:1], h.shape[0], -1, h.shape[-1])
             dh = join_rows(dh, h.shape, dh.shape[2])
-    if d_head.kernel is not None:
-        total = _add_product(pass_, d_head.kernel, rows, dz)
-        d_head = d_head._replace(kernel=total)
-    if d_head.bias is not None:
-        assert dz is not None  # as `_Needs.logits` says
-        d_head = d_head._replace(bias=d_head.bias + _sum_of_rows(pass_, dz))
+    if dz is not None:
+        d_head = d_head.plus(pass_, rows, dz)
     return (carry, d_head, buffer), (dh, d_inputs)
 
 
@@ -358,102 +355,31 @@ def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
     else:
         index = jnp.arange(parts[0].shape[0], dtype=jnp.int32)
         (carry, dz), d_inputs = lax.scan(step, carry, (index, *parts))
-    if parts[0].shape[0] > 1 or not pass_.may_round:
+    is_written = parts[0].shape[0] > 1 or not pass_.may_round
+    if is_written:
         # Otherwise each of the two products would recompute it from the logits.
         dz = lax.optimization_barrier(dz)
     rows = parts[0].reshape(len(parts[0]), -1, h.shape[-1])
+    rows = _lay_rows(pass_, rows, is_written)
     return carry, rows, dz, join_rows(d_inputs, h.shape, size)
 
 
-@flax.struct.dataclass
-class _Total:
-    """A sum that begins without zeros in memory: the first summand replaces it.
+def _lay_rows(pass_: Pass, rows: Float[Array, "n c D"], is_written: bool):
+    """Constrains the layout of hidden states for the projection's gradient on TPUs.
 
-    Attributes:
-      value: the sum; None before the first summand, or anything if it is empty.
-      is_empty: whether nothing has been added; None if that is known.
+    XLA chooses one by what else they are used for. By its own estimates the product
+    takes up to 1.5 times as long with another than this; only on a mesh, where the
+    gradient of the logits is fused into the product, no choice was better than XLA's.
+
+    Args:
+      pass_: the pass.
+      rows: the hidden states of a chunk.
+      is_written: whether the chunk's gradient of the logits is in memory.
     """
-
-    value: Float[Array, "D V"] | None
-    is_empty: Bool[Array, ""] | None
-
-    @staticmethod
-    def of(like: Float[Array, "D V"] | None, on_gpu: bool) -> "_Total | None":
-        """Returns the empty sum of arrays of a shape; None of none.
-
-        A product on a GPU adds its result to an array, but not to a choice of two.
-        """
-        if like is None:
-            return None
-        if on_gpu:
-            return _Total(None, None)
-        return _Total(lax.empty(like.shape, float_dtype()), jnp.asarray(True))
-
-    def plus(self, old: Float[Array, "d V"], more: Float[Array, "d V"]):
-        """Adds to rows of the sum."""
-        if self.is_empty is not None:
-            old = jnp.where(self.is_empty, jnp.zeros_like(old), old)
-        return old + more
-
-
-class _Head(NamedTuple):
-    """The gradients of the projection and its bias; None where they are not needed.
-
-    That of the bias is None as well where a block's objective differentiates by it.
-    """
-
-    kernel: _Total | None
-    bias: Float[Array, "V"] | None
-
-
-def _sum_of_rows(pass_: Pass, dz: Float[Array, "*n V"]) -> Float[Array, "V"]:
-    tokens = tuple(range(dz.ndim - 1))
-    if not pass_.by_columns:
-        return jnp.sum(as_float(dz), tokens)
-    # A TPU takes three times as long for a sum over neighbours in memory, which a
-    # product with a single row of ones would become.
-    ones = jnp.ones((8, *dz.shape[:-1]), dz.dtype)
-    sums = lax.dot_general(
-        ones,
-        dz,
-        (([i + 1 for i in tokens], tokens), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=float_dtype(),
-    )
-    return sums[0]
-
-
-def _add_product(pass_: Pass, total: _Total, h, dz) -> _Total:
-    """Adds hᵀ·dz to the sum, in parts of D so that the product needs little memory."""
-    parts = pass_.sizes.parts
-    width = h.shape[-1] // parts if h.shape[-1] % parts == 0 else h.shape[-1]
-
-    def product(part):
-        # Not flattened to one axis, which XLA could not shard.
-        tokens = tuple(range(dz.ndim - 1))
-        over_tokens = ((tokens, tokens), ((), ()))
-        return lax.dot_general(
-            part,
-            dz,
-            over_tokens,
-            precision=pass_.kernel.precision,
-            preferred_element_type=float_dtype(),
-        )
-
-    def add_part(i, value):
-        part = lax.dynamic_slice_in_dim(h, i * width, width, h.ndim - 1)
-        old = lax.dynamic_slice_in_dim(value, i * width, width, 0)
-        new = total.plus(old, product(part))
-        return lax.dynamic_update_slice_in_dim(value, new, i * width, 0)
-
-    if total.value is None:
-        value = product(h)
-    elif width == h.shape[-1]:
-        value = total.plus(total.value, product(h))
-    else:
-        value = lax.fori_loop(0, h.shape[-1] // width, add_part, total.value)
-    is_empty = None if total.is_empty is None else jnp.zeros_like(total.is_empty)
-    return _Total(value, is_empty)
+    if not pass_.by_columns or (pass_.on_mesh and not is_written):
+        return rows
+    order = (0, 1, 2) if is_written else (0, 2, 1)
+    return with_layout_constraint(rows, Layout(major_to_minor=order))
 
 
 def _zeros(tree):

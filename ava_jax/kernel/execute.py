@@ -129,7 +129,8 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
-    pass_ = Pass(operands, kernel, sizes, on_gpu=target.platform == "gpu")
+    on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
+    pass_ = Pass(operands, kernel, sizes, on_gpu=on_gpu, on_mesh=on_mesh)
     if operands.kernel is None or target.implementation != "xla":
         return pass_
     by_columns = target.platform == "tpu"

@@ -136,6 +136,7 @@ class Pass(NamedTuple):
       rounded_sizes: the sizes where `may_round`; None if that is never allowed.
       may_round: see `Product`; it depends on the objective.
       on_gpu: whether the program is compiled for a GPU.
+      on_mesh: whether this device is one of a mesh.
     """
 
     operands: Operands
@@ -146,6 +147,7 @@ class Pass(NamedTuple):
     rounded_sizes: Sizes | None = None
     may_round: bool = False
     on_gpu: bool = False
+    on_mesh: bool = False
 
     def differentiating(self, objective: Objective, inputs) -> "Pass":
         """Returns the pass with its options for the gradient of one objective."""

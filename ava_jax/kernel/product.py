@@ -57,7 +57,7 @@ class Product:
             precision=self.precision,
             preferred_element_type=float_dtype(),
         )
-        return _row_major(z.T) if self.by_columns else z
+        return row_major(z.T) if self.by_columns else z
 
     def finish(self, made: Float[Array, "..."]) -> Float[Array, "..."]:
         """Computes the logits from what `make` returns."""
@@ -111,10 +111,11 @@ def replaced(
 
 def lay_by_columns(x: Float[Array, "N W"]) -> Float[Array, "N W"]:
     """Constrains the layout: the numbers of a column are contiguous in memory."""
-    return _row_major(x.T).T
+    return row_major(x.T).T
 
 
-def _row_major(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
+def row_major(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
+    """Constrains the layout: the numbers of a row are contiguous in memory."""
     return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 
 
@@ -141,7 +142,7 @@ def sample_columns(
     parts = parts_of(kernel, 1)
     if by_columns:
         # Otherwise XLA would change the layout of the whole projection.
-        parts = [_row_major(part) for part in parts]
+        parts = [row_major(part) for part in parts]
     of_bias = None if bias is None else jnp.concatenate(parts_of(bias, 0))
     return Sample(jnp.concatenate(parts, 1), of_bias)
 

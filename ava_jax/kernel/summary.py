@@ -1,6 +1,7 @@
 """Computing `TokenStats` from sums over whole rows of logits."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -80,6 +81,7 @@ def tempered_sums(
     relative,
     temperature: Float[Array, ""] | None,
     axis: int | tuple[int, ...],
+    keep: Callable[[Array], Array] = lambda e: e,
 ) -> dict[str, Array | None]:
     """Computes the sums at a temperature.
 
@@ -88,13 +90,14 @@ def tempered_sums(
       relative: the logits relative to the shift.
       temperature: T, or None for 1.
       axis: the axis of classes, or the axes that they are split to.
+      keep: replaces exponentials that do not belong to the sums by 0.
 
     Returns:
       `tempered` and `tempered_moment` of `RowSums`.
     """
     if temperature is None:
         return {"tempered": None, "tempered_moment": None}
-    e, moment = jnp.exp(relative * (1 / temperature)), None
+    e, moment = keep(jnp.exp(relative * (1 / temperature))), None
     if query.tempered_entropy:
         moment = jnp.sum(e * bounded(relative), axis)
     return {"tempered": jnp.sum(e, axis), "tempered_moment": moment}

@@ -228,9 +228,8 @@ def _sum_up(
     is_all = not is_padded and product.bias is None
     sums = plain_sums(is_all, z, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
-    sums |= tempered_sums(
-        request.query, not_queried(relative, -jnp.inf), request.temperature, axis
-    )
+    keep = functools.partial(not_queried, fill=0.0)
+    sums |= tempered_sums(request.query, relative, request.temperature, axis, keep)
     at_ids = rounded = None
     if not request.writes_logits:
         masked = [jnp.where(hit, raw, jnp.zeros_like(raw)) for hit in hits]

@@ -111,13 +111,21 @@ def test_rows_have_ratios_to_their_baseline():
     cells = "| plain, from logits | 1.50 | 0 | 0.75 (÷ optax) | - | 3 |"
     assert line(whole, rows) == cells
     assert line(fused, []) == "| plain | 110.0 | 800 | - | - | 3 |"
+    moved = CompiledRow(
+        name="plain",
+        kind="candidate",
+        reference="naive",
+        moved_bytes=20 * 2**30,
+        outside_bytes=5 * 2**30,
+    )
+    assert line(moved, []) == "| plain | 20.0 (5.00) | - | - | - | 0 |"
 
 
 def test_units_are_named():
     shape = Shape(8, 32, 16, "bfloat16", 2)
     assert "estimated ms" in head("v5p", shape, {"data": 2})
     assert ", data=2: 2x4 tokens, D 16, V 32" in head("v5p", shape, {"data": 2})
-    assert "GiB moved" in head("h100", shape, {})
+    assert "GiB moved (outside products) | temp" in head("h100", shape, {})
     assert "estimated" not in head("h100", shape, {})
 
 

@@ -164,6 +164,8 @@ def test_slices_count_as_slices_and_updates_as_updates():
     product = 4 * (4 * 8 + 8 * 16 + 4 * 16)
     assert costs.bytes_of(program, body, body.operations["gemm"]) == product
     assert costs.moved_bytes(program) == 3 * small + 4 + 2 * small + product
+    outside = costs.moved_bytes(program, by_products=False)
+    assert outside == 3 * small + 4 + 2 * small
     assert costs.costliest(program, 1, by="bytes")[0].amount == product
 
 
