@@ -5,6 +5,8 @@ end, with a denominator that the caller may supply. This makes micro-batches, sh
 padding exact.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
@@ -18,6 +20,11 @@ def float_dtype() -> jnp.dtype:
 def as_float(x: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
     """Converts any array or number to the arithmetic dtype, strongly typed."""
     return jnp.asarray(x).astype(float_dtype())
+
+
+def float_zeros(shapes: Any) -> Any:
+    """Returns zeros of the arithmetic dtype for a pytree of anything with a shape."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, float_dtype()), shapes)
 
 
 def safe_divide(

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from ava_jax.kernel.blocks import (
@@ -25,9 +24,14 @@ from ava_jax.kernel.blocks import (
 )
 from ava_jax.kernel.head_gradient import HeadGradient
 from ava_jax.kernel.passes import Objective, Operands, Pass, Sums, TokenFunction
-from ava_jax.kernel.product import differentiable, lay_by_columns, replaced
+from ava_jax.kernel.product import (
+    differentiable,
+    lay_by_columns,
+    replaced,
+    row_major,
+)
 from ava_jax.kernel.unmasked import fold_unmasked
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import as_float, float_dtype, float_zeros
 
 
 def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
@@ -81,7 +85,7 @@ def local_gradients(
     # Where the kernel makes the logits, it adds the bias to them itself.
     is_own = pass_.sample is not None
     whole = (None if is_own else bias, _only(needed.shared, operands.shared))
-    d_whole = _zeros(whole)
+    d_whole = float_zeros(whole)
     d_head = HeadGradient.empty(
         _only(needed.kernel, operands.kernel),
         bias if is_own else None,
@@ -231,7 +235,7 @@ def _no_sums(pass_: Pass, objective, source, inputs) -> Sums:
             block = pass_.logits(block)
         return pass_.evaluate(objective, block, inputs, operands.bias, operands.shared)
 
-    return _zeros(jax.eval_shape(one_token, source, inputs))
+    return float_zeros(jax.eval_shape(one_token, source, inputs))
 
 
 def _block_gradient(pass_: Pass, objective, needs: _Needs, whole, wanted, *block):
@@ -378,12 +382,7 @@ def _lay_rows(pass_: Pass, rows: Float[Array, "n c D"], is_written: bool):
     """
     if not pass_.by_columns or (pass_.on_mesh and not is_written):
         return rows
-    order = (0, 1, 2) if is_written else (0, 2, 1)
-    return with_layout_constraint(rows, Layout(major_to_minor=order))
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, float_dtype()), tree)
+    return row_major(rows) if is_written else lay_by_columns(rows)
 
 
 def _merge(a: Sums, b: Sums) -> Sums:

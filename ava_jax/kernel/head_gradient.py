@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.passes import Pass
 from ava_jax.kernel.product import row_major
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import as_float, float_dtype, float_zeros
 
 
 @flax.struct.dataclass
@@ -61,8 +61,7 @@ class HeadGradient(NamedTuple):
         on_gpu: bool,
     ) -> "HeadGradient":
         """Returns the gradients before the first chunk, of those that are given."""
-        of_bias = None if bias is None else jnp.zeros(bias.shape, float_dtype())
-        return HeadGradient(Total.of(kernel, on_gpu), of_bias)
+        return HeadGradient(Total.of(kernel, on_gpu), float_zeros(bias))
 
     @property
     def is_shapeless(self) -> bool:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ava_jax.kernel.product import Product, Sample, near_largest
+from ava_jax.kernel.product import Product, Sample, finished, near_largest
 from ava_jax.kernel.sizes import Sizes
 from ava_jax.kernel.stats import Kernel
 from ava_jax.kernel.xla import MOST_COMPARED
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import float_dtype
 
 Sums = dict[str, Array]
 
@@ -202,4 +202,4 @@ class Pass(NamedTuple):
 def _biased(z, bias):
     if isinstance(z, Product):
         return dataclasses.replace(z, bias=bias)
-    return z if bias is None else z + as_float(bias)
+    return finished(z, bias, None)

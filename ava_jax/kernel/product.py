@@ -109,14 +109,14 @@ def replaced(
     return dataclasses.replace(z, probe=given) if isinstance(z, Product) else given
 
 
-def lay_by_columns(x: Float[Array, "N W"]) -> Float[Array, "N W"]:
+def lay_by_columns(x: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
     """Constrains the layout: the numbers of a column are contiguous in memory."""
-    return row_major(x.T).T
+    return row_major(x.mT).mT
 
 
-def row_major(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
+def row_major(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Constrains the layout: the numbers of a row are contiguous in memory."""
-    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 class Sample(NamedTuple):

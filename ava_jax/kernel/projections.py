@@ -8,12 +8,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from ava_jax.kernel.execute import Plan, run_gradients, run_sums
 from ava_jax.kernel.passes import Operands, Sums
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import as_float, float_zeros
 
 
 def all_sums(objectives, plan: Plan, operands: Operands) -> Sums:
@@ -77,5 +76,4 @@ def _plus(totals, more):
 
 def _zeros(function, every):
     """Returns zeros in the shape of what the function makes of the first pass's own."""
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], every))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, float_dtype()), shapes)
+    return float_zeros(jax.eval_shape(function, jax.tree.map(lambda x: x[0], every)))

@@ -87,7 +87,10 @@ class _Heads(Term):
         weight = self.weight_at(call.step) / count
         return {self.name: safe_divide(weight, head_denominators(call, count))}
 
-    def _means(self, call: Call, sums: Float[Array, "K"]) -> Float[Array, "K"]:
+    def _means(self, call: Call, sums: Float[Array, "K"] | None) -> Float[Array, "K"]:
+        """Returns the heads' means from their sums, of which there may be none."""
+        if sums is None:
+            return jnp.zeros((0,), float_dtype())
         return safe_divide(sums, head_denominators(call, sums.shape[0]))
 
     def _loss(self, call: Call, means: Float[Array, "K"]) -> tuple[Scalar, Aux]:
@@ -129,7 +132,7 @@ class ParallelHeads(_Heads, BatchTerm):
     def finish(self, call: Call) -> Output:
         count = usable_heads(self.num_heads, call.tokens)
         if count < 1:
-            loss, aux = self._loss(call, jnp.zeros((0,), float_dtype()))
+            loss, aux = self._loss(call, self._means(call, None))
             return Output(loss, loss, aux)
         heads = head_inputs(call.tokens, count)
         params = mtp_parameters(call.inputs)
@@ -193,9 +196,5 @@ class SequentialHeads(_Heads):
 
     def finish(self, call: Call, sums: Float[Array, "K"] | None) -> Output:
         """Returns what the depths add to the call, given their sums."""
-        if sums is None:
-            means = jnp.zeros((0,), float_dtype())
-        else:
-            means = self._means(call, sums)
-        loss, aux = self._loss(call, means)
+        loss, aux = self._loss(call, self._means(call, sums))
         return Output(loss, jnp.zeros_like(loss), aux)
