@@ -291,7 +291,8 @@ class _LogProbs:
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if shared is not None:
             logits, vocabulary = cooled(logits, inputs.active, vocabulary, shared)
-        stats = token_statistics(logits, inputs, vocabulary)
+        query = dataclasses.replace(inputs, top=not kernel.one_pass)
+        stats = token_statistics(logits, query, vocabulary)
         return {
             "log_probs": -stats.nll,
             "entropy": stats.entropy,

@@ -125,11 +125,12 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
         chunk=plan.chunk,
         block=plan.block,
     )
-    kernel = Kernel(axis, is_finite, target.implementation, plan.precision)
+    on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
+    how = target.implementation, plan.precision, on_gpu
+    kernel = Kernel(axis, is_finite, *how)
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
-    on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
     pass_ = Pass(operands, kernel, sizes, on_gpu=on_gpu, on_mesh=on_mesh)
     if operands.kernel is None or target.implementation != "xla":
         return pass_

@@ -1,6 +1,7 @@
 """Logits that do not exist yet: the kernel computes them together with their sums."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.struct
@@ -66,7 +67,17 @@ class Product:
     @property
     def class_axis(self) -> int:
         """The axis of the classes in what `make` returns."""
-        return 0 if self.by_columns else 1
+        return 0 if self.by_columns else -1
+
+    @property
+    def width(self) -> int:
+        """The number of columns, W."""
+        return self.kernel.shape[1]
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether logits may be −inf."""
+        return self.bias is not None
 
     def by_token(self, made: Float[Array, "..."]) -> Float[Array, "N W"]:
         """Brings what `make` returns to [N, W]."""
@@ -79,6 +90,49 @@ class Product:
         if self.probe is not None:
             z += self.probe
         return z.reshape(*self.shape, z.shape[-1])
+
+
+@flax.struct.dataclass
+class Given:
+    """Logits that exist already, to be read like a `Product`.
+
+    Attributes:
+      logits: the block; those of masked tokens may hold anything.
+      near: per token, a number near its row max.
+    """
+
+    logits: Float[Array, "*n W"]
+    near: Float[Array, "*n"]
+    bias: None = None
+    scale: None = None
+
+    by_columns = False
+    class_axis = -1
+    has_holes = True
+
+    @staticmethod
+    def of(logits: Float[Array, "*n W"]) -> "Given":
+        """Returns logits with the maximum over a few columns of each token's."""
+        parts = [jnp.max(part, -1) for part in _runs_of(logits, logits.ndim - 1)]
+        near = as_float(functools.reduce(jnp.maximum, parts))
+        return Given(logits, jnp.where(near != -jnp.inf, near, jnp.zeros_like(near)))
+
+    @property
+    def width(self) -> int:
+        """The number of columns, W."""
+        return self.logits.shape[-1]
+
+    def make(self) -> Float[Array, "*n W"]:
+        """Returns the logits."""
+        return self.logits
+
+    def finish(self, made: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
+        """Returns the same."""
+        return made
+
+    def by_token(self, made: Float[Array, "*n W"]) -> Float[Array, "*n W"]:
+        """Returns the same."""
+        return made
 
 
 def finished(
@@ -130,21 +184,22 @@ def sample_columns(
     kernel: Float[Array, "D W"], bias: Float[Array, "W"] | None, *, by_columns: bool
 ) -> Sample:
     """Returns evenly spread columns of a projection, at most one in 128."""
-    width = kernel.shape[1]
+    parts = _runs_of(kernel, 1)
+    if by_columns:
+        # Otherwise XLA would change the layout of the whole projection.
+        parts = [row_major(part) for part in parts]
+    of_bias = None if bias is None else jnp.concatenate(_runs_of(bias, 0))
+    return Sample(jnp.concatenate(parts, 1), of_bias)
+
+
+def _runs_of(x: Float[Array, "*n"], axis: int) -> list[Float[Array, "*m"]]:
+    """Slices evenly spread runs of an axis, at most one in 128 of its elements."""
+    width = x.shape[axis]
     count = max(min(_MOST_SAMPLED, width // _MOST_SAMPLED), 1)
     runs = min(_RUNS, count)
     size = count // runs
     starts = [width * run // runs for run in range(runs)]
-
-    def parts_of(x, axis):
-        return [lax.slice_in_dim(x, start, start + size, axis=axis) for start in starts]
-
-    parts = parts_of(kernel, 1)
-    if by_columns:
-        # Otherwise XLA would change the layout of the whole projection.
-        parts = [row_major(part) for part in parts]
-    of_bias = None if bias is None else jnp.concatenate(parts_of(bias, 0))
-    return Sample(jnp.concatenate(parts, 1), of_bias)
+    return [lax.slice_in_dim(x, start, start + size, axis=axis) for start in starts]
 
 
 def near_largest(hidden: Float[Array, "*n D"], sample: Sample) -> Float[Array, "*n"]:

@@ -14,7 +14,7 @@ from ava_jax.kernel.collectives import shared_scalar
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.platforms import Implementation, by_implementation
-from ava_jax.kernel.product import Product, finished
+from ava_jax.kernel.product import Given, Product, finished
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float
 
@@ -170,8 +170,11 @@ def _product_backward(vocabulary, residuals, cotangents: TokenStats):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_statistics(vocabulary, logits, query, temperature):
     def run(implementation, logits, query, temperature):
-        module = _MODULES[implementation]
-        return module.reduce(logits, query, vocabulary, temperature)
+        reduce = _MODULES[implementation].reduce
+        if implementation == "xla" and xla_product.takes_one_pass(query):
+            logits, reduce = Given.of(logits), xla_product.reduce
+            return reduce(logits, query, vocabulary, temperature)[0]
+        return reduce(logits, query, vocabulary, temperature)
 
     operands = (logits, query, temperature)
     return by_implementation(vocabulary.implementation, run, *operands)

@@ -30,7 +30,7 @@ from ava_jax.kernel.logits import (
     pick,
     raw_logits,
 )
-from ava_jax.kernel.product import Product, finished
+from ava_jax.kernel.product import Given, Product, finished
 from ava_jax.kernel.rounded import Exponentials
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import (
@@ -47,13 +47,13 @@ _LOWEST_SHIFT, _HIGHEST_SHIFT = -20.0, 60.0
 
 
 def reduce(
-    product: Product,
+    product: Product | Given,
     query: Query,
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
     *,
     keep: Literal["logits", "exponentials"] | None = None,
-) -> tuple[TokenStats, Float[Array, "N W"] | Exponentials | None]:
+) -> tuple[TokenStats, Float[Array, "*n W"] | Exponentials | None]:
     """Computes the statistics of a block whose logits do not exist yet.
 
     The sums leave out the ids of the query, whose logits are then added one by one:
@@ -63,7 +63,7 @@ def reduce(
 
     Args:
       product: the logits to compute.
-      query: per token, [N, ...].
+      query: per token.
       vocabulary: the static facts.
       temperature: T, or None for 1.
       keep: what to return of the block for the gradient. Exponentials require the
@@ -82,7 +82,7 @@ def reduce(
         return stats, product.by_token(made)
     request = _Request(
         query=query,
-        columns=columns_of(vocabulary.axis, ids, product.kernel.shape[1]),
+        columns=columns_of(vocabulary.axis, ids, product.width),
         temperature=temperature,
         writes_logits=keep == "logits" or not product.by_columns,
         writes_exponentials=keep == "exponentials",
@@ -94,9 +94,11 @@ def reduce(
         kept = product.by_token(made.logits)
         at_ids = pick(vocabulary, kept, ids, bias=product.bias)
         at_ids = finished(at_ids, None, product.scale)
-    sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), 1)
-    at_ids = jnp.where(is_class(vocabulary, ids), at_ids, -jnp.inf)
-    sums["count"] = _count_possible(product, vocabulary)
+    sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), made.shift.ndim)
+    active = query.active
+    at_ids = jnp.where(is_class(vocabulary, ids) & active[..., None], at_ids, -jnp.inf)
+    if "count" not in sums:
+        sums["count"] = _count_possible(product, vocabulary)
     row_sums = with_queried(
         sums, made.maxima, made.shift, at_ids, query, vocabulary, temperature
     )
@@ -104,6 +106,12 @@ def reduce(
     if made.rounded is not None:
         kept = Exponentials(product.by_token(made.rounded), made.shift)
     return summarize(row_sums, query, given), kept
+
+
+def takes_one_pass(query: Query) -> bool:
+    """Returns whether the statistics of given logits are computed in one pass."""
+    num_ids = ids_of(query).shape[-1]
+    return not query.top and num_ids <= xla.MOST_COMPARED
 
 
 class _Request(NamedTuple):
@@ -119,7 +127,7 @@ class _Request(NamedTuple):
     """
 
     query: Query
-    columns: Int[Array, "N K"]
+    columns: Int[Array, "*n K"]
     temperature: Float[Array, ""] | None
     writes_logits: bool
     writes_exponentials: bool
@@ -143,13 +151,15 @@ class _Made(NamedTuple):
     logits: Float[Array, "..."] | None
     rounded: Float[Array, "..."] | None
     sums: dict[str, Any]
-    at_ids: Float[Array, "N K"] | None
-    maxima: Float[Array, "2 N"]
-    shift: Float[Array, "N"]
+    at_ids: Float[Array, "*n K"] | None
+    maxima: Float[Array, "2 *n"]
+    shift: Float[Array, "*n"]
     is_off: Bool[Array, ""]
 
 
-def _count_possible(product: Product, vocabulary: Vocabulary) -> Float[Array, ""]:
+def _count_possible(
+    product: Product | Given, vocabulary: Vocabulary
+) -> Float[Array, ""]:
     """Counts the classes of all shards that are not made impossible by the bias."""
     if product.bias is None:
         return as_float(vocabulary.size)
@@ -157,7 +167,7 @@ def _count_possible(product: Product, vocabulary: Vocabulary) -> Float[Array, ""
     return add_scalar(vocabulary.axis, jnp.sum(as_float(bias != -jnp.inf)))
 
 
-def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
+def _make(product: Product | Given, vocabulary: Vocabulary, request: _Request) -> _Made:
     """Computes a block and its sums; twice if the first shift was too far off."""
 
     def until_near(turn: Callable[[Array], _Made]) -> _Made:
@@ -173,22 +183,22 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
     def sum_up(logits: Array, shift: Array) -> _Made:
         return _sum_up(product, vocabulary, logits, shift, request)
 
-    def make_again(shift: Array) -> _Made:
+    def make_again(product: Product, shift: Array) -> _Made:
         # Otherwise XLA would hoist the product, a loop invariant, out of the loop.
         hidden, shift = lax.optimization_barrier((product.hidden, shift))
         logits = dataclasses.replace(product, hidden=hidden).make()
         made = sum_up(logits, shift)
         return made._replace(logits=logits) if request.writes_logits else made
 
-    if product.by_columns:
-        return until_near(make_again)
+    if isinstance(product, Product) and product.by_columns:
+        return until_near(functools.partial(make_again, product))
     # GPUs do not fuse the sums with the product, so it need not be repeated.
     logits = product.make()
     return until_near(lambda shift: sum_up(logits, shift))._replace(logits=logits)
 
 
 def _sum_up(
-    product: Product, vocabulary: Vocabulary, made, shift, request: _Request
+    product: Product | Given, vocabulary: Vocabulary, made, shift, request: _Request
 ) -> _Made:
     """Sums over this shard's classes except the queried ones, in one pass.
 
@@ -199,7 +209,8 @@ def _sum_up(
       shift: what the sums are relative to, [N].
       request: what to compute.
     """
-    axis, logits = product.class_axis, product.finish(made)
+    logits = product.finish(made)
+    axis = product.class_axis % logits.ndim
     width = logits.shape[axis]
     every = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
     ids = every + first_id(vocabulary.axis, width)
@@ -209,7 +220,8 @@ def _sum_up(
     def spread(x):
         return jnp.expand_dims(x, axis)
 
-    hits = [every == spread(column) for column in request.columns.T]
+    columns = jnp.moveaxis(request.columns, -1, 0)
+    hits = [every == spread(column) for column in columns]
 
     def not_queried(terms, fill):
         """Replaces the terms of the queried classes by a constant."""
@@ -225,9 +237,11 @@ def _sum_up(
     relative = z - spread(shift)
     exponentials = jnp.exp(relative)
     e = not_queried(exponentials, 0.0)
-    is_all = not is_padded and product.bias is None
+    is_all = not is_padded and (vocabulary.finite or not product.has_holes)
     sums = plain_sums(is_all, z, relative, e, axis)
     sums["exp_sum"] = jnp.sum(e, axis)
+    if isinstance(product, Given):
+        sums["count"] = jnp.sum(as_float(z != -jnp.inf), axis)
     keep = functools.partial(not_queried, fill=0.0)
     sums |= tempered_sums(request.query, relative, request.temperature, axis, keep)
     at_ids = rounded = None
@@ -240,6 +254,9 @@ def _sum_up(
     is_before = ids < spread(request.query.targets)
     before = jnp.max(jnp.where(is_before, raw, jnp.full_like(raw, -jnp.inf)), axis)
     maxima = max_over_shards(vocabulary.axis, jnp.stack([largest, before]))
+    if isinstance(product, Given):
+        # Those of masked tokens may hold anything.
+        maxima = jnp.where(request.query.active, maxima, -jnp.inf)
     shift, is_off = _next_shift(vocabulary, shift, maxima[0], request.temperature)
     return _Made(None, rounded, sums, at_ids, maxima, shift, is_off)
 

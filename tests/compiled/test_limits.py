@@ -69,8 +69,9 @@ LIMITS = (
     Limit(H100, "everything", 1.46, 0.27),  # 1.10
     Limit(H100, "plain, with a bias", 1.54, 0.26),
     Limit(H100, PARALLEL, 6.40, 0.48),
-    Limit(H100_SMALL, "plain, from logits", 0.52, 0.00),  # 0.40
-    Limit(H100_SMALL, "everything, from logits", 0.53, 0.05),  # 0.50
+    # XLA keeps 128 partial results of each sum and token.
+    Limit(H100_SMALL, "plain, from logits", 0.40, 0.012),  # 0.40, 0.00
+    Limit(H100_SMALL, "everything, from logits", 0.40, 0.05),
 )
 
 
@@ -98,8 +99,9 @@ def test_trip_counts_of_loops_are_known(limit: Limit) -> None:
     the main head and others.
     """
     loops = compiled(limit.setup, limit.name).open_loops
-    has_one = not limit.from_logits or limit.name.startswith("everything")
-    has_another = limit.setup.chip == "h100" and not limit.from_logits
+    on_gpu = limit.setup.chip == "h100"
+    has_one = on_gpu or not limit.from_logits or limit.name.startswith("everything")
+    has_another = on_gpu and not limit.from_logits
     passes = 2 if limit.name in (HEADS, PARALLEL) else 1
     assert len(loops) <= passes * (has_one + has_another)
 

@@ -54,7 +54,7 @@ def test_the_whole_loss_is_that_of_the_definition(implementation, path):
     assert_trees_close(got, want, 2e-5)
 
 
-def loss_far_ahead(implementation: Implementation):
+def loss_far_ahead(implementation: Implementation, path="fused"):
     """Loss, aux and gradients where a column is far above, or below, all others."""
     # With more candidates, such as earlier tokens, products take two passes.
     config = WHOLE | {
@@ -68,6 +68,8 @@ def loss_far_ahead(implementation: Implementation):
     arrays["lm_head"] = arrays["lm_head"].at[:, 4].multiply(100)
     for name in ("hidden_states", "mtp_hidden_states"):
         arrays[name] *= 10
+    if path == "logits":
+        arrays["logits"] = arrays.pop("hidden_states") @ arrays["lm_head"]
 
     def loss(arrays: dict[str, Any]):
         total, aux, _ = loss_fn(loss_fn.init(), **arrays, **ints)
@@ -80,12 +82,14 @@ def loss_far_ahead(implementation: Implementation):
 
 def test_the_whole_loss_where_a_column_is_far_ahead(monkeypatch):
     """Also in the form for TPUs, with logits by columns."""
-    want = loss_far_ahead("reference")
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
-    assert want[0][0] > 100
-    for platform in ("gpu", "tpu"):
-        compile_for(monkeypatch, platform)
-        assert_trees_close(loss_far_ahead("xla"), want, 2e-5)
+    for path in ("fused", "logits"):
+        want = loss_far_ahead("reference", path)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
+        assert want[0][0] > 100
+        for platform in ("gpu", "tpu"):
+            with monkeypatch.context() as patch:
+                compile_for(patch, platform)
+                assert_trees_close(loss_far_ahead("xla", path), want, 2e-5)
 
 
 def test_an_extra_term_sees_the_largest_logit():

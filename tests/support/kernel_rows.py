@@ -33,6 +33,7 @@ class Options(NamedTuple):
       ids: how many candidates.
       dtype: of the logits.
       biased: whether a bias is added, −inf for some classes, without that promise.
+      top: whether the top is requested where its id is not queried.
     """
 
     size: int = WIDTH
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     ids: int = 3
     dtype: str = "float32"
     biased: bool = False
+    top: bool = True
 
     @property
     def promises(self) -> bool:
@@ -166,6 +168,7 @@ def _query(options: Options, names, z) -> Query:
         candidates=candidates,
         log_one_minus_p=options.log_one_minus_p,
         tempered_entropy=True,
+        top=options.top,
     )
 
 
