@@ -66,8 +66,11 @@ def read_tokens(
         given = as_float(~_padding(targets, pad_token_id, eos_token_id))
     if segment_ids is None:
         segments = jnp.ones(targets.shape, jnp.int32)
+        # XLA would compute the same of a constant, in quadratic time, while compiling.
+        positions = _index(targets.shape)
     else:
         segments = segment_ids.astype(jnp.int32)
+        positions = _positions(segments)
         given = jnp.where(segments == 0, jnp.zeros_like(given), given)
     inside = (targets >= 0) & (targets < vocab_size)
     wanted = (given != 0) & (targets != ignore_index)
@@ -79,7 +82,7 @@ def read_tokens(
         active=active,
         invalid=wanted & ~inside,
         segments=segments,
-        positions=_positions(segments),
+        positions=positions,
     )
 
 

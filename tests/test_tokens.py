@@ -1,5 +1,7 @@
 """Weights, shifts, windows, matches and runs of handmade rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,17 @@ def test_padding_without_a_mask():
     )
     given = rows([3, 0], pad_token_id=0, attention_mask=np.ones((1, 2), np.float32))
     np.testing.assert_array_equal(given.weights, [[1, 1]])
+
+
+def test_positions_of_a_single_segment_are_no_scan_of_a_constant():
+    """XLA would fold it, which takes minutes for a large batch."""
+    ids = jnp.zeros((2, 7), jnp.int32)
+    tokens = read(ids, vocab_size=9)
+    np.testing.assert_array_equal(tokens.positions, [range(7)] * 2)
+    program = jax.make_jaxpr(functools.partial(read_tokens, vocab_size=9))(ids)
+    assert "cummax" not in str(program)
+    segmented = functools.partial(read_tokens, segment_ids=ids, vocab_size=9)
+    assert "cummax" in str(jax.make_jaxpr(segmented)(ids))
 
 
 def test_segments_and_positions():
