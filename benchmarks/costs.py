@@ -50,6 +50,8 @@ _ELEMENTWISE = {
     "reshape",
     "transpose",
 }
+# A product of cuBLAS, and of the package's kernel in Triton.
+_CUBLAS, _OUR_PRODUCT = "__cublas$", "product_and_sums"
 _SLICES = ("dynamic-slice", "gather", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the index of the updates
 
@@ -129,7 +131,7 @@ def _has_product(program: Program, operation: Operation) -> bool:
     if operation.kind in ("dot", "convolution"):
         return True
     if operation.kind != "fusion":
-        return "__cublas$" in operation.attributes
+        return _CUBLAS in operation.attributes or _OUR_PRODUCT in operation.source
     fused = program.computations[operation.called[0]].operations.values()
     return any(_has_product(program, inner) for inner in fused)
 
@@ -165,7 +167,10 @@ def bytes_of(program: Program, body: Computation, operation: Operation) -> int:
         return 2 * operation.results[1].bytes
     if kind.endswith("-start") and len(operation.results) > len(operands):
         return operation.bytes  # its results name the operands again
-    made = operation.results[:1] if kind == "custom-call" else operation.results
+    # The other result of cuBLAS is its workspace.
+    made = (
+        operation.results[:1] if _CUBLAS in operation.attributes else operation.results
+    )
     return sum(a.bytes for a in made) + sum(each.bytes for each in operands)
 
 

@@ -13,7 +13,7 @@ import ava_jax
 from benchmarks import baselines, candidates, external, posttraining
 from benchmarks.posttraining import Loss, Rollout
 from benchmarks.shapes import Shape
-from benchmarks.topologies import devices, given, make_mesh
+from benchmarks.topologies import CHIPS, devices, given, make_mesh
 
 NAIVE = "naive"
 NAIVE_FORWARD = "naive, forward only"
@@ -190,6 +190,9 @@ def entries(shape: Shape, target: Devices) -> Iterator[Entry]:
         yield from _one_sided(plain(shape.vocab), arrays, target)
         for name, config in CONFIGS.items():
             yield _biased(name, config(shape.vocab), arrays, target)
+    if CHIPS[target.chip].platform == "cuda":
+        yield from _by_triton(shape, arrays, target)
+    if target.mesh is None:
         yield sequential_heads(shape, target)
         yield parallel_heads(shape, target)
 
@@ -250,6 +253,15 @@ def _biased(
     bias = given(lm_head.shape[1:], lm_head.dtype, target.sharding(VOCAB_AXIS))
     arguments = hidden, lm_head, bias, targets
     return Entry(f"{name}, with a bias", "candidate", loss, arguments, (0, 1, 2))
+
+
+def _by_triton(shape: Shape, arrays: Arrays, target: Devices) -> Iterator[Entry]:
+    """Yields the losses from hidden states whose products a kernel computes."""
+    for name, config in CONFIGS.items():
+        own = dataclasses.replace(config(shape.vocab), implementation="triton")
+        for entry in _main_candidates(name, own, arrays, target):
+            if entry.reference != OPTAX:
+                yield entry._replace(name=f"{entry.name}, by Triton")
 
 
 def sequential_heads(shape: Shape, target: Devices, depths: int = DEPTHS) -> Entry:

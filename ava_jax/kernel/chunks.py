@@ -38,23 +38,25 @@ def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
     """Computes one device's sums, without a gradient."""
     fold_rows = functools.partial(fold, on_cpu=pass_.on_cpu)
     visit = functools.partial(fold_unmasked, is_open=pass_.on_gpu)
-    operands, sizes = pass_.operands, pass_.sizes
+    operands = pass_.operands
     kernel, bias = operands.kernel, operands.bias
     totals: Sums = {}
     for objective, source, inputs, active in _groups(objectives, operands):
+        own = pass_.summing(objective, inputs)
+        sizes = own.sizes
 
-        def of_block(sums, z, inputs, objective=objective):
-            own = pass_.evaluate(objective, z, inputs, bias, operands.shared)
-            return _merge(sums, own)
+        def of_block(sums, z, inputs, objective=objective, own=own):
+            more = own.evaluate(objective, z, inputs, bias, operands.shared)
+            return _merge(sums, more)
 
-        def of_chunk(sums, h, inputs, of_block=of_block):
-            if not pass_.on_cpu:
-                return of_block(sums, pass_.logits(h), inputs), None
-            z = pass_.project(h)
+        def of_chunk(sums, h, inputs, of_block=of_block, own=own):
+            if not own.on_cpu:
+                return of_block(sums, own.logits(h), inputs), None
+            z = own.project(h)
             z, inputs = jax.tree.map(lambda x: x[None], (z, inputs))
-            return fold_rows(of_block, sums, z, inputs, sizes.block), None
+            return fold_rows(of_block, sums, z, inputs, own.sizes.block), None
 
-        sums = _no_sums(pass_, objective, source, inputs)
+        sums = _no_sums(own, objective, source, inputs)
         if kernel is None:
             sums = fold_rows(of_block, sums, source, inputs, sizes.block)
         else:
@@ -129,8 +131,10 @@ def local_values(function: TokenFunction, pass_: Pass) -> dict[str, Array]:
       The values, [G, B, S]; 0 for masked tokens, where they are computed from hidden
       states.
     """
-    operands, sizes = pass_.operands, pass_.sizes
+    operands = pass_.operands
     (source,), (inputs,) = operands.sources, operands.inputs
+    pass_ = pass_.summing(function, inputs)
+    sizes = pass_.sizes
     (active,) = operands.active
     in_blocks = functools.partial(
         transform, size=sizes.block, writes_blocks=False, on_cpu=pass_.on_cpu
@@ -359,7 +363,8 @@ def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
     else:
         index = jnp.arange(parts[0].shape[0], dtype=jnp.int32)
         (carry, dz), d_inputs = lax.scan(step, carry, (index, *parts))
-    is_written = parts[0].shape[0] > 1 or not pass_.may_round
+    # A TPU makes it within the products, if a chunk is one block.
+    is_written = parts[0].shape[0] > 1 or not pass_.may_round or pass_.on_gpu
     if is_written:
         # Otherwise each of the two products would recompute it from the logits.
         dz = lax.optimization_barrier(dz)

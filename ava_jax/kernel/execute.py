@@ -126,18 +126,27 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
         block=plan.block,
     )
     on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
-    how = target.implementation, plan.precision, on_gpu
+    by_triton = target.implementation == "triton"
+    # It is for products; given logits take what XLA makes of them.
+    implementation = "xla" if by_triton else target.implementation
+    how = implementation, plan.precision, on_gpu
     kernel = Kernel(axis, is_finite, *how)
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)
     pass_ = Pass(operands, kernel, sizes, on_gpu=on_gpu, on_mesh=on_mesh)
-    if operands.kernel is None or target.implementation != "xla":
+    if operands.kernel is None or implementation != "xla":
         return pass_
     by_columns = target.platform == "tpu"
     sample = sample_columns(operands.kernel, operands.bias, by_columns=by_columns)
     pass_ = pass_._replace(sample=sample, by_columns=by_columns)
-    if not by_columns or operands.kernel.dtype != ROUNDED_OPERANDS:
+    if operands.kernel.dtype != ROUNDED_OPERANDS:
+        return pass_
+    if by_triton and float_dtype() == jnp.float32:
+        # It writes no logits, so a block may be a whole chunk.
+        block = sizes.block if plan.block else sizes.chunk
+        return pass_._replace(rounded_sizes=sizes._replace(block=block))
+    if not by_columns:
         return pass_
     is_one_block = fuses_gradient(operands.kernel.shape[0])
     return pass_._replace(rounded_sizes=choose(is_one_block=is_one_block))

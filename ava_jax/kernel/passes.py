@@ -149,7 +149,7 @@ class Pass(NamedTuple):
     on_gpu: bool = False
     on_mesh: bool = False
 
-    def differentiating(self, objective: Objective, inputs) -> "Pass":
+    def differentiating(self, objective: Objective | TokenFunction, inputs) -> "Pass":
         """Returns the pass with its options for the gradient of one objective."""
         if self.rounded_sizes is None:
             return self
@@ -158,6 +158,10 @@ class Pass(NamedTuple):
         if count is None or count > MOST_COMPARED:
             return self
         return self._replace(sizes=self.rounded_sizes, may_round=True)
+
+    def summing(self, objective: Objective | TokenFunction, inputs) -> "Pass":
+        """Returns the pass with its options for one objective without a gradient."""
+        return self.differentiating(objective, inputs) if self.on_gpu else self
 
     def evaluate(
         self, objective: Objective | TokenFunction, z, inputs, bias, shared
@@ -190,6 +194,7 @@ class Pass(NamedTuple):
             shape=h.shape[:-1],
             by_columns=self.by_columns,
             may_round=self.may_round,
+            by_triton=self.may_round and self.on_gpu,
             precision=self.kernel.precision,
         )
 

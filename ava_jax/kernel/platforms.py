@@ -4,16 +4,20 @@ The platform of the lowering decides, not the default backend: a program that is
 compiled ahead of time on a CPU for a TPU gets the TPU's implementation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import Mesh
 
 Result = TypeVar("Result")
 
 # The values of `implementation=`.
-Implementation = Literal["reference", "cpu", "xla"]
+Implementation = Literal["reference", "cpu", "xla", "triton"]
 Platform = Literal["cpu", "tpu", "gpu"]
 
 
@@ -37,6 +41,35 @@ def platform_of(mesh: Mesh) -> Platform | None:
     return name if name in ("cpu", "tpu") else "gpu"
 
 
+_on_gpus = Primitive("on_gpus")
+_on_gpus.def_abstract_eval(lambda x: x)
+batching.defvectorized(_on_gpus)
+mlir.register_lowering(_on_gpus, lambda _, x: [x])
+
+
+@jax.jit
+def _for_gpus(x: jax.Array) -> jax.Array:
+    """Returns an array in programs for GPUs; others cannot be lowered with it."""
+    return _on_gpus.bind(x)
+
+
+def _refuse(platform: str) -> ValueError:
+    return ValueError(
+        f"implementation='triton' is for GPUs, and this program is for {platform}: "
+        "leave it out, and the platform decides"
+    )
+
+
+def _lower_for(platform: str, *_: Any) -> Any:
+    raise _refuse(platform)
+
+
+for _other in ("cpu", "tpu"):
+    mlir.register_lowering(
+        _on_gpus, functools.partial(_lower_for, _other), platform=_other
+    )
+
+
 def by_platform(
     implementation: Implementation | None,
     platform: Platform | None,
@@ -54,6 +87,10 @@ def by_platform(
     Returns:
       What `run` returns. Without a known platform, `run` is traced for every platform,
       and lowering keeps the one it is for.
+
+    Raises:
+      ValueError: an implementation for GPUs on another platform, while tracing if the
+        platform is known, else while lowering.
     """
 
     def choose(platform: Platform) -> Callable[..., Result]:
@@ -64,6 +101,10 @@ def by_platform(
     if implementation in ("cpu", "reference"):
         # Their sizes do not depend on the platform.
         platform = "cpu"
+    if implementation == "triton":
+        if platform not in (None, "gpu"):
+            raise _refuse(platform)
+        platform, operands = "gpu", jax.tree.map(_for_gpus, operands)
     if platform is not None:
         return choose(platform)(*operands)
     return lax.platform_dependent(

@@ -35,6 +35,7 @@ class Product:
         prefer: a number per token then needs no broadcast within a register.
       may_round: whether the gradient may be computed from rounded exponentials, which
         are then saved instead of the logits; see `rounded`.
+      by_triton: whether a kernel in Triton computes it with its sums, see `triton`.
       precision: of the product.
     """
 
@@ -47,6 +48,7 @@ class Product:
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
     may_round: bool = flax.struct.field(pytree_node=False, default=False)
+    by_triton: bool = flax.struct.field(pytree_node=False, default=False)
     precision: lax.PrecisionLike = flax.struct.field(pytree_node=False, default=None)
 
     def make(self) -> Float[Array, "..."]:
@@ -106,7 +108,7 @@ class Given:
     bias: None = None
     scale: None = None
 
-    by_columns = False
+    by_columns = by_triton = False
     class_axis = -1
     has_holes = True
 

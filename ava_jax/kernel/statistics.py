@@ -22,6 +22,7 @@ _MODULES: dict[Implementation, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
     "xla": xla,
+    "triton": xla,
 }
 
 
@@ -171,7 +172,7 @@ def _product_backward(vocabulary, residuals, cotangents: TokenStats):
 def _token_statistics(vocabulary, logits, query, temperature):
     def run(implementation, logits, query, temperature):
         reduce = _MODULES[implementation].reduce
-        if implementation == "xla" and xla_product.takes_one_pass(query):
+        if implementation in ("xla", "triton") and xla_product.takes_one_pass(query):
             logits, reduce = Given.of(logits), xla_product.reduce
             return reduce(logits, query, vocabulary, temperature)[0]
         return reduce(logits, query, vocabulary, temperature)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ava_jax.kernel import xla
+from ava_jax.kernel import triton, xla
 from ava_jax.kernel.collectives import (
     add_scalar,
     add_up,
@@ -84,7 +84,7 @@ def reduce(
         query=query,
         columns=columns_of(vocabulary.axis, ids, product.width),
         temperature=temperature,
-        writes_logits=keep == "logits" or not product.by_columns,
+        writes_logits=keep == "logits" or not (product.by_columns or product.by_triton),
         writes_exponentials=keep == "exponentials",
     )
     made = _make(product, vocabulary, request)
@@ -190,6 +190,22 @@ def _make(product: Product | Given, vocabulary: Vocabulary, request: _Request) -
         made = sum_up(logits, shift)
         return made._replace(logits=logits) if request.writes_logits else made
 
+    def make_tiles(product: Product, shift: Array) -> _Made:
+        found = triton.multiply_and_sum(
+            product,
+            vocabulary,
+            request.query,
+            request.columns,
+            request.temperature,
+            shift,
+            writes_exponentials=request.writes_exponentials,
+        )
+        maxima = jnp.stack([found.largest, found.before])
+        own = found.exponentials, found.sums, found.at_ids
+        return _judged(vocabulary, request, shift, maxima, *own)
+
+    if isinstance(product, Product) and product.by_triton and not request.writes_logits:
+        return until_near(functools.partial(make_tiles, product))
     if isinstance(product, Product) and product.by_columns:
         return until_near(functools.partial(make_again, product))
     # GPUs do not fuse the sums with the product, so it need not be repeated.
@@ -253,10 +269,18 @@ def _sum_up(
     largest = jnp.max(not_queried(raw, -jnp.inf), axis)
     is_before = ids < spread(request.query.targets)
     before = jnp.max(jnp.where(is_before, raw, jnp.full_like(raw, -jnp.inf)), axis)
-    maxima = max_over_shards(vocabulary.axis, jnp.stack([largest, before]))
+    maxima = jnp.stack([largest, before])
     if isinstance(product, Given):
         # Those of masked tokens may hold anything.
         maxima = jnp.where(request.query.active, maxima, -jnp.inf)
+    return _judged(vocabulary, request, shift, maxima, rounded, sums, at_ids)
+
+
+def _judged(
+    vocabulary: Vocabulary, request: _Request, shift, maxima, rounded, sums, at_ids
+) -> _Made:
+    """Finds out whether the sums are relative to a number that is near enough."""
+    maxima = max_over_shards(vocabulary.axis, maxima)
     shift, is_off = _next_shift(vocabulary, shift, maxima[0], request.temperature)
     return _Made(None, rounded, sums, at_ids, maxima, shift, is_off)
 

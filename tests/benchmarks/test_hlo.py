@@ -89,6 +89,8 @@ ENTRY %main (x: f32[64,8], n: s32[], y: f32[64,8]) -> f32[64,8] {
 custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":\
 {"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
 "rhs_contracting_dimensions":["0"]}}}
+  %ours = (f32[4]{0}, bf16[4,16]{1,0}) custom-call(%done, %w), \
+custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/product_and_sums"}
   %empty = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %whole = f32[64,8]{1,0} get-tuple-element(%f), index=1
 }
@@ -163,7 +165,10 @@ def test_slices_count_as_slices_and_updates_as_updates():
     # The workspace, the second result, is not an output.
     product = 4 * (4 * 8 + 8 * 16 + 4 * 16)
     assert costs.bytes_of(program, body, body.operations["gemm"]) == product
-    assert costs.moved_bytes(program) == 3 * small + 4 + 2 * small + product
+    # All results of another kernel are.
+    ours = 4 * (4 * 8 + 8 * 16 + 4) + 2 * 4 * 16
+    assert costs.bytes_of(program, body, body.operations["ours"]) == ours
+    assert costs.moved_bytes(program) == 3 * small + 4 + 2 * small + product + ours
     outside = costs.moved_bytes(program, by_products=False)
     assert outside == 3 * small + 4 + 2 * small
     assert costs.costliest(program, 1, by="bytes")[0].amount == product

@@ -3,6 +3,7 @@
 No compiler is needed here: lowering stops before it.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ava_jax.kernel.platforms import Implementation
 from benchmarks.programs import CONFIGS, Devices, loss_of
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 4096, 64, 32000
@@ -19,10 +21,13 @@ PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 
 
 @functools.cache
-def lowered(name: str, platform: str) -> str:
+def lowered(
+    name: str, platform: str, implementation: Implementation | None = None
+) -> str:
     """Returns the program of the loss and its gradients before compilation."""
     here = Devices("v5p")  # without its devices
-    loss = loss_of(CONFIGS[name](VOCAB), here, "hidden_states", "lm_head", "targets")
+    config = dataclasses.replace(CONFIGS[name](VOCAB), implementation=implementation)
+    loss = loss_of(config, here, "hidden_states", "lm_head", "targets")
     arrays = (
         jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.bfloat16),
         jax.ShapeDtypeStruct((WIDTH, VOCAB), jnp.bfloat16),
@@ -30,6 +35,14 @@ def lowered(name: str, platform: str) -> str:
     )
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     return step.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+@CONFIG_NAMES
+def test_a_gpu_has_the_kernel_in_triton_on_request(name: str) -> None:
+    assert "product_and_sums" in lowered(name, "cuda", "triton")
+    assert "product_and_sums" not in lowered(name, "cuda")
+    with pytest.raises(ValueError, match="is for GPUs, and this program is for tpu"):
+        lowered(name, "tpu", "triton")
 
 
 def splits(text: str) -> set[tuple[int, ...]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ava_jax.kernel import execute
-from ava_jax.kernel.platforms import Target
+from ava_jax.kernel.platforms import Implementation, Target
 
 B, S, D, V = 2, 29, 6, 23
 WHOLE: dict[str, Any] = {
@@ -66,7 +66,9 @@ class Lead:
         return stats.top.astype(jnp.float32) - stats.log_sum_without_top
 
 
-def compile_for(monkeypatch, platform, *, rounds=False):
+def compile_for(
+    monkeypatch, platform, *, rounds=False, implementation: Implementation = "xla"
+):
     """Makes passes use the sizes and the implementation of another platform.
 
     Args:
@@ -74,8 +76,9 @@ def compile_for(monkeypatch, platform, *, rounds=False):
       platform: that one.
       rounds: whether exponentials are rounded for operands of float32: a processor has
         no products of bfloat16 by columns.
+      implementation: that one.
     """
-    target = Target("xla", platform)
+    target = Target(implementation, platform)
     if rounds:
         monkeypatch.setattr(execute, "ROUNDED_OPERANDS", "float32")
     monkeypatch.setattr(

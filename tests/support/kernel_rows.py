@@ -34,6 +34,7 @@ class Options(NamedTuple):
       dtype: of the logits.
       biased: whether a bias is added, −inf for some classes, without that promise.
       top: whether the top is requested where its id is not queried.
+      coarse: whether the logits, without the bias, have no more bits than bfloat16.
     """
 
     size: int = WIDTH
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     dtype: str = "float32"
     biased: bool = False
     top: bool = True
+    coarse: bool = False
 
     @property
     def promises(self) -> bool:
@@ -141,6 +143,8 @@ def unbiased(options: Options):
         del rows["inactive, large"]
     names = list(rows)
     z = np.stack(list(rows.values()))
+    if options.coarse:
+        z = z.astype(jnp.bfloat16)
     return names, jax.device_put(np.stack([z, z]).astype(jnp.dtype(options.dtype)))
 
 
