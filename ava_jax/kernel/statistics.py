@@ -171,11 +171,10 @@ def _product_backward(vocabulary, residuals, cotangents: TokenStats):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_statistics(vocabulary, logits, query, temperature):
     def run(implementation, logits, query, temperature):
-        reduce = _MODULES[implementation].reduce
-        if implementation in ("xla", "triton") and xla_product.takes_one_pass(query):
-            logits, reduce = Given.of(logits), xla_product.reduce
-            return reduce(logits, query, vocabulary, temperature)[0]
-        return reduce(logits, query, vocabulary, temperature)
+        module, rest = _MODULES[implementation], (query, vocabulary, temperature)
+        if module is xla and xla_product.takes_one_pass(query):
+            return xla_product.reduce(Given.of(logits), *rest)[0]
+        return module.reduce(logits, *rest)
 
     operands = (logits, query, temperature)
     return by_implementation(vocabulary.implementation, run, *operands)
