@@ -5,6 +5,7 @@ candidate of GRPO is one of two programs: `token_log_probs` and a loss of its re
 which makes the logits twice (8·N·D·V flops), or a term of the pass (6·N·D·V).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from jax import lax
 
 import ava_jax
 from ava_jax import losses, terms
+from ava_jax.kernel.platforms import Implementation as Kernel
 from benchmarks.arrays import Batch, Floats
 from benchmarks.candidates import plain
 from benchmarks.timing import Implementation
@@ -113,11 +115,18 @@ def checkpointed_log_probs(
 
 
 def own_log_probs(
-    targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
+    targets: jax.Array,
+    hidden_states: jax.Array,
+    lm_head: jax.Array,
+    *,
+    implementation: Kernel | None = None,
 ) -> jax.Array:
     """Computes this package's log-probabilities."""
     return ava_jax.token_log_probs(
-        targets=targets, hidden_states=hidden_states, lm_head=lm_head
+        targets=targets,
+        hidden_states=hidden_states,
+        lm_head=lm_head,
+        implementation=implementation,
     ).log_probs
 
 
@@ -154,7 +163,11 @@ def grpo(log_probs: LogProbs) -> Loss:
 
 
 def two_passes(
-    hidden_states: jax.Array, lm_head: jax.Array, rollout: Rollout
+    hidden_states: jax.Array,
+    lm_head: jax.Array,
+    rollout: Rollout,
+    *,
+    implementation: Kernel | None = None,
 ) -> jax.Array:
     """Computes GRPO of `token_log_probs`, whose gradient makes the logits again."""
     out = ava_jax.token_log_probs(
@@ -162,6 +175,7 @@ def two_passes(
         hidden_states=hidden_states,
         lm_head=lm_head,
         attention_mask=rollout.mask,
+        implementation=implementation,
     )
     return losses.policy_loss(
         out.log_probs,
@@ -173,11 +187,18 @@ def two_passes(
 
 
 def one_pass(
-    hidden_states: jax.Array, lm_head: jax.Array, rollout: Rollout
+    hidden_states: jax.Array,
+    lm_head: jax.Array,
+    rollout: Rollout,
+    *,
+    implementation: Kernel | None = None,
 ) -> jax.Array:
     """Computes GRPO as a term of the pass."""
-    vocab = lm_head.shape[-1]
-    loss_fn = ava_jax.compose([terms.PolicyTerm("grpo")], vocab_size=vocab)
+    loss_fn = ava_jax.compose(
+        [terms.PolicyTerm("grpo")],
+        vocab_size=lm_head.shape[-1],
+        implementation=implementation,
+    )
     loss, _, _ = loss_fn(
         loss_fn.init(),
         targets=rollout.targets,
@@ -234,3 +255,13 @@ LOSSES: dict[str, Loss] = {
     TWO_PASSES: two_passes,
     ONE_PASS: one_pass,
 }
+
+
+def by_triton() -> dict[str, Loss]:
+    """Returns this package's losses with its kernel for GPUs."""
+    with_kernel = functools.partial(own_log_probs, implementation="triton")
+    return {
+        OWN_LOG_PROBS: weighted(with_kernel),
+        TWO_PASSES: functools.partial(two_passes, implementation="triton"),
+        ONE_PASS: functools.partial(one_pass, implementation="triton"),
+    }

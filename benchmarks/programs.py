@@ -1,7 +1,7 @@
 """The programs of `benchmarks.compiled`: baselines and this package's candidates."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -73,6 +73,11 @@ class Devices:
 
     chip: str
     mesh: Mesh | None = None
+
+    @property
+    def are_gpus(self) -> bool:
+        """Whether kernels in Triton can be compiled for them."""
+        return CHIPS[self.chip].platform == "cuda"
 
     def sharding(self, *axes: str | tuple[str, ...] | None) -> Sharding:
         """Returns the sharding of an array over those axes that the mesh has."""
@@ -190,7 +195,7 @@ def entries(shape: Shape, target: Devices) -> Iterator[Entry]:
         yield from _one_sided(plain(shape.vocab), arrays, target)
         for name, config in CONFIGS.items():
             yield _biased(name, config(shape.vocab), arrays, target)
-    if CHIPS[target.chip].platform == "cuda":
+    if target.are_gpus:
         yield from _by_triton(shape, arrays, target)
     if target.mesh is None:
         yield sequential_heads(shape, target)
@@ -311,16 +316,24 @@ def posttraining_entries(shape: Shape, target: Devices) -> Iterator[Entry]:
     numbers = given(ids.shape, "float32", target.sharding(ROW_AXES))
     # The rollout's targets, mask, advantages and old log-probabilities.
     arguments = hidden, lm_head, ids, ids, numbers, numbers
+    by_triton = posttraining.by_triton() if target.are_gpus else {}
     for group in (posttraining.LOG_PROBS, posttraining.GRPO):
-        naive = group[0]
-        for name in group:
-            kind: Kind = "candidate" if name in posttraining.OWN else "baseline"
-            loss = _of_rollout(posttraining.LOSSES[name])
-            yield Entry(name, kind, loss, arguments, (0, 1), naive)
+        for name, kind, loss in _of_group(group, by_triton):
+            yield Entry(name, kind, loss, arguments, (0, 1), group[0])
     naive, _, own = posttraining.LOG_PROBS
     reference = f"{naive}, forward only"
-    for name in (naive, own):
-        loss = _of_rollout(posttraining.LOSSES[name])
-        kind = "candidate" if name in posttraining.OWN else "baseline"
+    for name, kind, loss in _of_group((naive, own), by_triton):
         named = f"{name}, forward only"
         yield Entry(named, kind, loss, arguments, reference=reference)
+
+
+def _of_group(
+    names: Sequence[str], by_triton: Mapping[str, Loss]
+) -> Iterator[tuple[str, Kind, Callable[..., jax.Array]]]:
+    """Yields losses of rollouts, then those with the kernel for GPUs."""
+    for name in names:
+        kind: Kind = "candidate" if name in posttraining.OWN else "baseline"
+        yield name, kind, _of_rollout(posttraining.LOSSES[name])
+    for name in names:
+        if name in by_triton:
+            yield f"{name}, by Triton", "candidate", _of_rollout(by_triton[name])

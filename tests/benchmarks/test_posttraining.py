@@ -161,6 +161,7 @@ class Here:
     """This machine as a device to compile for."""
 
     mesh = None
+    are_gpus = False
 
     @staticmethod
     def sharding(*_: Any) -> SingleDeviceSharding:
