@@ -1,7 +1,7 @@
 """The kernel for TPUs and GPUs of logits that do not exist yet.
 
 One pass computes all sums, relative to a number near the row max; on a TPU it is part
-of the product that computes the logits.
+of the product that computes the logits. A GPU reads given logits in the same way.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def reduce(
     *,
     keep: Literal["logits", "exponentials"] | None = None,
 ) -> tuple[TokenStats, Float[Array, "*n W"] | Exponentials | None]:
-    """Computes the statistics of a block whose logits do not exist yet.
+    """Computes the statistics of a block in one pass.
 
     The sums leave out the ids of the query, whose logits are then added one by one:
     this makes `log(1 − p)` of each exact in one pass. All sums are relative to a number
@@ -62,7 +62,7 @@ def reduce(
     relative to the row max itself, and on a TPU the product with them.
 
     Args:
-      product: the logits to compute.
+      product: the logits, or what computes them.
       query: per token.
       vocabulary: the static facts.
       temperature: T, or None for 1.
@@ -95,8 +95,9 @@ def reduce(
         at_ids = pick(vocabulary, kept, ids, bias=product.bias)
         at_ids = finished(at_ids, None, product.scale)
     sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), made.shift.ndim)
-    active = query.active
-    at_ids = jnp.where(is_class(vocabulary, ids) & active[..., None], at_ids, -jnp.inf)
+    # The logits of masked tokens may hold anything.
+    exists = is_class(vocabulary, ids) & query.active[..., None]
+    at_ids = jnp.where(exists, at_ids, -jnp.inf)
     if "count" not in sums:
         sums["count"] = _count_possible(product, vocabulary)
     row_sums = with_queried(
