@@ -238,7 +238,7 @@ def read_temperature(
 
 def query_of(tokens: Tokens) -> Query:
     """Returns the query of the targets alone."""
-    return Query(tokens.targets, tokens.active, log_one_minus_p=False)
+    return Query(tokens.targets, tokens.active, log_one_minus_p=False, top=False)
 
 
 def token_operands(
@@ -291,8 +291,7 @@ class _LogProbs:
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if shared is not None:
             logits, vocabulary = cooled(logits, inputs.active, vocabulary, shared)
-        query = dataclasses.replace(inputs, top=not kernel.one_pass)
-        stats = token_statistics(logits, query, vocabulary)
+        stats = token_statistics(logits, inputs, vocabulary)
         return {
             "log_probs": -stats.nll,
             "entropy": stats.entropy,

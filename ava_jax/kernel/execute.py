@@ -129,8 +129,7 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     by_triton = target.implementation == "triton"
     # It is for products; given logits take what XLA makes of them.
     implementation = "xla" if by_triton else target.implementation
-    how = implementation, plan.precision, on_gpu
-    kernel = Kernel(axis, is_finite, *how)
+    kernel = Kernel(axis, is_finite, implementation, plan.precision)
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)

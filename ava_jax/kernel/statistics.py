@@ -172,7 +172,7 @@ def _product_backward(vocabulary, residuals, cotangents: TokenStats):
 def _token_statistics(vocabulary, logits, query, temperature):
     def run(implementation, logits, query, temperature):
         module, rest = _MODULES[implementation], (query, vocabulary, temperature)
-        if module is xla and xla_product.takes_one_pass(query):
+        if module is xla and not query.top:
             return xla_product.reduce(Given.of(logits), *rest)[0]
         return module.reduce(logits, *rest)
 

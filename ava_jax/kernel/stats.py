@@ -141,7 +141,7 @@ class Query:
       tempered_entropy: whether to compute what the entropy at temperature T needs.
       top: whether `top` and `log_sum_without_top` are needed where the largest logit is
         neither the target's nor a candidate's. If not, `"xla"` reads given logits once
-        for all statistics instead of twice, where there are at most 16 ids.
+        for all statistics, instead of twice.
     """
 
     targets: Int[Array, "*n"]
@@ -160,15 +160,12 @@ class Kernel(NamedTuple):
       finite: see `Vocabulary`.
       implementation: see `Vocabulary`.
       precision: of the products that make logits, and of their gradients'.
-      one_pass: whether given logits should be read once for all statistics, see
-        `Query.top`; TPUs would read them twice nevertheless, and compare more.
     """
 
     axis: str | None = None
     finite: bool = False
     implementation: Implementation | None = None
     precision: lax.PrecisionLike = None
-    one_pass: bool = False
 
     def vocabulary(self, size: int, soft_cap: float | None) -> "Vocabulary":
         """Returns the static facts of a vocabulary that is reduced this way."""

@@ -115,19 +115,22 @@ def with_queried(
     maxima: Float[Array, "2 *n"],
     shift: Float[Array, "*n"],
     raw: Float[Array, "*n Q"],
+    is_left_out: Bool[Array, "*n Q"],
     query: Query,
     vocabulary: Vocabulary,
     temperature: Float[Array, ""] | None,
 ) -> RowSums:
-    """Computes the sums of whole rows from sums that leave out the queried ids.
+    """Computes the sums of whole rows from sums that leave out ids of the query.
 
     Args:
       others: the sums over all other classes, relative to `shift`; `total` includes
-        the queried ids. And `count`, the number of possible classes.
+        all. And `count`, the number of possible classes.
       maxima: of raw logits: the largest one of the other classes, and the largest one
         at an id below the target.
       shift: a number near the former.
       raw: the raw logits of `ids_of(query)`.
+      is_left_out: marks those ids that the sums leave out, each once; among them is the
+        one with the largest logit, the first one if several are equal.
       query: the query.
       vocabulary: the soft-cap.
       temperature: T, or None for 1.
@@ -139,8 +142,8 @@ def with_queried(
     best = jnp.max(raw, -1)
     largest, row_max, is_queried = _row_max(vocabulary, best, maxima[0])
     z = capped(vocabulary, raw)
-    top = jnp.where(is_queried, _first_of(ids, raw == best[..., None]), NOT_QUERIED)
-    is_added = (raw != -jnp.inf) & _is_first(ids)
+    top = jnp.where(is_queried, first_of(ids, raw == best[..., None]), NOT_QUERIED)
+    is_added = (raw != -jnp.inf) & is_left_out
     relative = z - row_max[..., None]
     e = _exp_where(is_added, relative)
     # Where no other class is possible, nothing has corrected the shift.
@@ -219,12 +222,12 @@ def _sum_without_top(exp_sum, shift, largest, is_other, z):
     return second, total + jnp.sum(_exp_where(is_other, z - second[..., None]), -1)
 
 
-def _first_of(ids: Int[Array, "*n Q"], chosen: Bool[Array, "*n Q"]):
+def first_of(ids: Int[Array, "*n Q"], chosen: Bool[Array, "*n Q"]):
     """Returns the smallest of the chosen ids."""
     return jnp.min(jnp.where(chosen, ids, jnp.iinfo(jnp.int32).max), -1)
 
 
-def _is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
+def is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
     """Marks the first occurrence of every id."""
     index = jnp.arange(ids.shape[-1])
     is_earlier = index[:, None] > index

@@ -23,6 +23,7 @@ from ava_jax.kernel.collectives import (
 )
 from ava_jax.kernel.logits import (
     capped,
+    column_ids,
     columns_of,
     has_padding,
     ids_of,
@@ -34,6 +35,8 @@ from ava_jax.kernel.product import Given, Product, finished
 from ava_jax.kernel.rounded import Exponentials
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.kernel.summary import (
+    first_of,
+    is_first,
     plain_sums,
     summarize,
     tempered_sums,
@@ -56,10 +59,12 @@ def reduce(
 ) -> tuple[TokenStats, Float[Array, "*n W"] | Exponentials | None]:
     """Computes the statistics of a block in one pass.
 
-    The sums leave out the ids of the query, whose logits are then added one by one:
-    this makes `log(1 − p)` of each exact in one pass. All sums are relative to a number
-    near the row max. Where that turns out to be too far off, they are recomputed
-    relative to the row max itself, and on a TPU the product with them.
+    The sums leave out ids of the query, whose logits are then added one by one: this
+    makes `log(1 − p)` of each exact in one pass. If the logits are in memory before
+    their sums are computed, that is the id of the query with the largest logit, else
+    all of its ids. All sums are relative to a number near the row max. Where that turns
+    out to be too far off, they are recomputed relative to the row max itself, and on a
+    TPU the product with them.
 
     Args:
       product: the logits, or what computes them.
@@ -67,52 +72,117 @@ def reduce(
       vocabulary: the static facts.
       temperature: T, or None for 1.
       keep: what to return of the block for the gradient. Exponentials require the
-        layout by columns, and at most `xla.MOST_COMPARED` ids.
+        layout by columns or the kernel in Triton, and at most `xla.MOST_COMPARED` ids.
 
     Returns:
       The statistics, and what `keep` says, where the logits are the product's alone,
       without bias and scale. `top` is exact where it is one of the ids of the query,
       and `NOT_QUERIED` elsewhere.
     """
-    ids = ids_of(query)
-    if ids.shape[-1] > xla.MOST_COMPARED:
-        made = product.make()
-        logits = product.by_token(product.finish(made))
-        stats = xla.reduce(logits, query, vocabulary, temperature)
-        return stats, product.by_token(made)
-    request = _Request(
-        query=query,
-        columns=columns_of(vocabulary.axis, ids, product.width),
-        temperature=temperature,
-        writes_logits=keep == "logits" or not (product.by_columns or product.by_triton),
-        writes_exponentials=keep == "exponentials",
-    )
-    made = _make(product, vocabulary, request)
-    kept, at_ids = None, made.at_ids
-    if at_ids is None:
-        assert made.logits is not None
-        kept = product.by_token(made.logits)
-        at_ids = pick(vocabulary, kept, ids, bias=product.bias)
-        at_ids = finished(at_ids, None, product.scale)
-    sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), made.shift.ndim)
-    # The logits of masked tokens may hold anything.
-    exists = is_class(vocabulary, ids) & query.active[..., None]
-    at_ids = jnp.where(exists, at_ids, -jnp.inf)
+    few = ids_of(query).shape[-1] <= xla.MOST_COMPARED
+    by_triton = product.by_triton and keep != "logits"
+    if isinstance(product, Product) and few and (product.by_columns or by_triton):
+        read = _with_product(product, vocabulary, query, temperature, keep)
+    else:
+        read = _from_memory(product, vocabulary, query, temperature)
+    made, sums = read.made, read.sums
     if "count" not in sums:
         sums["count"] = _count_possible(product, vocabulary)
     row_sums = with_queried(
-        sums, made.maxima, made.shift, at_ids, query, vocabulary, temperature
+        sums,
+        made.maxima,
+        made.shift,
+        read.at_ids,
+        read.is_left_out,
+        query,
+        vocabulary,
+        temperature,
     )
     given = jnp.ones_like(as_float(1.0)) if temperature is None else temperature
+    kept = None if made.logits is None else product.by_token(made.logits)
     if made.rounded is not None:
         kept = Exponentials(product.by_token(made.rounded), made.shift)
     return summarize(row_sums, query, given), kept
 
 
-def takes_one_pass(query: Query) -> bool:
-    """Returns whether the statistics of given logits are computed in one pass."""
-    num_ids = ids_of(query).shape[-1]
-    return not query.top and num_ids <= xla.MOST_COMPARED
+class _Read(NamedTuple):
+    """What is known of a block.
+
+    Attributes:
+      made: the block and its sums.
+      sums: those of all shards.
+      at_ids: the logits at the queried ids; −inf where there is no such class.
+      is_left_out: marks the ids that the sums leave out.
+    """
+
+    made: "_Made"
+    sums: dict[str, Any]
+    at_ids: Float[Array, "*n K"]
+    is_left_out: Bool[Array, "*n K"]
+
+
+def _with_product(
+    product: Product, vocabulary: Vocabulary, query: Query, temperature, keep
+) -> _Read:
+    """Computes the sums within the product."""
+    ids = ids_of(query)
+    request = _Request(
+        query=query,
+        columns=columns_of(vocabulary.axis, ids, product.width),
+        temperature=temperature,
+        writes_logits=keep == "logits",
+        writes_exponentials=keep == "exponentials",
+    )
+    made = _make(product, vocabulary, request)
+    at_ids = made.at_ids
+    if at_ids is None:
+        at_ids = _pick(product, vocabulary, made.logits, ids)
+    sums, at_ids = add_up(vocabulary.axis, (made.sums, at_ids), 1)
+    at_ids = _where_class(vocabulary, query, at_ids)
+    return _Read(made, sums, at_ids, is_first(ids))
+
+
+def _from_memory(
+    product: Product | Given, vocabulary: Vocabulary, query: Query, temperature
+) -> _Read:
+    """Computes the sums of logits that are in memory before."""
+    logits, ids = product.make(), ids_of(query)
+    lead = query.targets.ndim
+    at_ids = _pick(product, vocabulary, logits, ids)
+    at_ids = _where_class(vocabulary, query, add_up(vocabulary.axis, at_ids, lead))
+    best = jnp.max(at_ids, -1, keepdims=True)
+    left_out = first_of(ids, at_ids == best)[..., None]
+    request = _Request(
+        query=query,
+        columns=columns_of(vocabulary.axis, left_out, product.width),
+        temperature=temperature,
+        writes_logits=True,
+        writes_exponentials=False,
+    )
+
+    def sum_up(shift: Array) -> _Made:
+        # Otherwise XLA hoists the maxima out of the loop: another pass over the logits.
+        read, shift = lax.optimization_barrier((logits, shift))
+        return _sum_up(product, vocabulary, read, shift, request)
+
+    made = _until_near(product, vocabulary, sum_up)._replace(logits=logits)
+    sums = add_up(vocabulary.axis, made.sums, lead)
+    # Comparing every id with every other would be slow if there are hundreds.
+    index = jnp.argmax(ids == left_out, -1, keepdims=True).astype(jnp.int32)
+    return _Read(made, sums, at_ids, column_ids(ids) == index)
+
+
+def _pick(product: Product | Given, vocabulary: Vocabulary, made, ids):
+    """Returns the raw logits at ids; 0 for ids of other shards."""
+    picked = pick(vocabulary, product.by_token(made), ids, bias=product.bias)
+    return finished(picked, None, product.scale)
+
+
+def _where_class(vocabulary: Vocabulary, query: Query, at_ids):
+    """Replaces logits by −inf where there is no class, or the token is masked."""
+    # The logits of masked tokens may hold anything.
+    exists = is_class(vocabulary, ids_of(query)) & query.active[..., None]
+    return jnp.where(exists, at_ids, -jnp.inf)
 
 
 class _Request(NamedTuple):
@@ -168,30 +238,31 @@ def _count_possible(
     return add_scalar(vocabulary.axis, jnp.sum(as_float(bias != -jnp.inf)))
 
 
-def _make(product: Product | Given, vocabulary: Vocabulary, request: _Request) -> _Made:
-    """Computes a block and its sums; twice if the first shift was too far off."""
+def _until_near(
+    product: Product | Given, vocabulary: Vocabulary, turn: Callable[[Array], _Made]
+) -> _Made:
+    """Computes the sums relative to a shift; twice if the first was too far off."""
+    near = finished(product.near, None, product.scale)
+    near = capped(vocabulary, max_over_shards(vocabulary.axis, near))
+    shapes = jax.eval_shape(turn, near)
+    start = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), shapes)
+    start = start._replace(shift=near, is_off=jnp.ones_like(shapes.is_off))
+    return lax.while_loop(
+        lambda made: made.is_off, lambda made: turn(made.shift), start
+    )
 
-    def until_near(turn: Callable[[Array], _Made]) -> _Made:
-        near = finished(product.near, None, product.scale)
-        near = capped(vocabulary, max_over_shards(vocabulary.axis, near))
-        shapes = jax.eval_shape(turn, near)
-        start = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), shapes)
-        start = start._replace(shift=near, is_off=jnp.ones_like(shapes.is_off))
-        return lax.while_loop(
-            lambda made: made.is_off, lambda made: turn(made.shift), start
-        )
 
-    def sum_up(logits: Array, shift: Array) -> _Made:
-        return _sum_up(product, vocabulary, logits, shift, request)
+def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
+    """Computes a block together with its sums."""
 
-    def make_again(product: Product, shift: Array) -> _Made:
+    def make_again(shift: Array) -> _Made:
         # Otherwise XLA would hoist the product, a loop invariant, out of the loop.
         hidden, shift = lax.optimization_barrier((product.hidden, shift))
         logits = dataclasses.replace(product, hidden=hidden).make()
-        made = sum_up(logits, shift)
+        made = _sum_up(product, vocabulary, logits, shift, request)
         return made._replace(logits=logits) if request.writes_logits else made
 
-    def make_tiles(product: Product, shift: Array) -> _Made:
+    def make_tiles(shift: Array) -> _Made:
         found = triton.multiply_and_sum(
             product,
             vocabulary,
@@ -205,13 +276,8 @@ def _make(product: Product | Given, vocabulary: Vocabulary, request: _Request) -
         own = found.exponentials, found.sums, found.at_ids
         return _judged(vocabulary, request, shift, maxima, *own)
 
-    if isinstance(product, Product) and product.by_triton and not request.writes_logits:
-        return until_near(functools.partial(make_tiles, product))
-    if isinstance(product, Product) and product.by_columns:
-        return until_near(functools.partial(make_again, product))
-    # GPUs do not fuse the sums with the product, so it need not be repeated.
-    logits = product.make()
-    return until_near(lambda shift: sum_up(logits, shift))._replace(logits=logits)
+    turn = make_tiles if product.by_triton else make_again
+    return _until_near(product, vocabulary, turn)
 
 
 def _sum_up(
@@ -243,12 +309,7 @@ def _sum_up(
     def not_queried(terms, fill):
         """Replaces the terms of the queried classes by a constant."""
         filled = jnp.full_like(terms, fill)
-        if axis == 0:
-            return jnp.where(functools.reduce(jnp.logical_or, hits), filled, terms)
-        # One mask of all ids would become an array in memory on GPUs.
-        for hit in hits:
-            terms = jnp.where(hit, filled, terms)
-        return terms
+        return jnp.where(functools.reduce(jnp.logical_or, hits), filled, terms)
 
     z = capped(vocabulary, raw)
     relative = z - spread(shift)

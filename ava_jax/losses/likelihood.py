@@ -152,7 +152,9 @@ def read_logits(
     inside = (targets >= 0) & (targets < logits.shape[-1])
     kept = jnp.where(inside, as_float(given), 0.0)
     ids = jnp.where(kept != 0, targets, 0)
-    query = Query(targets=ids, active=kept != 0, log_one_minus_p=log_one_minus_p)
+    query = Query(
+        targets=ids, active=kept != 0, log_one_minus_p=log_one_minus_p, top=False
+    )
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     return stats, kept, ids
 

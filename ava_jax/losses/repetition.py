@@ -56,7 +56,7 @@ def sequence_unlikelihood(
     """
     _check_logits(logits, token_ids)
     tokens = read_tokens(token_ids, mask, vocab_size=logits.shape[-1])
-    query = Query(targets=tokens.targets, active=tokens.active)
+    query = Query(tokens.targets, tokens.active, top=False)
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     windows = sort_ngrams(tokens, ngram_size)
     repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
@@ -119,6 +119,7 @@ def contrastive_token_loss(
         active=tokens.active,
         candidates={"recent": ids},
         log_one_minus_p=False,
+        top=False,
     )
     stats = token_statistics(logits, query, Vocabulary(size))
     others = found & (ids != tokens.targets[..., None])
@@ -200,6 +201,7 @@ def repetition_decay_loss(
         candidates={
             "next": jnp.take_along_axis(tokens.targets, upcoming, 1)[..., None]
         },
+        top=False,
     )
     stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
     source = jnp.maximum(index - span, 0)

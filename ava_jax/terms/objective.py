@@ -224,7 +224,7 @@ class TokenObjective:
             active=inputs.weights != 0,
             candidates={_CANDIDATES: jnp.concatenate(ids, -1)} if ids else {},
             log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
-            top=self._needs_logits or not kernel.one_pass,
+            top=self._needs_logits,
         )
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if divisor == 1:
@@ -317,12 +317,7 @@ class HeadObjective:
     ) -> dict[str, Float[Array, "K"]]:
         """Returns `Σ w·ce` over the block, [K]."""
         active = inputs.weights != 0
-        query = Query(
-            targets=inputs.targets,
-            active=active,
-            log_one_minus_p=False,
-            top=not kernel.one_pass,
-        )
+        query = Query(inputs.targets, active, log_one_minus_p=False, top=False)
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         stats = token_statistics(logits, query, vocabulary)
         values = smoothed_cross_entropy(stats, self.label_smoothing)
