@@ -1,7 +1,9 @@
 """The kernel for TPUs and GPUs: every sum is a reduction over the whole axis.
 
-It makes two passes: the row max, then all sums relative to it. Only the logits and
-their gradient have the shape of a block, and neither is copied to another layout.
+Here it makes two passes: the row max, then all sums relative to it. They give the id of
+the largest logit wherever it is; `xla_product` needs one pass where that is not wanted.
+Only the logits and their gradient have the shape of a block, and neither is copied to
+another layout.
 """
 
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
-"""The kernel for TPUs and GPUs of logits that do not exist yet.
+"""The kernel for TPUs and GPUs: all sums in one pass.
 
-One pass computes all sums, relative to a number near the row max; on a TPU it is part
-of the product that computes the logits. A GPU reads given logits in the same way.
+They are relative to a number near the row max. On a TPU the pass is part of the product
+that computes the logits; it also reads logits that are given, or that were written.
 """
 
 import dataclasses
