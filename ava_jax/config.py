@@ -141,10 +141,8 @@ class UnifiedLossConfig:
       chunk_size: tokens of a row whose logits the fused path makes at a time; `None`
         chooses by device and shape.
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
-      implementation: of the kernel, `"reference"`, `"cpu"`, `"xla"` (TPUs and GPUs) or
-        `"triton"` (GPUs: `"xla"`, with a kernel of its own for products of bfloat16);
-        `None` follows the platform that the program is lowered for, and never chooses
-        the last, which has not been timed yet.
+      implementation: the kernel's, `"reference"`, `"cpu"`, `"xla"` or `"triton"` (GPUs;
+        not timed yet, on request only); `None` follows the platform of the lowering.
       precision: of the three products with `lm_head`, see `jax.lax.Precision`; by
         default a TPU multiplies float32 in bfloat16.
 

@@ -195,11 +195,10 @@ def entries(shape: Shape, target: Devices) -> Iterator[Entry]:
         yield from _one_sided(plain(shape.vocab), arrays, target)
         for name, config in CONFIGS.items():
             yield _biased(name, config(shape.vocab), arrays, target)
-    if target.are_gpus:
-        yield from _by_triton(shape, arrays, target)
-    if target.mesh is None:
         yield sequential_heads(shape, target)
         yield parallel_heads(shape, target)
+    if target.are_gpus:
+        yield from _by_triton(shape, arrays, target)
 
 
 def _baselines(arrays: Arrays, *, one_device: bool) -> Iterator[Entry]:
@@ -330,10 +329,9 @@ def posttraining_entries(shape: Shape, target: Devices) -> Iterator[Entry]:
 def _of_group(
     names: Sequence[str], by_triton: Mapping[str, Loss]
 ) -> Iterator[tuple[str, Kind, Callable[..., jax.Array]]]:
-    """Yields losses of rollouts, then those with the kernel for GPUs."""
+    """Yields losses of rollouts, each followed by that with the kernel for GPUs."""
     for name in names:
         kind: Kind = "candidate" if name in posttraining.OWN else "baseline"
         yield name, kind, _of_rollout(posttraining.LOSSES[name])
-    for name in names:
         if name in by_triton:
             yield f"{name}, by Triton", "candidate", _of_rollout(by_triton[name])

@@ -105,9 +105,8 @@ class Given:
 
     logits: Float[Array, "*n W"]
     near: Float[Array, "*n"]
-    bias: None = None
-    scale: None = None
 
+    bias = scale = None
     by_columns = by_triton = False
     class_axis = -1
     has_holes = True

@@ -92,8 +92,12 @@ def assert_losses_agree(monkeypatch, shape, **config):
     want, got = run("xla"), run("triton")
     assert_trees_close(got[0], want[0], 4e-6)
     assert_trees_close(got[1][0], want[1][0], 4e-6)
-    # The gradient of the logits has the 8 bits of bfloat16, and so have those it makes.
-    for x, y in zip(got[1][1], want[1][1], strict=True):
+    assert_gradients_agree(got[1][1], want[1][1])
+
+
+def assert_gradients_agree(got, want):
+    """The logits' has the 8 bits of bfloat16, and so have those it makes."""
+    for x, y in zip(got, want, strict=True):
         x, y = (np.asarray(a, np.float32) for a in (x, y))
         assert np.abs(x - y).max() < 2**-7 * np.abs(y).max()
 
@@ -176,6 +180,4 @@ def test_log_probs(monkeypatch):
 
     (want, found), (got, own) = both("xla"), both("triton")
     assert_trees_close(own, found, 4e-6)
-    for x, y in zip(got, want, strict=True):
-        x, y = (np.asarray(a, np.float32) for a in (x, y))
-        assert np.abs(x - y).max() < 2**-7 * np.abs(y).max()
+    assert_gradients_agree(got, want)
