@@ -185,16 +185,19 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         )
         return (carry, d_head), d_source, d_inputs
     of_chunk = functools.partial(_chunk_gradient, pass_, needs, of_block)
+    # A first chunk that is visited apart has a buffer of its own, and leaves one.
+    is_apart = d_head.is_shapeless
+    buffer = None if is_apart else _buffer(pass_, needs, source[0], sizes.block)
     (carry, d_head, _), (d_source, d_inputs) = fold_unmasked(
         of_chunk,
-        (carry, d_head, _buffer(pass_, needs, source)),
+        (carry, d_head, buffer),
         source,
         inputs,
         active,
         sizes.chunk,
         like=(_only(needs.source, source), _only(needs.inputs, inputs)),
         is_open=pass_.on_gpu,
-        first_apart=d_head.is_shapeless,
+        first_apart=is_apart,
     )
     return (carry, d_head), d_source, d_inputs
 
@@ -266,18 +269,20 @@ def _block_gradient(pass_: Pass, objective, needs: _Needs, whole, wanted, *block
     return (_merge(sums, block_sums), d_whole), dz, d_inputs
 
 
-def _buffer(pass_: Pass, needs: _Needs, source) -> Array | None:
+def _buffer(
+    pass_: Pass, needs: _Needs, h: Float[Array, "B S D"], block: int
+) -> Array | None:
     """Allocates a chunk's gradient of the logits; None if a chunk is one block."""
-    kernel, sizes = pass_.operands.kernel, pass_.sizes
+    kernel = pass_.operands.kernel
     if kernel is None or pass_.on_cpu or not needs.logits:
         return None
-    batch, length = source.shape[1:3]
-    chunk = min(sizes.chunk, length)
-    block = min(sizes.block, chunk)
+    batch, length = h.shape[:2]
+    chunk = min(pass_.sizes.chunk, length)
+    block = min(block, chunk)
     if block == chunk:
         return None
     shape = (-(-chunk // block), batch * block, kernel.shape[1])
-    return lax.empty(shape, source.dtype)
+    return lax.empty(shape, h.dtype)
 
 
 def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
@@ -288,10 +293,17 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
         carry, dz, d_inputs = _at_once(pass_, needs, of_block, carry, h, inputs)
         rows = h
     else:
+        later, size = buffer, pass_.sizes.block
+        if d_head.is_shapeless:
+            later = _buffer(pass_, needs, h, size)
+            size = pass_.sizes.first
+            buffer = _buffer(pass_, needs, h, size)
         carry, rows, dz, d_inputs = _by_blocks(
-            pass_, of_block, (carry, buffer), h, inputs
+            pass_, of_block, (carry, buffer), h, inputs, size
         )
-        buffer = None if buffer is None else dz
+        buffer = later
+        if buffer is not None and buffer.size == dz.size:
+            buffer = dz.reshape(buffer.shape)
     dh = None
     if needs.source:
         dh = jnp.einsum(
@@ -333,7 +345,7 @@ def _at_once(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
     return carry, dz, jax.tree.map(lambda x: x[0], d_inputs)
 
 
-def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
+def _by_blocks(pass_: Pass, of_block, carry, h, inputs, size: int):
     """Computes the logits and their gradient a block at a time.
 
     Only the gradient exists for a whole chunk, in the operands' dtype.
@@ -342,7 +354,7 @@ def _by_blocks(pass_: Pass, of_block, carry, h, inputs):
       The carry, the hidden states and the logits' gradient in flattened blocks
       [n, B·c, ·], and the inputs' gradient.
     """
-    size = min(pass_.sizes.block, h.shape[1])
+    size = min(size, h.shape[1])
     parts = split_rows((h, inputs), h.shape, size)
 
     def step(state, item):

@@ -120,14 +120,14 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
         plan.batch,
         plan.length,
         plan.width,
+        None if operands.kernel is None else operands.kernel.shape[-2],
         itemsize=plan.itemsize,
-        is_projected=operands.kernel is not None,
         chunk=plan.chunk,
         block=plan.block,
     )
     on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
+    # The kernel is for products; given logits take what XLA makes of them.
     by_triton = target.implementation == "triton"
-    # It is for products; given logits take what XLA makes of them.
     implementation = "xla" if by_triton else target.implementation
     kernel = Kernel(axis, is_finite, implementation, plan.precision)
     sizes = choose()
@@ -144,7 +144,7 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     if by_triton and float_dtype() == jnp.float32:
         # It writes no logits, so a block may be a whole chunk.
         block = sizes.block if plan.block else sizes.chunk
-        return pass_._replace(rounded_sizes=sizes._replace(block=block))
+        return pass_._replace(rounded_sizes=sizes._replace(block=block, first=block))
     if not by_columns:
         return pass_
     is_one_block = fuses_gradient(operands.kernel.shape[0])

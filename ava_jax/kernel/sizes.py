@@ -61,11 +61,13 @@ class Sizes(NamedTuple):
       block: per reduction of logits, and per gradient of them.
       parts: the number of parts in which a chunk's contribution to the projection's
         gradient is computed.
+      first: the block of the first chunk, if that is computed apart from the others.
     """
 
     chunk: int
     block: int
     parts: int = 1
+    first: int = 0
 
 
 def fuses_gradient(features: int) -> bool:
@@ -88,9 +90,9 @@ def choose_sizes(
     batch: int,
     length: int,
     width: int,
+    features: int | None,
     *,
     itemsize: int = 4,
-    is_projected: bool = True,
     is_one_block: bool = False,
     chunk: int | None = None,
     block: int | None = None,
@@ -114,6 +116,9 @@ def choose_sizes(
       dtype (b·C·V bytes) are live at the same time. On a TPU c and C fall as 1/√V: 1024
       and 4096 tokens with V = 50304, 512 and 2048 with V = 64128 to 151936.
 
+    On GPUs the projection's gradient (4·D·V bytes) begins as the product of the first
+    chunk. Until then its memory is free, so a block of that chunk may have D tokens.
+
     Logits given by the caller exist already, and are processed whole.
 
     Args:
@@ -121,8 +126,8 @@ def choose_sizes(
       batch: rows per device, B.
       length: tokens per row, S.
       width: logits per token and device, V.
+      features: D; None if the logits are given.
       itemsize: b, the bytes of a hidden state's element.
-      is_projected: whether the logits are computed from hidden states.
       is_one_block: whether a chunk has to be one block; see `fuses_gradient`.
       chunk: the user's choice, tokens per row.
       block: the user's choice, tokens per row.
@@ -137,7 +142,7 @@ def choose_sizes(
         chunk = chunk or _even(length, most // batch)
         block = block or _even(length, _CPU_LOGITS_PER_BLOCK // (batch * width))
         return Sizes(min(chunk, length), min(block, length), _CPU_PARTS)
-    if not is_projected:
+    if features is None:
         return Sizes(length, min(block or length, length))
     on_gpu = target.platform == "gpu"
     most = (_GPU_CHUNK if on_gpu else _TPU_CHUNK).most(itemsize * width)
@@ -146,7 +151,9 @@ def choose_sizes(
     if is_one_block:
         return Sizes(chunk, min(block or chunk, chunk))
     most = (_GPU_BLOCK if on_gpu else _TPU_BLOCK).most(4 * width)
-    return Sizes(chunk, min(block or _tiled(chunk, most // batch), chunk))
+    first = min(block or _tiled(chunk, max(most, features) // batch), chunk)
+    block = min(block or _tiled(chunk, most // batch), chunk)
+    return Sizes(chunk, block, first=first if on_gpu else 0)
 
 
 def _even(length: int, most: int) -> int:

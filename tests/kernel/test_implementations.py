@@ -18,14 +18,15 @@ from support.kernel_batches import (
     S,
     V,
     compile_for,
+    normal,
     whole_batch,
 )
 from support.kernel_rows import IMPLEMENTATIONS
 from support.trees import assert_trees_close
 
 import ava_jax
-from ava_jax.kernel import execute
-from ava_jax.kernel.platforms import Implementation
+from ava_jax.kernel import execute, sizes
+from ava_jax.kernel.platforms import Implementation, Target
 
 
 @functools.cache
@@ -90,6 +91,36 @@ def test_the_whole_loss_where_a_column_is_far_ahead(monkeypatch):
             with monkeypatch.context() as patch:
                 compile_for(patch, platform)
                 assert_trees_close(loss_far_ahead("xla", path), want, 2e-5)
+
+
+@pytest.mark.parametrize(("chunk_size", "first"), [(None, 16), (12, 12)])
+def test_the_first_chunk_on_a_gpu_has_larger_blocks(monkeypatch, chunk_size, first):
+    """Than the others' blocks of 8 tokens, which divide the chunk or do not."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    operands = normal(keys[0], 2, 64, 32), normal(keys[1], 32, 40)
+    targets = jax.random.randint(keys[2], (2, 64), 0, 40)
+
+    def run(implementation):
+        loss_fn = ava_jax.create_unified_loss(
+            vocab_size=40, implementation=implementation, chunk_size=chunk_size
+        )
+
+        def loss(hidden, head):
+            total, aux, _ = loss_fn(
+                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+            )
+            return total, aux
+
+        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(run)(*operands)
+
+    want = run("reference")
+    for name, tokens in (("_GPU_CHUNK", 32), ("_GPU_BLOCK", 16)):
+        monkeypatch.setattr(sizes, name, sizes._Limits(tokens, 2**20))
+    compile_for(monkeypatch, "gpu")
+    chosen = sizes.choose_sizes(Target("xla", "gpu"), 2, 64, 40, 32, chunk=chunk_size)
+    assert chosen == sizes.Sizes(chunk_size or 16, 8, first=first)
+    assert_trees_close(run("xla"), want, 2e-5)
 
 
 def test_an_extra_term_sees_the_largest_logit():
