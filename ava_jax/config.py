@@ -141,8 +141,8 @@ class UnifiedLossConfig:
       chunk_size: tokens of a row whose logits the fused path makes at a time; `None`
         chooses by device and shape.
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
-      implementation: the kernel's, `"reference"`, `"cpu"`, `"xla"` or `"triton"` (GPUs;
-        not timed yet, on request only); `None` follows the platform of the lowering.
+      implementation: the kernel's, `"reference"`, `"cpu"`, `"xla"` or `"mosaic_gpu"`
+        (H100, not timed yet); `None` follows the platform of the lowering.
       precision: of the three products with `lm_head`, see `jax.lax.Precision`; by
         default a TPU multiplies float32 in bfloat16.
 

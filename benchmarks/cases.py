@@ -104,9 +104,9 @@ def _everything(case: Case, batch: Batch) -> Implementation:
     return candidate(config, batch, gradient=case.gradient, report=True)
 
 
-def _by_triton(case: Case, batch: Batch) -> Implementation:
+def _by_mosaic(case: Case, batch: Batch) -> Implementation:
     config = candidates.plain(case.shape.vocab)
-    config = dataclasses.replace(config, implementation="triton")
+    config = dataclasses.replace(config, implementation="mosaic_gpu")
     return candidate(config, batch, gradient=case.gradient)
 
 
@@ -143,7 +143,7 @@ def _masked(name: str) -> Callable[[Case, Batch], Implementation]:
 
 IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "plain": _plain,
-    "plain, by Triton": _by_triton,
+    "plain, by Mosaic GPU": _by_mosaic,
     "everything": _everything,
     "repetition": lambda c, b: candidate(candidates.repetition(c.shape.vocab), b),
     "unlikelihood": lambda c, b: candidate(candidates.unlikelihood(c.shape.vocab), b),
@@ -292,9 +292,9 @@ def _gpu_cases() -> list[Case]:
         Goal("plain", "three matmuls", "time", 1.20),
         Goal("plain", "tokamax", "time", 0.60),
         Goal("everything", "plain", "time", 1.10),
-        Goal("plain, by Triton", "naive", "time", 1.10),
-        Goal("plain, by Triton", "naive", "temp", 0.25),
-        Goal("plain, by Triton", "plain", "time", 1.00),
+        Goal("plain, by Mosaic GPU", "naive", "time", 1.10),
+        Goal("plain, by Mosaic GPU", "naive", "temp", 0.25),
+        Goal("plain, by Mosaic GPU", "plain", "time", 1.00),
     )
     bandwidth = (Goal("plain", "copy", "bandwidth"),)
     cases = []

@@ -50,7 +50,7 @@ _ELEMENTWISE = {
     "reshape",
     "transpose",
 }
-# A product of cuBLAS, and of the package's kernel in Triton.
+# A product of cuBLAS, and of the package's kernel in Mosaic GPU.
 _CUBLAS, _OUR_PRODUCT = "__cublas$", "product_and_sums"
 _SLICES = ("dynamic-slice", "gather", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # the index of the updates

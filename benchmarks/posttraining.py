@@ -257,11 +257,11 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def by_triton() -> dict[str, Loss]:
+def by_mosaic() -> dict[str, Loss]:
     """Returns this package's losses with its kernel for GPUs."""
-    with_kernel = functools.partial(own_log_probs, implementation="triton")
+    with_kernel = functools.partial(own_log_probs, implementation="mosaic_gpu")
     return {
         OWN_LOG_PROBS: weighted(with_kernel),
-        TWO_PASSES: functools.partial(two_passes, implementation="triton"),
-        ONE_PASS: functools.partial(one_pass, implementation="triton"),
+        TWO_PASSES: functools.partial(two_passes, implementation="mosaic_gpu"),
+        ONE_PASS: functools.partial(one_pass, implementation="mosaic_gpu"),
     }

@@ -9,12 +9,20 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh, Sharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    Sharding,
+    use_abstract_mesh,
+)
 from jax.stages import Compiled
 
 GPU_DESCRIPTION = Path(__file__).with_name("h100.pbtxt")
@@ -148,8 +156,17 @@ def compile_for(
       out_shardings: shardings of its results; `None` leaves them to XLA.
     """
     jitted = jax.jit(function, out_shardings=out_shardings)
-    lowered = jitted.trace(*arguments).lower(lowering_platforms=(CHIPS[chip].platform,))
+    platform = CHIPS[chip].platform
+    with use_abstract_mesh(_of_card(chip)) if platform == "cuda" else nullcontext():
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
     return lowered.compile()
+
+
+def _of_card(chip: str) -> AbstractMesh:
+    """Returns a mesh without axes, which tells Pallas the card."""
+    (card,) = devices(chip)
+    kind = AbstractDevice(card.device_kind, card.core_count, platform=card.platform)
+    return AbstractMesh((), (), abstract_device=kind)
 
 
 def given(

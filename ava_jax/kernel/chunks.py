@@ -302,7 +302,7 @@ def _chunk_gradient(pass_: Pass, needs: _Needs, of_block, carry, h, inputs):
             pass_, of_block, (carry, buffer), h, inputs, size
         )
         buffer = later
-        if buffer is not None and buffer.size == dz.size:
+        if dz is not None and buffer is not None and buffer.size == dz.size:
             buffer = dz.reshape(buffer.shape)
     dh = None
     if needs.source:

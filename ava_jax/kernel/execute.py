@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ava_jax.kernel.chunks import local_gradients, local_sums, local_values
+from ava_jax.kernel.mosaic_gpu import can_multiply
 from ava_jax.kernel.passes import (
     Columns,
     Operands,
@@ -127,8 +128,8 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     )
     on_gpu, on_mesh = target.platform == "gpu", plan.layout is not None
     # The kernel is for products; given logits take what XLA makes of them.
-    by_triton = target.implementation == "triton"
-    implementation = "xla" if by_triton else target.implementation
+    by_mosaic = target.implementation == "mosaic_gpu"
+    implementation = "xla" if by_mosaic else target.implementation
     kernel = Kernel(axis, is_finite, implementation, plan.precision)
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
@@ -141,7 +142,7 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     pass_ = pass_._replace(sample=sample, by_columns=by_columns)
     if operands.kernel.dtype != ROUNDED_OPERANDS:
         return pass_
-    if by_triton and float_dtype() == jnp.float32:
+    if by_mosaic and can_multiply(operands.kernel) and float_dtype() == jnp.float32:
         # It writes no logits, so a block may be a whole chunk.
         block = sizes.block if plan.block else sizes.chunk
         return pass_._replace(rounded_sizes=sizes._replace(block=block, first=block))

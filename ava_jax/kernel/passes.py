@@ -194,7 +194,7 @@ class Pass(NamedTuple):
             shape=h.shape[:-1],
             by_columns=self.by_columns,
             may_round=self.may_round,
-            by_triton=self.may_round and self.on_gpu,
+            by_mosaic=self.may_round and self.on_gpu,
             precision=self.kernel.precision,
         )
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 Result = TypeVar("Result")
 
 # The values of `implementation=`.
-Implementation = Literal["reference", "cpu", "xla", "triton"]
+Implementation = Literal["reference", "cpu", "xla", "mosaic_gpu"]
 Platform = Literal["cpu", "tpu", "gpu"]
 
 
@@ -55,7 +55,7 @@ def _for_gpus(x: jax.Array) -> jax.Array:
 
 def _refuse(platform: str) -> ValueError:
     return ValueError(
-        f"implementation='triton' is for GPUs, and this program is for {platform}: "
+        f"implementation='mosaic_gpu' is for GPUs, and this program is for {platform}: "
         "leave it out, and the platform decides"
     )
 
@@ -101,7 +101,7 @@ def by_platform(
     if implementation in ("cpu", "reference"):
         # Their sizes do not depend on the platform.
         platform = "cpu"
-    if implementation == "triton":
+    if implementation == "mosaic_gpu":
         if platform not in (None, "gpu"):
             raise _refuse(platform)
         platform, operands = "gpu", jax.tree.map(_for_gpus, operands)

@@ -35,7 +35,7 @@ class Product:
         prefer: a number per token then needs no broadcast within a register.
       may_round: whether the gradient may be computed from rounded exponentials, which
         are then saved instead of the logits; see `rounded`.
-      by_triton: whether a kernel in Triton computes it with its sums, see `triton`.
+      by_mosaic: whether a kernel computes it with its sums, see `mosaic_gpu`.
       precision: of the product.
     """
 
@@ -48,7 +48,7 @@ class Product:
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     by_columns: bool = flax.struct.field(pytree_node=False, default=False)
     may_round: bool = flax.struct.field(pytree_node=False, default=False)
-    by_triton: bool = flax.struct.field(pytree_node=False, default=False)
+    by_mosaic: bool = flax.struct.field(pytree_node=False, default=False)
     precision: lax.PrecisionLike = flax.struct.field(pytree_node=False, default=None)
 
     def make(self) -> Float[Array, "..."]:
@@ -107,7 +107,7 @@ class Given:
     near: Float[Array, "*n"]
 
     bias = scale = None
-    by_columns = by_triton = False
+    by_columns = by_mosaic = False
     class_axis = -1
     has_holes = True
 

@@ -22,7 +22,7 @@ _MODULES: dict[Implementation, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
     "xla": xla,
-    "triton": xla,
+    "mosaic_gpu": xla,
 }
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ava_jax.kernel import triton, xla
+from ava_jax.kernel import mosaic_gpu, xla
 from ava_jax.kernel.collectives import (
     add_scalar,
     add_up,
@@ -72,7 +72,7 @@ def reduce(
       vocabulary: the static facts.
       temperature: T, or None for 1.
       keep: what to return of the block for the gradient. Exponentials require the
-        layout by columns or the kernel in Triton, and at most `xla.MOST_COMPARED` ids.
+        layout by columns or `by_mosaic`, and at most `xla.MOST_COMPARED` ids.
 
     Returns:
       The statistics, and what `keep` says, where the logits are the product's alone,
@@ -80,8 +80,8 @@ def reduce(
       and `NOT_QUERIED` elsewhere.
     """
     few = ids_of(query).shape[-1] <= xla.MOST_COMPARED
-    by_triton = product.by_triton and keep != "logits"
-    if isinstance(product, Product) and few and (product.by_columns or by_triton):
+    by_mosaic = product.by_mosaic and keep != "logits"
+    if isinstance(product, Product) and few and (product.by_columns or by_mosaic):
         read = _with_product(product, vocabulary, query, temperature, keep)
     else:
         read = _from_memory(product, vocabulary, query, temperature)
@@ -263,7 +263,7 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
         return made._replace(logits=logits) if request.writes_logits else made
 
     def make_tiles(shift: Array) -> _Made:
-        found = triton.multiply_and_sum(
+        found = mosaic_gpu.multiply_and_sum(
             product,
             vocabulary,
             request.query,
@@ -276,7 +276,7 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
         own = found.exponentials, found.sums, found.at_ids
         return _judged(vocabulary, request, shift, maxima, *own)
 
-    turn = make_tiles if product.by_triton else make_again
+    turn = make_tiles if product.by_mosaic else make_again
     return _until_near(product, vocabulary, turn)
 
 

@@ -109,17 +109,21 @@ def test_a_mesh_of_processors_takes_their_implementation(monkeypatch):
 
 
 def test_an_unknown_implementation_is_refused():
-    allowed = r"one of \('reference', 'cpu', 'xla', 'triton', None\)"
+    allowed = r"one of \('reference', 'cpu', 'xla', 'mosaic_gpu', None\)"
     with pytest.raises(ValueError, match=f"implementation must be {allowed}, got"):
         ava_jax.create_unified_loss(vocab_size=V, implementation="gpu")
 
 
 def test_a_kernel_for_gpus_is_refused_elsewhere():
-    loss, operands = fused_loss(implementation="triton")
+    loss, operands = fused_loss(implementation="mosaic_gpu")
     for step in (loss, jax.grad(loss), jax.jit(loss)):
-        with pytest.raises(ValueError, match="'triton' is for GPUs, and this program"):
+        with pytest.raises(
+            ValueError, match="'mosaic_gpu' is for GPUs, and this program"
+        ):
             step(*operands)
-    loss, operands = fused_loss(implementation="triton", mesh=MESH, vocab_axis="vocab")
+    loss, operands = fused_loss(
+        implementation="mosaic_gpu", mesh=MESH, vocab_axis="vocab"
+    )
     with pytest.raises(ValueError, match="for GPUs, and this program is for cpu"):
         jax.make_jaxpr(loss)(*operands)
 

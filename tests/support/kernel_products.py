@@ -45,7 +45,7 @@ def product_program(
     axis: str | None,
     is_near_given: bool,
     may_round: bool,
-    by_triton: bool,
+    by_mosaic: bool,
 ):
     """Values, facts and gradients of a mixture of a product's statistics, under jit."""
     vocabulary = Vocabulary(options.size, options.cap, axis, options.promises, "xla")
@@ -63,7 +63,7 @@ def product_program(
             shape=query.targets.shape,
             by_columns=by_columns,
             may_round=may_round,
-            by_triton=by_triton,
+            by_mosaic=by_mosaic,
         )
         if may_round:
             temperature = jax.lax.stop_gradient(temperature)
@@ -90,7 +90,7 @@ def measured_product(
     axis: str | None = None,
     near: str = "",
     may_round: bool = False,
-    by_triton: bool = False,
+    by_mosaic: bool = False,
 ):
     """What `measured` returns, of rows that are a product with the identity.
 
@@ -100,7 +100,7 @@ def measured_product(
       axis: of the mesh, or None.
       near: one of `NEAR`; what a pass takes if it is empty.
       may_round: see `Product`; the temperature then has no gradient.
-      by_triton: see `Product`; its operands are then of bfloat16.
+      by_mosaic: see `Product`; its operands are then of bfloat16.
     """
     _, z, query = batch(options)
     _, hidden = unbiased(options)
@@ -115,10 +115,10 @@ def measured_product(
         axis=axis,
         is_near_given=bool(near),
         may_round=may_round,
-        by_triton=by_triton,
+        by_mosaic=by_mosaic,
     )
     operands = hidden, jnp.eye(WIDTH, dtype=z.dtype)
-    if by_triton:
+    if by_mosaic:
         operands = tuple(x.astype(jnp.bfloat16) for x in operands)
     (grad, slope), (values, found) = run(
         jnp.zeros(hidden.shape, jnp.asarray(0.0).dtype),
