@@ -16,6 +16,7 @@ from support.trees import assert_trees_close
 
 import ava_jax
 from ava_jax.kernel import execute, mosaic_gpu
+from ava_jax.kernel.product import Product
 
 OPTIONS = {
     "one id": Options(ids=0),
@@ -53,6 +54,32 @@ def test_any_number_is_near_enough(near):
 @pytest.mark.parametrize("name", ["five ids", "padding", "a bias and padding"])
 def test_shards_of_a_product(name):
     assert_kernel_agrees(name, axis="vocab")
+
+
+@pytest.mark.parametrize("column", [0, 255, 256, 703])
+def test_an_id_is_taken_out_of_its_tile(column):
+    """Also where no other token has an id in that tile."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (1, 64)).astype(jnp.bfloat16)
+    head = (jax.random.normal(keys[1], (64, 704)) / 8).astype(jnp.bfloat16)
+    ids, zeros = jnp.asarray([column], jnp.int32), jnp.zeros(1)
+    found = mosaic_gpu.multiply_and_sum(
+        Product(hidden, head, zeros),
+        ava_jax.Vocabulary(704),
+        ava_jax.Query(ids, jnp.ones(1, bool)),
+        ids[:, None],
+        None,
+        zeros,
+        writes_exponentials=True,
+    )
+    (logits,) = np.asarray(hidden, float) @ np.asarray(head, float)
+    others = np.exp(np.delete(logits, column))
+    np.testing.assert_allclose(found.at_ids[0, 0], logits[column], rtol=1e-5)
+    np.testing.assert_allclose(found.sums["exp_sum"][0], others.sum(), rtol=1e-5)
+    assert found.exponentials is not None
+    (written,) = np.asarray(found.exponentials, float)
+    assert written[column] == 0
+    np.testing.assert_allclose(np.delete(written, column), others, rtol=2**-8)
 
 
 def inputs_of(batch: int, length: int, features: int, vocab: int):
