@@ -51,6 +51,10 @@ def test_any_number_is_near_enough(near):
     assert_kernel_agrees("five ids", near=near)
 
 
+@pytest.mark.skipif(
+    not mosaic_programs.RUNS_ON_SEVERAL_DEVICES,
+    reason="this interpreter waits for ever if several devices run a kernel",
+)
 @pytest.mark.parametrize("name", ["five ids", "padding", "a bias and padding"])
 def test_shards_of_a_product(name):
     assert_kernel_agrees(name, axis="vocab")
@@ -129,7 +133,8 @@ def assert_gradients_agree(got, want):
         assert np.abs(x - y).max() < 2**-7 * np.abs(y).max()
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@pytest.mark.slow
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     st.tuples(
         st.integers(1, 3), st.integers(1, 90), st.integers(1, 3), st.integers(1, 11)
@@ -147,9 +152,9 @@ def test_everything(monkeypatch):
         "eos_token_id": 3,
         "z_loss_weight": 1e-4,
         "initial_temperature": 1.3,
-        "chunk_size": 40,
+        "chunk_size": 60,
     }
-    assert_losses_agree(monkeypatch, (2, 100, 192, 640), **config)
+    assert_losses_agree(monkeypatch, (2, 100, 128, 320), **config)
 
 
 def test_the_kernel_is_taken_where_it_can_be(monkeypatch):
@@ -161,14 +166,14 @@ def test_the_kernel_is_taken_where_it_can_be(monkeypatch):
         "multiply_and_sum",
         lambda *a, **k: calls.append(a) or real(*a, **k),
     )
-    shape = (1, 20, 64, 320)
+    shape = (1, 8, 64, 64)
     losses(monkeypatch, "xla", shape)
     losses(monkeypatch, "mosaic_gpu", shape, logit_soft_cap=30.0)
     with monkeypatch.context() as patch:
         patch.setattr(execute, "ROUNDED_OPERANDS", "float16")
         losses(patch, "mosaic_gpu", shape)
-    losses(monkeypatch, "mosaic_gpu", (1, 20, 60, 320))
-    losses(monkeypatch, "mosaic_gpu", (1, 20, 64, 300))
+    losses(monkeypatch, "mosaic_gpu", (1, 8, 60, 64))
+    losses(monkeypatch, "mosaic_gpu", (1, 8, 64, 60))
     assert not calls
     losses(monkeypatch, "mosaic_gpu", shape)
     assert calls

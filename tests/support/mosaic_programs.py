@@ -8,11 +8,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ava_jax.kernel import mosaic_gpu
 
+_Params = getattr(plgpu, "InterpretGPUParams", None)
+# That of JAX 0.11 and newer waits for ever if several devices run a kernel.
+RUNS_ON_SEVERAL_DEVICES = _Params is None
+
 
 def interpret(monkeypatch) -> None:
     """Makes the kernel run by the interpreter, which raises an error at a race."""
-    known = getattr(plgpu, "InterpretGPUParams", None)
-    params = known(detect_races=True) if known else _of_an_older_jax(monkeypatch)
+    params = _Params(detect_races=True) if _Params else _of_an_older_jax(monkeypatch)
     run = functools.partial(mosaic_gpu.multiply_and_sum, interpret=params)
     monkeypatch.setattr(mosaic_gpu, "multiply_and_sum", run)
 
