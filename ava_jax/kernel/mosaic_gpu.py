@@ -129,38 +129,15 @@ def multiply_and_sum(
             f"implementation='mosaic_gpu' needs JAX 0.10.2 or newer, and this is "
             f"{jax.__version__}: update it, or leave the implementation out"
         )
+    inputs = _inputs_of(product, vocabulary, query, columns, temperature, shift)
     rows, width = product.hidden.shape[0], product.width
-    down, across = pl.cdiv(rows, _TILE_ROWS), pl.cdiv(width, _COLUMNS)
-    padded = down * _TILE_ROWS
-
-    def pad(x, fill):
-        return jnp.pad(x, (0, padded - rows), constant_values=fill)
-
-    def one(x):
-        return None if x is None else as_float(x).reshape(1)
-
-    first = jnp.asarray(first_id(vocabulary.axis, width), jnp.int32)
-    queried = [pad(x, -1) for x in columns.T]
-    tiles = jnp.stack(queried).reshape(-1, down, _TILE_ROWS, 1) // _COLUMNS
-    is_here = jnp.any(tiles == jnp.arange(across, dtype=jnp.int32), 2)
-    inputs = _Inputs(
-        hidden=product.hidden,
-        kernel=product.kernel,
-        bias=None if product.bias is None else as_float(product.bias),
-        scale=one(product.scale),
-        temperature=one(temperature),
-        first=first.reshape(1),
-        shift=pad(shift, 0),
-        targets=pad(query.targets, 0),
-        queried=queried,
-        is_here=is_here.astype(jnp.int32),
-    )
+    _, down, across = inputs.is_here.shape
     names = ["total", "before", "largest", "exp_sum", "expected"]
     if temperature is not None:
         names += ["tempered", "tempered_moment"][: 1 + query.tempered_entropy]
-    sums = jax.ShapeDtypeStruct((across, padded), float_dtype())
+    sums = jax.ShapeDtypeStruct((across, down * _TILE_ROWS), float_dtype())
     out = _Outputs(
-        [sums for _ in queried],
+        [sums for _ in inputs.queried],
         dict.fromkeys(names, sums),
         jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
         if writes_exponentials
@@ -174,6 +151,37 @@ def multiply_and_sum(
     largest, before = reduced.pop("largest"), reduced.pop("before")
     at_ids = _of_ids(found.at_ids, columns, width)
     return Tiled(at_ids, reduced, largest, before, found.exponentials)
+
+
+def _inputs_of(
+    product: Product, vocabulary: Vocabulary, query: Query, columns, temperature, shift
+) -> _Inputs:
+    """Returns what programs read, with a number per row of every tile."""
+    rows, width = product.hidden.shape[0], product.width
+    down, across = pl.cdiv(rows, _TILE_ROWS), pl.cdiv(width, _COLUMNS)
+
+    def pad(x, fill):
+        return jnp.pad(x, (0, down * _TILE_ROWS - rows), constant_values=fill)
+
+    def one(x):
+        return None if x is None else as_float(x).reshape(1)
+
+    first = jnp.asarray(first_id(vocabulary.axis, width), jnp.int32)
+    queried = [pad(x, -1) for x in columns.T]
+    tiles = jnp.stack(queried).reshape(-1, down, _TILE_ROWS, 1) // _COLUMNS
+    is_here = jnp.any(tiles == jnp.arange(across, dtype=jnp.int32), 2)
+    return _Inputs(
+        hidden=product.hidden,
+        kernel=product.kernel,
+        bias=None if product.bias is None else as_float(product.bias),
+        scale=one(product.scale),
+        temperature=one(temperature),
+        first=first.reshape(1),
+        shift=pad(shift, 0),
+        targets=pad(query.targets, 0),
+        queried=queried,
+        is_here=is_here.astype(jnp.int32),
+    )
 
 
 def _of_ids(tiles: list[Array], columns: Int[Array, "N K"], width: int):
@@ -347,11 +355,8 @@ def _sum_up(
 ) -> None:
     """Writes the sums of a tile, and its exponentials."""
     shared, group, width = tile.shared, tile.group, inputs.kernel.shape[1]
-    bias = None
     if inputs.bias is not None:
-        bias = tile.load(inputs.bias.at[tile.columns], shared.bias, 1)
-    if bias is not None:
-        z = z + bias
+        z = z + tile.load(inputs.bias.at[tile.columns], shared.bias, 1)
     if inputs.scale is not None:
         z = z * inputs.scale[0]
     index = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)

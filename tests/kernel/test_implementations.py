@@ -93,6 +93,20 @@ def test_the_whole_loss_where_a_column_is_far_ahead(monkeypatch):
                 assert_trees_close(loss_far_ahead("xla", path), want, 2e-5)
 
 
+def loss_of(hidden, head, targets, **config):
+    """Loss and aux, and the gradients of hidden states and projection."""
+    loss_fn = ava_jax.create_unified_loss(**config)
+
+    def loss(hidden, head):
+        total, aux, _ = loss_fn(
+            loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
+        )
+        return total, aux
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(both)(hidden, head)
+
+
 @pytest.mark.parametrize(("chunk_size", "first"), [(None, 16), (12, 12)])
 def test_the_first_chunk_on_a_gpu_has_larger_blocks(monkeypatch, chunk_size, first):
     """Than the others' blocks of 8 tokens, which divide the chunk or do not."""
@@ -101,18 +115,8 @@ def test_the_first_chunk_on_a_gpu_has_larger_blocks(monkeypatch, chunk_size, fir
     targets = jax.random.randint(keys[2], (2, 64), 0, 40)
 
     def run(implementation):
-        loss_fn = ava_jax.create_unified_loss(
-            vocab_size=40, implementation=implementation, chunk_size=chunk_size
-        )
-
-        def loss(hidden, head):
-            total, aux, _ = loss_fn(
-                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
-            )
-            return total, aux
-
-        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return jax.jit(run)(*operands)
+        config = {"vocab_size": 40, "chunk_size": chunk_size}
+        return loss_of(*operands, targets, implementation=implementation, **config)
 
     want = run("reference")
     for name, tokens in (("_GPU_CHUNK", 32), ("_GPU_BLOCK", 16)):
@@ -198,20 +202,7 @@ def test_shapes_that_divide_nothing(data):
     targets = jax.device_put(rng.integers(0, v, (b, s), np.int32))
 
     def run(implementation):
-        loss_fn = ava_jax.create_unified_loss(
-            vocab_size=v,
-            implementation=implementation,
-            chunk_size=chunk,
-            block_size=block,
-        )
-
-        def loss(hidden, head):
-            total, aux, _ = loss_fn(
-                loss_fn.init(), targets=targets, hidden_states=hidden, lm_head=head
-            )
-            return total, aux
-
-        run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return jax.jit(run)(*arrays)
+        config = {"vocab_size": v, "chunk_size": chunk, "block_size": block}
+        return loss_of(*arrays, targets, implementation=implementation, **config)
 
     assert_trees_close(run("xla"), run("reference"), 2e-5)
