@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import subprocess
 import sys
 import tarfile
 import tomllib
@@ -51,6 +52,19 @@ def test_the_package_imports_its_core_dependencies_and_nothing_else() -> None:
     imported = set().union(*map(imported_by, MODULES))
     others = imported - set(sys.stdlib_module_names) - {"ava_jax"}
     assert others == names_of(PROJECT["dependencies"])
+
+
+def test_the_package_does_not_import_kernels_that_are_not_used() -> None:
+    program = (
+        "import sys, flax.linen, flax.nnx, optax; before = set(sys.modules); "
+        "import ava_jax; print(*sorted(set(sys.modules) - before))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "ava_jax.kernel.xla_product" in run.stdout.split()
+    assert "pallas" not in run.stdout
+    assert "mosaic" not in run.stdout
 
 
 def test_the_lowest_versions_are_the_lower_bounds() -> None:

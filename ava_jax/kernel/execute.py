@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ava_jax.kernel.chunks import local_gradients, local_sums, local_values
-from ava_jax.kernel.mosaic_gpu import can_multiply
 from ava_jax.kernel.passes import (
     Columns,
     Operands,
@@ -142,10 +141,15 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     pass_ = pass_._replace(sample=sample, by_columns=by_columns)
     if operands.kernel.dtype != ROUNDED_OPERANDS:
         return pass_
-    if by_mosaic and can_multiply(operands.kernel) and float_dtype() == jnp.float32:
-        # It writes no logits, so a block may be a whole chunk.
-        block = sizes.block if plan.block else sizes.chunk
-        return pass_._replace(rounded_sizes=sizes._replace(block=block, first=block))
+    if by_mosaic and float_dtype() == jnp.float32:
+        # Most programs have no use for Mosaic GPU, which takes long to import.
+        from ava_jax.kernel.mosaic_gpu import can_multiply
+
+        if can_multiply(operands.kernel):
+            # It writes no logits, so a block may be a whole chunk.
+            block = sizes.block if plan.block else sizes.chunk
+            sizes = sizes._replace(block=block, first=block)
+            return pass_._replace(rounded_sizes=sizes)
     if not by_columns:
         return pass_
     is_one_block = fuses_gradient(operands.kernel.shape[0])

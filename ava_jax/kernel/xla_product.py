@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ava_jax.kernel import mosaic_gpu, xla
+from ava_jax.kernel import xla
 from ava_jax.kernel.collectives import (
     add_scalar,
     add_up,
@@ -263,6 +263,9 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
         return made._replace(logits=logits) if request.writes_logits else made
 
     def make_tiles(shift: Array) -> _Made:
+        # Most programs have no use for Mosaic GPU, which takes long to import.
+        from ava_jax.kernel import mosaic_gpu
+
         found = mosaic_gpu.multiply_and_sum(
             product,
             vocabulary,
