@@ -285,17 +285,20 @@ def _posttraining_cases() -> list[Case]:
     ]
 
 
-def _gpu_cases() -> list[Case]:
+def _gpu_cases(device_kind: str) -> list[Case]:
     goals = (
         Goal("plain", "naive", "time", 1.10),
         Goal("plain", "naive", "temp", 0.25),
         Goal("plain", "three matmuls", "time", 1.20),
         Goal("plain", "tokamax", "time", 0.60),
         Goal("everything", "plain", "time", 1.10),
-        Goal("plain, by Mosaic GPU", "naive", "time", 1.10),
-        Goal("plain, by Mosaic GPU", "naive", "temp", 0.25),
-        Goal("plain, by Mosaic GPU", "plain", "time", 1.00),
     )
+    if any(name in device_kind for name in ("H100", "H200")):
+        goals += (
+            Goal("plain, by Mosaic GPU", "naive", "time", 1.10),
+            Goal("plain, by Mosaic GPU", "naive", "temp", 0.25),
+            Goal("plain, by Mosaic GPU", "plain", "time", 1.00),
+        )
     bandwidth = (Goal("plain", "copy", "bandwidth"),)
     cases = []
     for shape in shapes.DEVICE:
@@ -340,7 +343,7 @@ def table(device_kind: str, quick: bool = False) -> list[Case]:
         *_fused_cases(),
         *_term_cases(),
         *_posttraining_cases(),
-        *_gpu_cases(),
+        *_gpu_cases(device_kind),
         *_model_cases(device_kind, quick),
     ]
     if not quick:

@@ -15,6 +15,7 @@ PACKAGES = (
     "jaxlib",
     "libtpu",
     "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
     "optax",
     "flax",
     "tokamax",

@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 from jax import lax
+from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import Mesh
+from jax.sharding import Mesh, get_abstract_mesh
 
 Result = TypeVar("Result")
 
@@ -41,10 +42,28 @@ def platform_of(mesh: Mesh) -> Platform | None:
     return name if name in ("cpu", "tpu") else "gpu"
 
 
+# That of Hopper GPUs, whose instructions the kernel in Mosaic GPU consists of.
+_CAPABILITY = "9.0"
+
+
+def _lower_for_gpus(_: Any, x: Any) -> Any:
+    """Lowers `_on_gpus`, unless the GPUs of this process cannot run the kernel."""
+    card, named = get_default_device(), get_abstract_mesh().abstract_device
+    is_here = named is None or named.device_kind == card.device_kind
+    capability = getattr(card, "compute_capability", _CAPABILITY)
+    if is_here and capability != _CAPABILITY:
+        raise ValueError(
+            "implementation='mosaic_gpu' is for GPUs of compute capability "
+            f"{_CAPABILITY}, such as an H100, and {card.device_kind} has {capability}: "
+            "leave it out, and the platform decides"
+        )
+    return [x]
+
+
 _on_gpus = Primitive("on_gpus")
 _on_gpus.def_abstract_eval(lambda x: x)
 batching.defvectorized(_on_gpus)
-mlir.register_lowering(_on_gpus, lambda _, x: [x])
+mlir.register_lowering(_on_gpus, _lower_for_gpus)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """The implementation of each platform, and what its program computes and stores."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from support.kernel_batches import B, D, V
 from support.kernel_rows import IMPLEMENTATIONS, MESH
 from support.programs import arrays_of, dot_flops
 
 import ava_jax
 from ava_jax import Query, Vocabulary, token_statistics
-from ava_jax.kernel import statistics
+from ava_jax.kernel import platforms, statistics
+from ava_jax.kernel.platforms import Implementation
 
 pytestmark = pytest.mark.every_platform
 
@@ -126,6 +129,26 @@ def test_a_kernel_for_gpus_is_refused_elsewhere():
     )
     with pytest.raises(ValueError, match="for GPUs, and this program is for cpu"):
         jax.make_jaxpr(loss)(*operands)
+
+
+def test_a_kernel_is_refused_by_gpus_that_cannot_run_it(monkeypatch):
+    card = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(platforms, "get_default_device", lambda: card)
+
+    def lowered(kind: str | None, implementation: Implementation = "mosaic_gpu"):
+        device = None if kind is None else AbstractDevice(kind, 100, platform="gpu")
+        loss, operands = fused_loss(implementation=implementation)
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            traced = jax.jit(loss).trace(*operands)
+            return traced.lower(lowering_platforms=("cuda",))
+
+    for kind in (None, "NVIDIA A100"):
+        with pytest.raises(ValueError, match=r"capability 9\.0.* A100 has 8\.0: leave"):
+            lowered(kind)
+    assert lowered("NVIDIA H100")
+    assert lowered("NVIDIA A100", "xla")
+    card.compute_capability = "9.0"
+    assert lowered(None)
 
 
 def test_the_default_backend_decides_nothing():
