@@ -13,11 +13,13 @@ LOWEST := $(VENV)/lowest
 NEWEST := $(VENV)/newest
 PACKAGE := $(VENV)/package
 OUT ?= runs/demo
+# The build of JAX for training and timing, such as JAX="jax[cuda13]" on a GPU.
+JAX ?= jax
 
 .DEFAULT_GOAL := help
 .PHONY: help demo grpo distill test test-all test-models test-compiled \
   test-maxtext test-lowest test-newest newest-dependencies package release-check \
-  lint docs bench bench-external bench-maxtext experiments clean
+  lint docs bench bench-external bench-maxtext experiments clean FORCE
 
 help:
 	@echo "make demo           train a small language model on this Python's own source"
@@ -106,6 +108,8 @@ experiments: $(VENV)/.train
 	$(BIN)/python -m experiments.run all --jobs 2 $(ARGS)
 	$(BIN)/python -m experiments.tables
 
+FORCE:
+
 clean:
 	rm -rf $(VENV) site dist .cache .pytest_cache .ruff_cache .hypothesis
 
@@ -117,9 +121,14 @@ $(BIN)/python:
 	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian:" \
 	    "apt install python3-venv)" >&2; exit 1; }
 
-# The stamps remember that an extra is installed, so a second call goes straight to work.
+# The stamps remember that an extra is installed, so a second call goes straight to work;
+# they do not remember another build of JAX.
+ifneq ($(JAX),jax)
+$(VENV)/.train $(VENV)/.bench: FORCE
+endif
+
 $(VENV)/.train: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[train]' '$(JAX)'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
@@ -136,7 +145,7 @@ $(VENV)/.docs: pyproject.toml
 # refuses.
 $(VENV)/.bench: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/bin/python
-	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q -e '.[bench]' '$(JAX)'
 	@touch $@
 
 # An environment of its own: transformers has to be an old one, and tunix brings much.
