@@ -4,6 +4,7 @@ Each takes the targets [B, S] and the arrays by the loss's argument names.
 """
 
 import importlib
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +70,12 @@ def checkpointed(
 
 
 def tokamax_loss(
-    targets: jax.Array, hidden_states: jax.Array, lm_head: jax.Array
+    targets: jax.Array,
+    hidden_states: jax.Array,
+    lm_head: jax.Array,
+    implementation: Literal["chunked_xla", "xla"] = "chunked_xla",
 ) -> jax.Array:
-    """Computes Tokamax's chunked loss.
+    """Computes Tokamax's loss, by default the chunked one.
 
     Raises:
       ImportError: tokamax is not installed.
@@ -85,7 +89,7 @@ def tokamax_loss(
             targets.reshape(-1),
             lm_head,
             reduction="mean",
-            implementation="chunked_xla",
+            implementation=implementation,
         )
     except (NotImplementedError, ValueError) as error:
         if "Unsupported implementation" in str(error):

@@ -1,6 +1,7 @@
 """The table of benchmarks: implementations, shapes and the goals for their ratios."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -26,6 +27,9 @@ Metric = Literal["time", "cpu_time", "temp", "error", "bandwidth"]
 # Baselines that are a number, not an implementation.
 LOGITS_ARRAY = "one logits array"
 EXACT = "float64 numpy"
+
+# Tokens per chunk, to be compared with what the package chooses for an accelerator.
+CHUNKS = (1024, 2048, 8192)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Case:
       shape: the sizes.
       goals: their candidates and baselines are the implementations to time.
       gradient: whether losses are timed with their gradients.
-      gpu_only: whether it is skipped on other devices.
+      needs_accelerator: whether it is skipped on a CPU.
     """
 
     group: str
@@ -65,7 +69,7 @@ class Case:
     shape: Shape
     goals: tuple[Goal, ...]
     gradient: bool = True
-    gpu_only: bool = False
+    needs_accelerator: bool = False
 
     @property
     def title(self) -> str:
@@ -110,6 +114,23 @@ def _by_mosaic(case: Case, batch: Batch) -> Implementation:
     return candidate(config, batch, gradient=case.gradient)
 
 
+def _of_chunks(tokens: int) -> str:
+    return f"plain, chunks of {tokens}"
+
+
+def _plain_by_chunks(tokens: int) -> Callable[[Case, Batch], Implementation]:
+    """Returns the maker of plain cross-entropy with chunks of that many tokens."""
+
+    def make(case: Case, batch: Batch) -> Implementation:
+        size = -(-tokens // case.shape.batch)
+        config = dataclasses.replace(
+            candidates.plain(case.shape.vocab), chunk_size=size
+        )
+        return candidate(config, batch, gradient=case.gradient)
+
+    return make
+
+
 def _depths(case: Case, batch: Batch) -> Implementation:
     config = candidates.plain(case.shape.vocab)
     return candidate(candidates.with_depths(config, case.shape.depths), batch)
@@ -144,6 +165,7 @@ def _masked(name: str) -> Callable[[Case, Batch], Implementation]:
 IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "plain": _plain,
     "plain, by Mosaic GPU": _by_mosaic,
+    **{_of_chunks(tokens): _plain_by_chunks(tokens) for tokens in CHUNKS},
     "everything": _everything,
     "repetition": lambda c, b: candidate(candidates.repetition(c.shape.vocab), b),
     "unlikelihood": lambda c, b: candidate(candidates.unlikelihood(c.shape.vocab), b),
@@ -154,6 +176,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "naive depths": lambda _, b: baseline(baselines.naive_depths, b),
     "checkpointed": lambda _, b: baseline(baselines.checkpointed, b),
     "tokamax": lambda _, b: baseline(baselines.tokamax_loss, b),
+    "tokamax xla": lambda _, b: baseline(
+        functools.partial(baselines.tokamax_loss, implementation="xla"), b
+    ),
     "one matmul": lambda _, b: baseline(baselines.matmul_forward, b, gradient=False),
     "three matmuls": lambda _, b: baseline(baselines.matmul_three, b, gradient=False),
     "copy": lambda _, b: baseline(baselines.copy, b, gradient=False),
@@ -285,13 +310,15 @@ def _posttraining_cases() -> list[Case]:
     ]
 
 
-def _gpu_cases(device_kind: str) -> list[Case]:
+def _accelerator_cases(device_kind: str) -> list[Case]:
     goals = (
         Goal("plain", "naive", "time", 1.10),
         Goal("plain", "naive", "temp", 0.25),
         Goal("plain", "three matmuls", "time", 1.20),
         Goal("plain", "tokamax", "time", 0.60),
+        Goal("plain", "tokamax xla", "time", 1.00),
         Goal("everything", "plain", "time", 1.10),
+        *(Goal(_of_chunks(tokens), "plain", "time") for tokens in CHUNKS),
     )
     if any(name in device_kind for name in ("H100", "H200")):
         goals += (
@@ -300,18 +327,26 @@ def _gpu_cases(device_kind: str) -> list[Case]:
             Goal("plain, by Mosaic GPU", "plain", "time", 1.00),
         )
     bandwidth = (Goal("plain", "copy", "bandwidth"),)
-    cases = []
-    for shape in shapes.DEVICE:
-        logits = dataclasses.replace(shape, width=0)
-        what = "fused cross-entropy and gradient"
-        cases += [Case("gpu", what, shape, goals, gpu_only=True)] + [
-            Case("gpu", what, logits, bandwidth, gradient=gradient, gpu_only=True)
-            for what, gradient in (
-                ("cross-entropy from logits", False),
-                ("cross-entropy and gradient from logits", True),
-            )
-        ]
-    return cases
+    what = "fused cross-entropy and gradient"
+    from_logits = (
+        ("cross-entropy from logits", False),
+        ("cross-entropy and gradient from logits", True),
+    )
+    return [
+        Case("accelerator", what, shape, goals, needs_accelerator=True)
+        for shape in shapes.ACCELERATOR
+    ] + [
+        Case(
+            "accelerator",
+            what,
+            dataclasses.replace(shape, width=0),
+            bandwidth,
+            gradient=gradient,
+            needs_accelerator=True,
+        )
+        for shape in shapes.ACCELERATOR
+        for what, gradient in from_logits
+    ]
 
 
 def _model_cases(device_kind: str, quick: bool) -> list[Case]:
@@ -343,7 +378,7 @@ def table(device_kind: str, quick: bool = False) -> list[Case]:
         *_fused_cases(),
         *_term_cases(),
         *_posttraining_cases(),
-        *_gpu_cases(device_kind),
+        *_accelerator_cases(device_kind),
         *_model_cases(device_kind, quick),
     ]
     if not quick:

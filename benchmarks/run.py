@@ -21,7 +21,7 @@ from benchmarks.machine import (
 )
 from benchmarks.plots import plot_ratios, plot_scaling
 from benchmarks.records import AxisRecord, CaseRecord, GroupRecord, Results
-from benchmarks.timing import Result, time_interleaved
+from benchmarks.timing import OBSTACLES, Result, in_a_line, time_interleaved
 
 QUICK_ROUNDS = 2
 # The logits, their gradient and one more: the most that an implementation needs.
@@ -99,8 +99,13 @@ def _run(case: Case, settings: Settings) -> CaseRecord:
     print(f"{case.group}: {case.title}", flush=True)
     reason = _obstacle(case)
     results: dict[str, Result] = {}
+    try:
+        # The inputs alone may not fit.
+        built = {} if reason else case.build()
+    except OBSTACLES as error:
+        built, reason = {}, in_a_line(error)
     if not reason:
-        results = time_interleaved(case.build(), settings.rounds)
+        results = time_interleaved(built, settings.rounds)
     outcomes = skip(case, reason) if reason else judge(case, results)
     for outcome in outcomes:
         print(f"  {outcome.line()}", flush=True)
@@ -114,8 +119,8 @@ def _run(case: Case, settings: Settings) -> CaseRecord:
 def _obstacle(case: Case) -> str:
     """Returns why a case cannot run here; empty if it can."""
     backend = jax.default_backend()
-    if case.gpu_only and backend != "gpu":
-        return "needs a GPU"
+    if case.needs_accelerator and backend == "cpu":
+        return "needs a GPU or TPU"
     free = free_memory()
     needed = LOGITS_ARRAYS * case.logits_bytes
     # A GPU raises if an array is too large; on a CPU the system kills the process.

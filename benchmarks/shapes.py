@@ -66,9 +66,10 @@ FUSED = Shape(2048, 32768, 512)
 FUSED_WIDE = Shape(1024, 50304, 256)
 FUSED_HALF = Shape(2048, 32768, 512, dtype="bfloat16")
 DEPTHS = Shape(1024, 32768, 256, depths=3)
-DEVICE = (
+ACCELERATOR = (
     Shape(32768, 128256, 2560, dtype="bfloat16"),
     Shape(16384, 128256, 4096, dtype="bfloat16"),
+    Shape(8192, 151936, 2560, dtype="bfloat16", batch=2),
 )
 
 # The named shapes of `benchmarks.compiled`: a micro-batch of a device, in bfloat16.

@@ -76,7 +76,15 @@ class Unavailable(Exception):
     """Raised if an implementation cannot run here; the message says what it needs."""
 
 
+# What keeps an implementation from running here; anything else is a bug.
+OBSTACLES = (ImportError, MemoryError, Unavailable, jax.errors.JaxRuntimeError)
+
 Result = Figures | Skipped
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns an error's message; of XLA's on memory, which takes pages, one line."""
+    return f"{error}".strip().partition("\n")[0] or type(error).__name__
 
 
 def time_interleaved(
@@ -104,10 +112,8 @@ def time_interleaved(
     for name, implementation in implementations.items():
         try:
             runs[name], results[name] = _build(implementation, warmup, clock)
-        except (ImportError, MemoryError, Unavailable, jax.errors.JaxRuntimeError) as e:
-            # XLA's report of exhausted memory takes pages.
-            first = f"{e}".strip().partition("\n")[0]
-            results[name] = Skipped(first or type(e).__name__)
+        except OBSTACLES as error:
+            results[name] = Skipped(in_a_line(error))
     times, cpu_times = _rounds(runs, rounds, (clock, time.process_time))
     return {
         name: result._replace(times=times[name], cpu_times=cpu_times[name])

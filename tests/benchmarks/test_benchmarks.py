@@ -14,6 +14,7 @@ import pytest
 from benchmarks import (
     baselines,
     candidates,
+    cases,
     goals,
     machine,
     records,
@@ -34,6 +35,8 @@ from benchmarks.timing import (
 
 TINY = shapes.tiny(shapes.DEPTHS)
 ALL_CASES = table("cpu")
+# Implementations whose value is not plain cross-entropy.
+NO_LOSSES = {"three matmuls", "copy", "everything"}
 
 
 def implementation(answer: Callable[[jax.Array], jax.Array]) -> Implementation:
@@ -174,7 +177,7 @@ def test_memory_is_judged_against_one_logits_array():
 
 
 def test_bandwidth_is_a_fraction_of_the_copy():
-    forward, gradient = (case_of("gpu", index) for index in (1, 2))
+    forward, gradient = (case_of("accelerator", index) for index in (3, 4))
     timed = {"plain": figures(1.0), "copy": figures(2.0)}
     assert goals.judge(forward, {**timed})[0].ratio == (1.0, 1.0, 1.0)
     outcome = goals.judge(gradient, {**timed})[0]
@@ -280,16 +283,44 @@ def test_case_too_large_for_the_machine_is_skipped(monkeypatch, tmp_path, capsys
     assert "skipped: needs" in capsys.readouterr().out
 
 
+def test_inputs_that_do_not_fit_are_skipped(monkeypatch, tmp_path, capsys):
+    def full(shape: shapes.Shape) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory\nand pages")
+
+    monkeypatch.setattr(cases, "make_batch", full)
+    run.main(["--quick", "--group", "fused", "--out", str(tmp_path)])
+    assert "skipped: RESOURCE_EXHAUSTED: no memory\n" in capsys.readouterr().out
+
+
+def test_cases_for_accelerators_run():
+    """They are skipped on a CPU, where a mistake in them would not be seen."""
+    found = table("TPU v5", quick=True)
+    fused, *_, logits = (case for case in found if case.group == "accelerator")
+    assert (bool(fused.shape.width), bool(logits.shape.width)) == (True, False)
+    for case in (fused, logits):
+        results = time_interleaved(case.build(), rounds=1)
+        ran = {k: v for k, v in results.items() if isinstance(v, Figures)}
+        # Tokamax is an extra, and not for every Python.
+        assert set(results) - set(ran) <= {"tokamax", "tokamax xla"}
+        assert len(goals.judge(case, results)) == len(case.goals)
+        losses = {k: v.value for k, v in ran.items() if k not in NO_LOSSES}
+        assert {"plain", "naive"} - set(losses) == (
+            set() if case == fused else {"naive"}
+        )
+        for name, loss in losses.items():
+            assert loss == pytest.approx(losses["plain"], rel=1e-2), name
+
+
 def test_merging_keeps_other_groups(tmp_path):
     options = ["--quick", "--name", "here", "--out", str(tmp_path), "--group"]
     path = tmp_path / "here.json"
     run.main([*options, "logits-forward"])
     first = records.load(path)
-    run.main([*options, "gpu"])
+    run.main([*options, "accelerator"])
     both = records.load(path)
     assert first is not None
     assert both is not None
-    assert list(both["groups"]) == ["logits-forward", "gpu"]
+    assert list(both["groups"]) == ["logits-forward", "accelerator"]
     assert both["groups"]["logits-forward"] == first["groups"]["logits-forward"]
     run.main([*options, "logits-forward"])
     again = records.load(path)
@@ -314,14 +345,14 @@ def test_every_group_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert results["rounds"] == 2
     assert list(results["groups"]) == list(GROUPS)
     assert list(results["scaling"]) == ["N", "D", "V", "K"]
-    cases = [case for each in results["groups"].values() for case in each["cases"]]
-    for case in cases:
+    found = [case for each in results["groups"].values() for case in each["cases"]]
+    for case in found:
         _check_case(case)
     for axis in results["scaling"].values():
         assert len(axis["points"]) == 2
         assert isinstance(axis["time_slope"], float)
     lines = [line for line in capsys.readouterr().out.splitlines() if " / " in line]
-    assert len(lines) == sum(len(case["goals"]) for case in cases)
+    assert len(lines) == sum(len(case["goals"]) for case in found)
     for plot in ("ratios", "scaling"):
         picture = (tmp_path / f"quick-{plot}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
