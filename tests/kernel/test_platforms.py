@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from support.kernel_batches import B, D, V
 from support.kernel_rows import IMPLEMENTATIONS, MESH
 from support.programs import arrays_of, dot_flops
@@ -136,11 +135,12 @@ def test_a_kernel_is_refused_by_gpus_that_cannot_run_it(monkeypatch):
     monkeypatch.setattr(platforms, "get_default_device", lambda: card)
 
     def lowered(kind: str | None, implementation: Implementation = "mosaic_gpu"):
-        device = None if kind is None else AbstractDevice(kind, 100, platform="gpu")
+        named = None if kind is None else types.SimpleNamespace(device_kind=kind)
+        mesh = types.SimpleNamespace(abstract_device=named)
+        monkeypatch.setattr(platforms, "get_abstract_mesh", lambda: mesh)
         loss, operands = fused_loss(implementation=implementation)
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            traced = jax.jit(loss).trace(*operands)
-            return traced.lower(lowering_platforms=("cuda",))
+        traced = jax.jit(loss).trace(*operands)
+        return traced.lower(lowering_platforms=("cuda",))
 
     for kind in (None, "NVIDIA A100"):
         with pytest.raises(ValueError, match=r"capability 9\.0.* A100 has 8\.0: leave"):
