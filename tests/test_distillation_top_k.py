@@ -75,3 +75,38 @@ def test_the_top_v_is_the_whole_distribution(tail):
     got, want = ({k: g[k] for k in names} for g in (grads, whole[2]))
     # With a tail the rest is a rounding error's, and its slope the teacher's part.
     assert_trees_close(got, want, 1e-3 if tail else 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "xla"])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_a_certain_student_gives_to_the_rest_is_exact(implementation, is_known):
+    """1 − p of its most probable class is 1e-5 to 1e-9, and 1 − Σ p a part of it."""
+    rng = np.random.default_rng(15)
+    shape = (3, 8)
+    z = rng.normal(size=(*shape, V)).astype(np.float32)
+    z[..., 4] += np.linspace(17, 24, shape[1], dtype=np.float32)
+    ids = np.broadcast_to([7, 4, 2] if is_known else [7, 3, 2], (*shape, 3))
+    q = np.array([0.1, 0.4, 0.2])
+    given = {
+        "logits": z,
+        "teacher_ids": ids.astype(np.int32),
+        "teacher_log_probs": np.broadcast_to(np.log(q), (*shape, 3)).astype(np.float32),
+    }
+    loss, _, grads = run(given, implementation=implementation)
+
+    exp = np.exp(z.astype(np.float64))
+    p = exp / exp.sum(-1, keepdims=True)
+    is_rest = np.ones(V, bool)
+    is_rest[ids[0, 0]] = False
+    rest = exp[..., is_rest].sum(-1, keepdims=True)
+    of_known = np.sum(q * np.log(q / np.take_along_axis(p, ids, -1)), -1)
+    of_rest = 0.3 * np.log(0.3 / (rest / exp.sum(-1, keepdims=True)))
+    np.testing.assert_allclose(loss, np.mean(of_known + of_rest[..., 0]), rtol=1e-6)
+    wanted = np.zeros(V)
+    wanted[ids[0, 0]] = q
+    want = p - wanted - np.where(is_rest, 0.3 * exp / rest, 0)
+    of_tokens = np.asarray(grads["logits"]) * np.prod(shape)
+    np.testing.assert_allclose(of_tokens, want, atol=1e-5)
+    # As a difference of numbers of float32, the rest would be wrong by 1e-7.
+    if is_known:
+        assert np.max(rest / exp.sum(-1, keepdims=True)) < 1e-5

@@ -6,7 +6,7 @@ from typing import cast
 
 import jax.numpy as jnp
 from jax.lax import PrecisionLike, stop_gradient
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ava_jax.config import Settings, Weight
 from ava_jax.inputs import LossInputs, check_float, width_of
@@ -14,7 +14,11 @@ from ava_jax.kernel.divergence import divergence
 from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.passes import Columns, to_width
 from ava_jax.kernel.stats import TokenStats, Vocabulary
-from ava_jax.losses.distillation import top_k_divergence
+from ava_jax.losses.distillation import (
+    divergence_with_rest,
+    log_one_minus_sum,
+    top_k_divergence,
+)
 from ava_jax.reduce import as_float, float_dtype
 from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
 
@@ -188,7 +192,6 @@ class TopKDistillation(TokenTerm):
     requires = ("extra_inputs",)
     requires_extra = ("teacher_ids", "teacher_log_probs")
     accepts_extra = ()
-    needs_log_one_minus_p = False
     needs_logits = False
 
     def __post_init__(self) -> None:
@@ -223,8 +226,27 @@ class TopKDistillation(TokenTerm):
         teacher = as_float(inputs.extra["teacher_log_probs"])
         active = (inputs.weights != 0)[..., None]
         teacher = jnp.where(active & is_id, teacher, -jnp.inf)
-        value = top_k_divergence(log_probs, teacher, tail=self.tail)
+        if self.tail:
+            rest = self._log_rest(stats, teacher != -jnp.inf)
+            value = divergence_with_rest(log_probs, teacher, rest)
+        else:
+            value = top_k_divergence(log_probs, teacher, tail=False)
         return self.logits_temperature**2 * value
+
+    def _log_rest(
+        self, stats: TokenStats, known: Bool[Array, "B S K"]
+    ) -> Float[Array, "B S"]:
+        """Computes `log(1 − Σ p)` over the known classes.
+
+        If the most probable class is one of them, the others' probabilities are taken
+        from the sum without it: 1 − p, as a difference, may be a rounding error.
+        """
+        is_top = stats.candidate_is_top[self.name] & known
+        without = jnp.any(is_top, -1)
+        whole = jnp.where(without, stats.log_sum_without_top, stats.log_sum)
+        relative = stats.candidates[self.name] - whole[..., None]
+        shares = jnp.where(known & ~is_top, relative, -jnp.inf)
+        return whole - stats.log_sum + log_one_minus_sum(shares)
 
 
 def _check_positive(name: str, value: float) -> None:
