@@ -53,12 +53,11 @@ def top_k_divergence(
     check_floating("teacher_log_probs", teacher_log_probs)
     shape = log_probs.shape
     check_same_shape("log_probs", shape, teacher_log_probs=teacher_log_probs)
-    log_p, log_q = as_float(log_probs), as_float(teacher_log_probs)
+    log_p, log_q = as_float(log_probs), stop_gradient(as_float(teacher_log_probs))
+    of_known = jnp.where(log_q != -jnp.inf, log_p, -jnp.inf)
     if tail:
-        known = log_q != -jnp.inf
-        log_rest = log_one_minus_sum(jnp.where(known, log_p, -jnp.inf))
-        return divergence_with_rest(log_p, log_q, log_rest)
-    return _of_known(_normalized(log_p, log_q), _normalized(log_q, log_q))
+        return divergence_with_rest(log_p, log_q, log_one_minus_sum(of_known))
+    return _of_known(log_p - _log_sum(of_known), log_q - _log_sum(log_q))
 
 
 def divergence_with_rest(
@@ -70,44 +69,32 @@ def divergence_with_rest(
 
     Args:
       log_probs: as there.
-      teacher_log_probs: as there.
+      teacher_log_probs: as there; the caller stops its gradient.
       log_rest: the student's `log(1 − Σ p_c)` over the teacher's classes.
     """
-    log_q = stop_gradient(teacher_log_probs)
-    of_teacher = log_one_minus_sum(log_q)
+    of_teacher = log_one_minus_sum(teacher_log_probs)
     of_rest = jnp.exp(of_teacher) * (of_teacher - log_rest)
-    return _of_known(log_probs, log_q) + of_rest
+    return _of_known(log_probs, teacher_log_probs) + of_rest
 
 
 def log_one_minus_sum(log_shares: Float[Array, "*n K"]) -> Float[Array, "*n"]:
     """Computes `log(1 − Σ e^x)`; what is left is at least one rounding error."""
-    total = _log_sum(log_shares, fill=-1.0)
-    least = jnp.finfo(total.dtype).eps
-    x = jnp.minimum(total, -least)
-    left = jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
-    return jnp.where(jnp.any(log_shares != -jnp.inf, -1), left, 0.0)
+    total = jnp.sum(jnp.exp(log_shares), -1)
+    return jnp.log1p(-jnp.minimum(total, 1 - jnp.finfo(total.dtype).eps))
 
 
-def _log_sum(log_p: Float[Array, "*n K"], fill: float) -> Float[Array, "*n"]:
-    """Computes the log-sum-exp, and `fill` where there is nothing to sum up."""
-    some = jnp.any(log_p != -jnp.inf, -1)
-    safe = jnp.where(some[..., None], log_p, 0.0)
-    return jnp.where(some, jax.nn.logsumexp(safe, -1), fill)
-
-
-def _normalized(
-    log_p: Float[Array, "*n K"], log_q: Float[Array, "*n K"]
-) -> Float[Array, "*n K"]:
-    """Divides by the sum over the classes that the teacher knows."""
-    known = jnp.where(log_q != -jnp.inf, log_p, -jnp.inf)
-    return log_p - _log_sum(known, fill=0.0)[..., None]
+def _log_sum(log_p: Float[Array, "*n K"]) -> Float[Array, "*n 1"]:
+    """Computes the log-sum-exp over the known classes; 0 if there are none."""
+    known = jnp.any(log_p != -jnp.inf, -1, keepdims=True)
+    safe = jnp.where(known, log_p, 0.0)
+    return jnp.where(known, jax.nn.logsumexp(safe, -1, keepdims=True), 0.0)
 
 
 def _of_known(
     log_p: Float[Array, "*n K"], log_q: Float[Array, "*n K"]
 ) -> Float[Array, "*n"]:
     """Computes `Σ q (log q − log p)` over the classes that the teacher knows."""
-    known, log_q = log_q != -jnp.inf, stop_gradient(log_q)
+    known = log_q != -jnp.inf
     q = jnp.where(known, jnp.exp(log_q), 0.0)
     distance = jnp.where(known, log_q, 0.0) - jnp.where(known, log_p, 0.0)
     return jnp.sum(q * distance, -1)

@@ -223,7 +223,7 @@ class TopKDistillation(TokenTerm):
         log_probs = stats.candidates[self.name] - stats.log_sum[..., None]
         ids = inputs.extra["teacher_ids"]
         is_id = (ids >= 0) & (ids < self.vocab_size)
-        teacher = as_float(inputs.extra["teacher_log_probs"])
+        teacher = stop_gradient(as_float(inputs.extra["teacher_log_probs"]))
         active = (inputs.weights != 0)[..., None]
         teacher = jnp.where(active & is_id, teacher, -jnp.inf)
         if self.tail:
