@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from ava_jax.kernel.platforms import Implementation as KernelImplementation
 from benchmarks import baselines, candidates, posttraining, shapes
 from benchmarks.arrays import Batch, baseline, make_batch
 from benchmarks.candidates import candidate
@@ -28,8 +29,9 @@ Metric = Literal["time", "cpu_time", "temp", "error", "bandwidth"]
 LOGITS_ARRAY = "one logits array"
 EXACT = "float64 numpy"
 
-# Tokens per chunk, to be compared with what the package chooses for an accelerator.
-CHUNKS = (1024, 2048, 8192)
+BY_MOSAIC = "plain, by Mosaic GPU"
+# By tokens per chunk; compared with what the package chooses for an accelerator.
+CHUNKS = {tokens: f"plain, chunks of {tokens}" for tokens in (1024, 2048, 8192)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,36 +101,25 @@ class Case:
         return baselines.exact_loss(batch.targets, **batch.floats)
 
 
-def _plain(case: Case, batch: Batch) -> Implementation:
-    return candidate(candidates.plain(case.shape.vocab), batch, gradient=case.gradient)
+def _plain(
+    case: Case,
+    batch: Batch,
+    *,
+    chunk: int | None = None,
+    implementation: KernelImplementation | None = None,
+) -> Implementation:
+    """Returns plain cross-entropy, on request with a chunk of that many tokens."""
+    config = dataclasses.replace(
+        candidates.plain(case.shape.vocab),
+        chunk_size=None if chunk is None else -(-chunk // case.shape.batch),
+        implementation=implementation,
+    )
+    return candidate(config, batch, gradient=case.gradient)
 
 
 def _everything(case: Case, batch: Batch) -> Implementation:
     config = candidates.everything(case.shape.vocab)
     return candidate(config, batch, gradient=case.gradient, report=True)
-
-
-def _by_mosaic(case: Case, batch: Batch) -> Implementation:
-    config = candidates.plain(case.shape.vocab)
-    config = dataclasses.replace(config, implementation="mosaic_gpu")
-    return candidate(config, batch, gradient=case.gradient)
-
-
-def _of_chunks(tokens: int) -> str:
-    return f"plain, chunks of {tokens}"
-
-
-def _plain_by_chunks(tokens: int) -> Callable[[Case, Batch], Implementation]:
-    """Returns the maker of plain cross-entropy with chunks of that many tokens."""
-
-    def make(case: Case, batch: Batch) -> Implementation:
-        size = -(-tokens // case.shape.batch)
-        config = dataclasses.replace(
-            candidates.plain(case.shape.vocab), chunk_size=size
-        )
-        return candidate(config, batch, gradient=case.gradient)
-
-    return make
 
 
 def _depths(case: Case, batch: Batch) -> Implementation:
@@ -164,8 +155,8 @@ def _masked(name: str) -> Callable[[Case, Batch], Implementation]:
 
 IMPLEMENTATIONS: dict[str, Callable[[Case, Batch], Implementation]] = {
     "plain": _plain,
-    "plain, by Mosaic GPU": _by_mosaic,
-    **{_of_chunks(tokens): _plain_by_chunks(tokens) for tokens in CHUNKS},
+    BY_MOSAIC: functools.partial(_plain, implementation="mosaic_gpu"),
+    **{name: functools.partial(_plain, chunk=n) for n, name in CHUNKS.items()},
     "everything": _everything,
     "repetition": lambda c, b: candidate(candidates.repetition(c.shape.vocab), b),
     "unlikelihood": lambda c, b: candidate(candidates.unlikelihood(c.shape.vocab), b),
@@ -318,13 +309,13 @@ def _accelerator_cases(device_kind: str) -> list[Case]:
         Goal("plain", "tokamax", "time", 0.60),
         Goal("plain", "tokamax xla", "time", 1.00),
         Goal("everything", "plain", "time", 1.10),
-        *(Goal(_of_chunks(tokens), "plain", "time") for tokens in CHUNKS),
+        *(Goal(name, "plain", "time") for name in CHUNKS.values()),
     )
     if any(name in device_kind for name in ("H100", "H200")):
         goals += (
-            Goal("plain, by Mosaic GPU", "naive", "time", 1.10),
-            Goal("plain, by Mosaic GPU", "naive", "temp", 0.25),
-            Goal("plain, by Mosaic GPU", "plain", "time", 1.00),
+            Goal(BY_MOSAIC, "naive", "time", 1.10),
+            Goal(BY_MOSAIC, "naive", "temp", 0.25),
+            Goal(BY_MOSAIC, "plain", "time", 1.00),
         )
     bandwidth = (Goal("plain", "copy", "bandwidth"),)
     what = "fused cross-entropy and gradient"

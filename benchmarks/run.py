@@ -21,7 +21,7 @@ from benchmarks.machine import (
 )
 from benchmarks.plots import plot_ratios, plot_scaling
 from benchmarks.records import AxisRecord, CaseRecord, GroupRecord, Results
-from benchmarks.timing import OBSTACLES, Result, in_a_line, time_interleaved
+from benchmarks.timing import OBSTACLES, in_a_line, time_interleaved
 
 QUICK_ROUNDS = 2
 # The logits, their gradient and one more: the most that an implementation needs.
@@ -97,15 +97,14 @@ def _count(text: str) -> int:
 
 def _run(case: Case, settings: Settings) -> CaseRecord:
     print(f"{case.group}: {case.title}", flush=True)
-    reason = _obstacle(case)
-    results: dict[str, Result] = {}
-    try:
-        # The inputs alone may not fit.
-        built = {} if reason else case.build()
-    except OBSTACLES as error:
-        built, reason = {}, in_a_line(error)
+    reason, built = _obstacle(case), {}
     if not reason:
-        results = time_interleaved(built, settings.rounds)
+        try:
+            # The inputs alone may not fit.
+            built = case.build()
+        except OBSTACLES as error:
+            reason = in_a_line(error)
+    results = time_interleaved(built, settings.rounds)
     outcomes = skip(case, reason) if reason else judge(case, results)
     for outcome in outcomes:
         print(f"  {outcome.line()}", flush=True)
