@@ -28,7 +28,7 @@ from ava_jax.kernel.passes import (
 from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
 from ava_jax.kernel.product import sample_columns
 from ava_jax.kernel.sharding import Layout
-from ava_jax.kernel.sizes import choose_sizes, fuses_gradient
+from ava_jax.kernel.sizes import choose_sizes, fuses_gradient, parts_of_row
 from ava_jax.kernel.stats import Kernel
 from ava_jax.reduce import as_float, float_dtype
 
@@ -129,7 +129,8 @@ def _make_pass(plan: Plan, target: Target, operands: Operands) -> Pass:
     # The kernel is for products; given logits take what XLA makes of them.
     by_mosaic = target.implementation == "mosaic_gpu"
     implementation = "xla" if by_mosaic else target.implementation
-    kernel = Kernel(axis, is_finite, implementation, plan.precision)
+    parts = parts_of_row(target, plan.width)
+    kernel = Kernel(axis, is_finite, implementation, plan.precision, parts)
     sizes = choose()
     if plan.whole_chunks and target.implementation == "cpu":
         sizes = sizes._replace(block=sizes.chunk)

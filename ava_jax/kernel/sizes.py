@@ -48,6 +48,8 @@ _FUSED_TOKENS = 2048
 _FUSED_FEATURES = 2560
 _GPU_BLOCK = _Limits(2048, 1024 * MIB)
 _GPU_CHUNK = _Limits(4096, 1024 * MIB)
+# Columns of the longest row that a GPU's compiler does not split to reduce it.
+_GPU_LONGEST_ROW = 16384
 # Rows of an accelerator's memory tiles; other sizes are padded.
 _TILE = 8
 
@@ -154,6 +156,28 @@ def choose_sizes(
     first = min(block or _tiled(chunk, max(most, features) // batch), chunk)
     block = min(block or _tiled(chunk, most // batch), chunk)
     return Sizes(chunk, block, first=first if on_gpu else 0)
+
+
+def parts_of_row(target: Target, width: int) -> int:
+    """Returns how many equal parts of a row of logits to sum apart.
+
+    A GPU's compiler splits rows of more than 16384 columns itself, in about as many
+    parts as a part has columns, and keeps their sums in memory: 16 MiB for three sums of
+    16384 tokens. Fewer parts need less.
+
+    Args:
+      target: the implementation and the platform.
+      width: columns per device.
+
+    Returns:
+      The fewest parts that are short enough; 1 where a row is not split, and where its
+      width is not a multiple of few numbers.
+    """
+    if target.platform != "gpu":
+        return 1
+    fewest = -(-width // _GPU_LONGEST_ROW)
+    fitting = (n for n in range(fewest, 4 * fewest) if width % n == 0)
+    return next(fitting, 1)
 
 
 def _even(length: int, most: int) -> int:

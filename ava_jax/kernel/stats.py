@@ -160,16 +160,18 @@ class Kernel(NamedTuple):
       finite: see `Vocabulary`.
       implementation: see `Vocabulary`.
       precision: of the products that make logits, and of their gradients'.
+      parts: see `Vocabulary`.
     """
 
     axis: str | None = None
     finite: bool = False
     implementation: Implementation | None = None
     precision: lax.PrecisionLike = None
+    parts: int = 1
 
     def vocabulary(self, size: int, soft_cap: float | None) -> "Vocabulary":
         """Returns the static facts of a vocabulary that is reduced this way."""
-        facts = self.axis, self.finite, self.implementation
+        facts = self.axis, self.finite, self.implementation, self.parts
         return Vocabulary(size, soft_cap, *facts)
 
 
@@ -184,6 +186,8 @@ class Vocabulary(NamedTuple):
       finite: promises that the logits of all tokens, masked ones included, are finite,
         so that no check for −inf and NaN is needed; padding columns may exist.
       implementation: the kernel's implementation; None selects it by platform.
+      parts: how many equal parts of a row of logits `xla` sums apart; see
+        `ava_jax.kernel.sizes.parts_of_row`.
     """
 
     size: int
@@ -191,3 +195,4 @@ class Vocabulary(NamedTuple):
     axis: str | None = None
     finite: bool = False
     implementation: Implementation | None = None
+    parts: int = 1

@@ -283,6 +283,46 @@ def _make(product: Product, vocabulary: Vocabulary, request: _Request) -> _Made:
     return _until_near(product, vocabulary, turn)
 
 
+class _Rows(NamedTuple):
+    """The logits of a block, whose rows may be split into parts of equal length.
+
+    Attributes:
+      logits: [*n, W], or [*n, parts, W / parts].
+      columns: the column of each.
+      axis: that of classes.
+      is_split: whether rows are split.
+    """
+
+    logits: Float[Array, "..."]
+    columns: Int[Array, "..."]
+    axis: int
+    is_split: bool
+
+    @staticmethod
+    def of(logits: Float[Array, "..."], axis: int, parts: int) -> "_Rows":
+        """Splits rows, unless the logits are laid out by columns."""
+        axis %= logits.ndim
+        columns = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+        if parts == 1 or axis != logits.ndim - 1 or logits.shape[-1] % parts:
+            return _Rows(logits, columns, axis, is_split=False)
+        logits, columns = (
+            x.reshape(*x.shape[:-1], parts, -1) for x in (logits, columns)
+        )
+        return _Rows(logits, columns, axis + 1, is_split=True)
+
+    def spread(self, x: Array) -> Array:
+        """Returns a number per token in a shape that is broadcast over classes."""
+        return jnp.expand_dims(x, (-2, -1) if self.is_split else self.axis)
+
+    def whole(self, sums: dict[str, Any], maxima: Array) -> tuple[dict[str, Any], Array]:
+        """Returns the sums and maxima of whole rows, given those of their parts."""
+        if not self.is_split:
+            return sums, maxima
+        # Otherwise XLA would join the parts before it reduces them.
+        sums, maxima = lax.optimization_barrier((sums, maxima))
+        return jax.tree.map(lambda x: jnp.sum(x, -1), sums), jnp.max(maxima, -1)
+
+
 def _sum_up(
     product: Product | Given, vocabulary: Vocabulary, made, shift, request: _Request
 ) -> _Made:
@@ -295,17 +335,11 @@ def _sum_up(
       shift: what the sums are relative to, [N].
       request: what to compute.
     """
-    logits = product.finish(made)
-    axis = product.class_axis % logits.ndim
-    width = logits.shape[axis]
-    every = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
-    ids = every + first_id(vocabulary.axis, width)
-    is_padded = has_padding(vocabulary, width)
+    rows = _Rows.of(product.finish(made), product.class_axis, vocabulary.parts)
+    logits, every, spread, axis = rows.logits, rows.columns, rows.spread, rows.axis
+    ids = every + first_id(vocabulary.axis, product.width)
+    is_padded = has_padding(vocabulary, product.width)
     raw = raw_logits(vocabulary, logits, ids) if is_padded else as_float(logits)
-
-    def spread(x):
-        return jnp.expand_dims(x, axis)
-
     columns = jnp.moveaxis(request.columns, -1, 0)
     hits = [every == spread(column) for column in columns]
 
@@ -334,7 +368,7 @@ def _sum_up(
     largest = jnp.max(not_queried(raw, -jnp.inf), axis)
     is_before = ids < spread(request.query.targets)
     before = jnp.max(jnp.where(is_before, raw, jnp.full_like(raw, -jnp.inf)), axis)
-    maxima = jnp.stack([largest, before])
+    sums, maxima = rows.whole(sums, jnp.stack([largest, before]))
     if isinstance(product, Given):
         # Those of masked tokens may hold anything.
         maxima = jnp.where(request.query.active, maxima, -jnp.inf)

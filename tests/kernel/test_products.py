@@ -83,13 +83,25 @@ def test_shards_of_a_product_have_its_statistics(name, by_columns):
     assert_product_agrees(PRODUCTS[name], by_columns=by_columns, axis="vocab")
 
 
+@pytest.mark.parametrize("name", ["finite with padding", "a bias and padding"])
+@pytest.mark.parametrize("parts", [2, 3])  # 3 does not divide a row
+def test_a_product_is_summed_in_parts(name, parts):
+    assert_product_agrees(PRODUCTS[name]._replace(parts=parts), by_columns=False)
+
+
 GIVEN = {name: options._replace(top=False) for name, options in OPTIONS.items()}
 
 
-@pytest.mark.parametrize("axis", [None, "vocab"])
-@pytest.mark.parametrize("name", GIVEN)
-def test_given_logits_are_read_once_where_the_top_is_not_wanted(name, axis):
-    options = GIVEN[name]
+@pytest.mark.parametrize(
+    ("name", "axis", "parts"),
+    [
+        *((name, axis, 1) for name in GIVEN for axis in (None, "vocab")),
+        *((name, None, 4) for name in GIVEN),
+        ("soft cap", "vocab", 4),
+    ],
+)
+def test_given_logits_are_read_once_where_the_top_is_not_wanted(name, axis, parts):
+    options = GIVEN[name]._replace(parts=parts)
     with jax.enable_x64(options.dtype == "float64"):
         got = measured(options, "xla", axis, as_product=True)
     # The sums are relative to one of four sampled logits.

@@ -5,7 +5,13 @@ import itertools
 import pytest
 
 from ava_jax.kernel.platforms import Target
-from ava_jax.kernel.sizes import MIB, Sizes, choose_sizes, fuses_gradient
+from ava_jax.kernel.sizes import (
+    MIB,
+    Sizes,
+    choose_sizes,
+    fuses_gradient,
+    parts_of_row,
+)
 
 CPU = Target("cpu", "cpu")
 TPU, GPU = Target("xla", "tpu"), Target("xla", "gpu")
@@ -92,6 +98,16 @@ def test_logits_that_are_given_are_handled_whole(target):
     assert sizes == Sizes(4096, 4096)
     cut = choose_sizes(target, 4, 4096, 128256, None, block=100)
     assert cut == Sizes(4096, 100)
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"),
+    [(16384, 1), (50304, 4), (128256, 8), (151936, 16), (32768, 2), (50261, 1)],
+)
+def test_a_gpu_sums_long_rows_in_few_parts(width, parts):
+    """Of 16384 columns at most; 50261 is a prime number."""
+    assert parts_of_row(GPU, width) == parts
+    assert parts_of_row(TPU, width) == 1
 
 
 def test_parts_are_of_equal_size():

@@ -48,7 +48,8 @@ def product_program(
     by_mosaic: bool,
 ):
     """Values, facts and gradients of a mixture of a product's statistics, under jit."""
-    vocabulary = Vocabulary(options.size, options.cap, axis, options.promises, "xla")
+    facts = options.size, options.cap, axis, options.promises, "xla", options.parts
+    vocabulary = Vocabulary(*facts)
 
     def mixture(probe, temperature, hidden, kernel, bias, near, query):
         if not is_near_given:

@@ -35,6 +35,7 @@ class Options(NamedTuple):
       biased: whether a bias is added, −inf for some classes, without that promise.
       top: whether the top is requested where its id is not queried.
       coarse: whether the logits, without the bias, have no more bits than bfloat16.
+      parts: of a row, which are summed apart.
     """
 
     size: int = WIDTH
@@ -47,6 +48,7 @@ class Options(NamedTuple):
     biased: bool = False
     top: bool = True
     coarse: bool = False
+    parts: int = 1
 
     @property
     def promises(self) -> bool:
@@ -265,6 +267,7 @@ def measured(
         axis,
         options.promises,
         implementation,
+        options.parts,
     )
     _, z, query = batch(options)
 
