@@ -29,6 +29,8 @@ from ava_jax.reduce import as_float, float_dtype
 _GROUPS, _STEPS = 2, 3
 _ROWS, _COLUMNS, _FEATURES = 64, 256, 64
 _TILE_ROWS = _GROUPS * _ROWS
+# Arrays are copied in pieces of this many rows.
+_ROWS_TO_COPY = 8
 _REGISTERS_TO_COPY = 40
 _OLDEST_JAX = (0, 10, 2)
 
@@ -130,7 +132,8 @@ def multiply_and_sum(
             f"{jax.__version__}: update it, or leave the implementation out"
         )
     inputs = _inputs_of(product, vocabulary, query, columns, temperature, shift)
-    rows, width = product.hidden.shape[0], product.width
+    count, width = product.hidden.shape[0], product.width
+    rows = inputs.hidden.shape[0]
     _, down, across = inputs.is_here.shape
     names = ["total", "before", "largest", "exp_sum", "expected"]
     if temperature is not None:
@@ -145,12 +148,15 @@ def multiply_and_sum(
     )
     found = _call(vocabulary, query, inputs, out, interpret)
     reduced = {
-        name: (jnp.max if name in ("largest", "before") else jnp.sum)(x, 0)[:rows]
+        name: (jnp.max if name in ("largest", "before") else jnp.sum)(x, 0)[:count]
         for name, x in found.sums.items()
     }
     largest, before = reduced.pop("largest"), reduced.pop("before")
     at_ids = _of_ids(found.at_ids, columns, width)
-    return Tiled(at_ids, reduced, largest, before, found.exponentials)
+    exponentials = found.exponentials
+    if exponentials is not None:
+        exponentials = exponentials[:count]
+    return Tiled(at_ids, reduced, largest, before, exponentials)
 
 
 def _inputs_of(
@@ -163,6 +169,8 @@ def _inputs_of(
     def pad(x, fill):
         return jnp.pad(x, (0, down * _TILE_ROWS - rows), constant_values=fill)
 
+    missing = -rows % _ROWS_TO_COPY
+
     def one(x):
         return None if x is None else as_float(x).reshape(1)
 
@@ -171,7 +179,7 @@ def _inputs_of(
     tiles = jnp.stack(queried).reshape(-1, down, _TILE_ROWS, 1) // _COLUMNS
     is_here = jnp.any(tiles == jnp.arange(across, dtype=jnp.int32), 2)
     return _Inputs(
-        hidden=product.hidden,
+        hidden=jnp.pad(product.hidden, ((0, missing), (0, 0))),
         kernel=product.kernel,
         bias=None if product.bias is None else as_float(product.bias),
         scale=one(product.scale),
@@ -220,7 +228,6 @@ def _call(
         targets=plgpu.SMEM((_GROUPS, _ROWS), jnp.int32),
         queried=plgpu.SMEM((len(out.at_ids), _GROUPS, _ROWS), jnp.int32),
         bias=plgpu.SMEM((_GROUPS, _COLUMNS), float_dtype()),
-        taken=plgpu.SMEM((_GROUPS, _ROWS), float_dtype()),
         sums=plgpu.SMEM((_GROUPS, len(out.sums), _ROWS), float_dtype()),
         tile=plgpu.SMEM(tile, jnp.bfloat16, transforms=_transforms()),
         is_copied=plgpu.Barrier(num_arrivals=1, num_barriers=_GROUPS),
@@ -242,15 +249,14 @@ def _call(
 class _Shared(NamedTuple):
     """Shared memory of a program, a part of it for each group.
 
-    Each place is written once: the warps of a group read at their own pace.
+    What is copied to is read by warps at their own pace, and never copied to again.
 
     Attributes:
       shift: what the sums are relative to.
       targets: the target ids.
       queried: for each id of the query, its columns.
       bias: that of the tile's columns.
-      taken: the logits at an id.
-      sums: those of the tile.
+      sums: those of the tile; before, the logits at an id in place of the first.
       tile: its exponentials.
       is_copied: says when something has been read.
     """
@@ -259,7 +265,6 @@ class _Shared(NamedTuple):
     targets: Any
     queried: Any
     bias: Any
-    taken: Any
     sums: Any
     tile: Any
     is_copied: Any
@@ -386,6 +391,7 @@ def _sum_up(
     temperature = None if inputs.temperature is None else inputs.temperature[0]
     tempered = tempered_sums(query, relative, temperature, 1)
     sums |= {name: x for name, x in tempered.items() if x is not None}
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for k, name in enumerate(out.sums):
         shared.sums[group, k] = sums[name]
     if out.exponentials is not None:
@@ -404,9 +410,9 @@ def _sum_up(
 def _take_out(tile: _Tile, index, queried, copied, place, z):
     """Writes the logits of an id per row, and makes them −inf."""
     is_own = index == tile.load(queried.at[tile.rows], copied, 0)
-    taken = tile.shared.taken
+    taken = tile.shared.sums.at[tile.group, 0]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    taken[tile.group] = jnp.sum(jnp.where(is_own, z, 0.0), 1)
+    taken[...] = jnp.sum(jnp.where(is_own, z, 0.0), 1)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(taken.at[tile.group], place.at[tile.column, tile.rows])
+    plgpu.copy_smem_to_gmem(taken, place.at[tile.column, tile.rows])
     return jnp.where(is_own, -jnp.inf, z)

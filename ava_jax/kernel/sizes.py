@@ -162,8 +162,8 @@ def parts_of_row(target: Target, width: int) -> int:
     """Returns how many equal parts of a row of logits to sum apart.
 
     A GPU's compiler splits rows of more than 16384 columns itself, in about as many
-    parts as a part has columns, and keeps their sums in memory: 16 MiB for three sums of
-    16384 tokens. Fewer parts need less.
+    parts as a part has columns, and keeps their sums in memory: 16 MiB for three sums
+    of 16384 tokens. Fewer parts need less.
 
     Args:
       target: the implementation and the platform.

@@ -314,7 +314,7 @@ class _Rows(NamedTuple):
         """Returns a number per token in a shape that is broadcast over classes."""
         return jnp.expand_dims(x, (-2, -1) if self.is_split else self.axis)
 
-    def whole(self, sums: dict[str, Any], maxima: Array) -> tuple[dict[str, Any], Array]:
+    def whole(self, sums: dict[str, Any], maxima: Array):
         """Returns the sums and maxima of whole rows, given those of their parts."""
         if not self.is_split:
             return sums, maxima
