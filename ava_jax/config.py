@@ -142,7 +142,7 @@ class UnifiedLossConfig:
         chooses by device and shape.
       block_size: tokens of a row whose logits are reduced at a time; `None` chooses.
       implementation: the kernel's, `"reference"`, `"cpu"`, `"xla"` or `"mosaic_gpu"`
-        (H100, not timed yet); `None` follows the platform of the lowering.
+        (H100 and H200); `None` follows the platform of the lowering.
       precision: of the three products with `lm_head`, see `jax.lax.Precision`; by
         default a TPU multiplies float32 in bfloat16.
 

@@ -257,11 +257,11 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def by_mosaic() -> dict[str, Loss]:
-    """Returns this package's losses with its kernel for GPUs."""
-    with_kernel = functools.partial(own_log_probs, implementation="mosaic_gpu")
+def by_xla() -> dict[str, Loss]:
+    """Returns this package's losses without its kernel for GPUs."""
+    without_kernel = functools.partial(own_log_probs, implementation="xla")
     return {
-        OWN_LOG_PROBS: weighted(with_kernel),
-        TWO_PASSES: functools.partial(two_passes, implementation="mosaic_gpu"),
-        ONE_PASS: functools.partial(one_pass, implementation="mosaic_gpu"),
+        OWN_LOG_PROBS: weighted(without_kernel),
+        TWO_PASSES: functools.partial(two_passes, implementation="xla"),
+        ONE_PASS: functools.partial(one_pass, implementation="xla"),
     }

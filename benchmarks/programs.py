@@ -76,7 +76,7 @@ class Devices:
 
     @property
     def are_gpus(self) -> bool:
-        """Whether kernels in Mosaic GPU can be compiled for them."""
+        """Whether they are GPUs, for which the package has a kernel of its own."""
         return CHIPS[self.chip].platform == "cuda"
 
     def sharding(self, *axes: str | tuple[str, ...] | None) -> Sharding:
@@ -198,7 +198,7 @@ def entries(shape: Shape, target: Devices) -> Iterator[Entry]:
         yield sequential_heads(shape, target)
         yield parallel_heads(shape, target)
     if target.are_gpus:
-        yield from _by_mosaic(shape, arrays, target)
+        yield from _by_xla(shape, arrays, target)
 
 
 def _baselines(arrays: Arrays, *, one_device: bool) -> Iterator[Entry]:
@@ -259,13 +259,13 @@ def _biased(
     return Entry(f"{name}, with a bias", "candidate", loss, arguments, (0, 1, 2))
 
 
-def _by_mosaic(shape: Shape, arrays: Arrays, target: Devices) -> Iterator[Entry]:
-    """Yields the losses from hidden states whose products a kernel computes."""
+def _by_xla(shape: Shape, arrays: Arrays, target: Devices) -> Iterator[Entry]:
+    """Yields the losses from hidden states without the kernel for GPUs."""
     for name, config in CONFIGS.items():
-        own = dataclasses.replace(config(shape.vocab), implementation="mosaic_gpu")
+        own = dataclasses.replace(config(shape.vocab), implementation="xla")
         for entry in _main_candidates(name, own, arrays, target):
             if entry.reference != OPTAX:
-                yield entry._replace(name=f"{entry.name}, by Mosaic GPU")
+                yield entry._replace(name=f"{entry.name}, by XLA")
 
 
 def sequential_heads(shape: Shape, target: Devices, depths: int = DEPTHS) -> Entry:
@@ -315,23 +315,23 @@ def posttraining_entries(shape: Shape, target: Devices) -> Iterator[Entry]:
     numbers = given(ids.shape, "float32", target.sharding(ROW_AXES))
     # The rollout's targets, mask, advantages and old log-probabilities.
     arguments = hidden, lm_head, ids, ids, numbers, numbers
-    by_mosaic = posttraining.by_mosaic() if target.are_gpus else {}
+    by_xla = posttraining.by_xla() if target.are_gpus else {}
     for group in (posttraining.LOG_PROBS, posttraining.GRPO):
-        for name, kind, loss in _of_group(group, by_mosaic):
+        for name, kind, loss in _of_group(group, by_xla):
             yield Entry(name, kind, loss, arguments, (0, 1), group[0])
     naive, _, own = posttraining.LOG_PROBS
     reference = f"{naive}, forward only"
-    for name, kind, loss in _of_group((naive, own), by_mosaic):
+    for name, kind, loss in _of_group((naive, own), by_xla):
         named = f"{name}, forward only"
         yield Entry(named, kind, loss, arguments, reference=reference)
 
 
 def _of_group(
-    names: Sequence[str], by_mosaic: Mapping[str, Loss]
+    names: Sequence[str], by_xla: Mapping[str, Loss]
 ) -> Iterator[tuple[str, Kind, Callable[..., jax.Array]]]:
-    """Yields losses of rollouts, each followed by that with the kernel for GPUs."""
+    """Yields losses of rollouts, each followed by that without the kernel for GPUs."""
     for name in names:
         kind: Kind = "candidate" if name in posttraining.OWN else "baseline"
         yield name, kind, _of_rollout(posttraining.LOSSES[name])
-        if name in by_mosaic:
-            yield f"{name}, by Mosaic GPU", "candidate", _of_rollout(by_mosaic[name])
+        if name in by_xla:
+            yield f"{name}, by XLA", "candidate", _of_rollout(by_xla[name])

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from ava_jax.kernel.collectives import first_id
 from ava_jax.kernel.gradient import bounded
 from ava_jax.kernel.logits import has_padding, raw_logits
+from ava_jax.kernel.platforms import OLDEST_JAX
 from ava_jax.kernel.product import Product
 from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.kernel.summary import tempered_sums
@@ -32,7 +33,6 @@ _TILE_ROWS = _GROUPS * _ROWS
 # Arrays are copied in pieces of this many rows.
 _ROWS_TO_COPY = 8
 _REGISTERS_TO_COPY = 40
-_OLDEST_JAX = (0, 10, 2)
 
 
 class Tiled(NamedTuple):
@@ -126,7 +126,7 @@ def multiply_and_sum(
     Raises:
       RuntimeError: an older JAX.
     """
-    if jax.__version_info__ < _OLDEST_JAX:
+    if jax.__version_info__ < OLDEST_JAX:
         raise RuntimeError(
             f"implementation='mosaic_gpu' needs JAX 0.10.2 or newer, and this is "
             f"{jax.__version__}: update it, or leave the implementation out"
@@ -169,11 +169,10 @@ def _inputs_of(
     def pad(x, fill):
         return jnp.pad(x, (0, down * _TILE_ROWS - rows), constant_values=fill)
 
-    missing = -rows % _ROWS_TO_COPY
-
     def one(x):
         return None if x is None else as_float(x).reshape(1)
 
+    missing = -rows % _ROWS_TO_COPY
     first = jnp.asarray(first_id(vocabulary.axis, width), jnp.int32)
     queried = [pad(x, -1) for x in columns.T]
     tiles = jnp.stack(queried).reshape(-1, down, _TILE_ROWS, 1) // _COLUMNS

@@ -5,7 +5,8 @@ compiled ahead of time on a CPU for a TPU gets the TPU's implementation.
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import Mesh, get_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
 
 Result = TypeVar("Result")
 
@@ -34,28 +35,85 @@ class Target(NamedTuple):
     platform: Platform
 
 
-def platform_of(mesh: Mesh) -> Platform | None:
-    """Returns the platform of a mesh's devices; None for an abstract mesh."""
+def _platform_of(mesh: Mesh | AbstractMesh | None) -> Platform | None:
+    """Returns the platform of a mesh's devices; None if that is not known."""
     if not isinstance(mesh, Mesh):
         return None
     name = mesh.devices.flat[0].platform
     return name if name in ("cpu", "tpu") else "gpu"
 
 
-# That of Hopper GPUs, whose instructions the kernel in Mosaic GPU consists of.
+# That of Hopper GPUs, whose instructions the kernel in Mosaic GPU consists of, and how
+# they are called: an abstract device has no other mark.
 _CAPABILITY = "9.0"
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+# The oldest JAX with the kernel's parts of Mosaic GPU.
+OLDEST_JAX = (0, 10, 2)
 
 
-def _lower_for_gpus(_: Any, x: Any) -> Any:
-    """Lowers `_on_gpus`, unless the GPUs of this process cannot run the kernel."""
-    card, named = get_default_device(), get_abstract_mesh().abstract_device
-    is_here = named is None or named.device_kind == card.device_kind
-    capability = getattr(card, "compute_capability", _CAPABILITY)
-    if is_here and capability != _CAPABILITY:
+def _card_of(meshes: Sequence[Any]) -> Any:
+    """Returns the device, or its description, that a GPU's program will be for.
+
+    That is the one of the first mesh that names one, else the default device. Of a
+    program that is compiled ahead of time elsewhere, for a GPU that only its sharding
+    names, nothing is known.
+    """
+    named = [x.abstract_device for x in meshes if x.abstract_device is not None]
+    card = get_default_device()
+    is_here = not named or named[0].device_kind == card.device_kind
+    return card if is_here else named[0]
+
+
+def _is_hopper(card: Any) -> bool:
+    capability = getattr(card, "compute_capability", None)
+    if capability is None:
+        return _HOPPER.search(card.device_kind) is not None
+    return capability == _CAPABILITY
+
+
+def _takes_kernel(mesh: Mesh | AbstractMesh | None, operands: Any) -> bool:
+    """Returns whether a GPU's program should contain the kernel in Mosaic GPU.
+
+    XLA cannot partition a kernel: where it partitions a program, every device would
+    compute the kernel for all tokens. So it has to be known that it does not: there is
+    one device, or the program is that of a device of a mesh, within `shard_map`.
+
+    Args:
+      mesh: that of the `shard_map`; None if there is none of ours.
+      operands: pytrees of arrays.
+    """
+    if jax.__version_info__ < OLDEST_JAX:
+        return False
+    if isinstance(mesh, Mesh):
+        return _is_hopper(mesh.devices.flat[0])
+    context = get_abstract_mesh()
+    of_operands = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+    meshes = [context if mesh is None else mesh, *of_operands]
+    if not _is_hopper(_card_of(meshes)):
+        return False
+    if context.axis_types and set(context.axis_types) == {AxisType.Manual}:
+        return True
+    if any(x.abstract_device is not None for x in meshes):
+        return all(x.size <= 1 for x in meshes)
+    return jax.device_count() == 1
+
+
+def _lower_for_gpus(context: Any, x: Any) -> Any:
+    """Lowers `_on_gpus`, unless the GPUs are known to be unable to run the kernel."""
+    card = _card_of([get_abstract_mesh()])
+    if getattr(card, "platform", "gpu") != "cpu" and not _is_hopper(card):
         raise ValueError(
             "implementation='mosaic_gpu' is for GPUs of compute capability "
-            f"{_CAPABILITY}, such as an H100, and {card.device_kind} has {capability}: "
-            "leave it out, and the platform decides"
+            f"{_CAPABILITY}, such as an H100, and this program is for "
+            f"{card.device_kind}: leave it out, and the platform decides"
+        )
+    # Within shard_map the context is another one.
+    count = getattr(context.module_context.axis_context, "num_devices", 1)
+    if count > 1:
+        raise ValueError(
+            f"implementation='mosaic_gpu' in a program that XLA partitions for {count} "
+            "devices would be computed by each for all tokens: pass mesh= as well, or "
+            "leave it out"
         )
     return [x]
 
@@ -91,7 +149,7 @@ for _other in ("cpu", "tpu"):
 
 def by_platform(
     implementation: Implementation | None,
-    platform: Platform | None,
+    mesh: Mesh | AbstractMesh | None,
     run: Callable[..., Result],
     *operands: Any,
 ) -> Result:
@@ -99,13 +157,14 @@ def by_platform(
 
     Args:
       implementation: overrides the platform's choice.
-      platform: that of the mesh's devices; None if it is not known.
+      mesh: of the devices; None if there is none.
       run: a function of a `Target` and of the operands.
       *operands: pytrees of arrays.
 
     Returns:
       What `run` returns. Without a known platform, `run` is traced for every platform,
-      and lowering keeps the one it is for.
+      and lowering keeps the one it is for. On a GPU that is the kernel in Mosaic GPU
+      where the GPU is known to run it.
 
     Raises:
       ValueError: an implementation for GPUs on another platform, while tracing if the
@@ -114,9 +173,12 @@ def by_platform(
 
     def choose(platform: Platform) -> Callable[..., Result]:
         own = "cpu" if platform == "cpu" else "xla"
+        if platform == "gpu" and not implementation and _takes_kernel(mesh, operands):
+            own = "mosaic_gpu"
         target = Target(implementation or own, platform)
         return lambda *operands: run(target, *operands)
 
+    platform = _platform_of(mesh)
     if implementation in ("cpu", "reference"):
         # Their sizes do not depend on the platform.
         platform = "cpu"

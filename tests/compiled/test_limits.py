@@ -66,15 +66,15 @@ LIMITS = (
     Limit(V5P_32, "plain", 1.02, 0.30),
     Limit(V5P_32, "everything", 1.10, 0.30),
     # In-place scatters cost only the bytes they change, which lowers the baselines.
-    Limit(H100, "plain", 1.43, 0.26),  # 1.00, 0.25
-    Limit(H100, "everything", 1.43, 0.27),  # 1.10
-    Limit(H100, "plain, with a bias", 1.52, 0.26),
-    Limit(H100, "plain, by Mosaic GPU", 1.00, 0.18),
-    Limit(H100, "everything, by Mosaic GPU", 1.01, 0.19),
-    Limit(H100, PARALLEL, 6.31, 0.48),
-    # XLA keeps 128 partial results of each sum and token.
-    Limit(H100_SMALL, "plain, from logits", 0.40, 0.012),  # 0.40, 0.00
-    Limit(H100_SMALL, "everything, from logits", 0.40, 0.05),
+    Limit(H100, "plain", 1.00, 0.18),
+    Limit(H100, "everything", 1.01, 0.19),
+    Limit(H100, "plain, with a bias", 1.10, 0.18),
+    Limit(H100, "plain, by XLA", 1.42, 0.26),  # 1.00, 0.25
+    Limit(H100, "everything, by XLA", 1.42, 0.27),  # 1.10
+    Limit(H100, HEADS, 4.02, 0.18),
+    Limit(H100, PARALLEL, 4.64, 0.48),
+    Limit(H100_SMALL, "plain, from logits", 0.39, 0.002),
+    Limit(H100_SMALL, "everything, from logits", 0.39, 0.005),
 )
 
 

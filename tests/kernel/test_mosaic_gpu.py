@@ -180,7 +180,7 @@ def test_the_kernel_is_taken_where_it_can_be(monkeypatch):
 
 
 def test_an_older_jax_is_an_error(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_OLDEST_JAX", (99, 0, 0))
+    monkeypatch.setattr(mosaic_gpu, "OLDEST_JAX", (99, 0, 0))
     with pytest.raises(RuntimeError, match=r"needs JAX 0\.10\.2 or newer"):
         losses(monkeypatch, "mosaic_gpu", (1, 20, 64, 320))
 

@@ -1,6 +1,9 @@
 """The implementation of each platform, and what its program computes and stores."""
 
+import dataclasses
+import functools
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    use_abstract_mesh,
+)
+from jax.sharding import PartitionSpec as P
 from support.kernel_batches import B, D, V
 from support.kernel_rows import IMPLEMENTATIONS, MESH
 from support.programs import arrays_of, dot_flops
@@ -15,7 +26,7 @@ from support.programs import arrays_of, dot_flops
 import ava_jax
 from ava_jax import Query, Vocabulary, token_statistics
 from ava_jax.kernel import platforms, statistics
-from ava_jax.kernel.platforms import Implementation
+from ava_jax.kernel.platforms import Implementation, Target
 
 pytestmark = pytest.mark.every_platform
 
@@ -131,24 +142,139 @@ def test_a_kernel_for_gpus_is_refused_elsewhere():
 
 
 def test_a_kernel_is_refused_by_gpus_that_cannot_run_it(monkeypatch):
-    card = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    card = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0"
+    )
     monkeypatch.setattr(platforms, "get_default_device", lambda: card)
 
     def lowered(kind: str | None, implementation: Implementation = "mosaic_gpu"):
-        named = None if kind is None else types.SimpleNamespace(device_kind=kind)
-        mesh = types.SimpleNamespace(abstract_device=named)
+        mesh = AbstractMesh((), ()) if kind is None else abstract_mesh(kind)
         monkeypatch.setattr(platforms, "get_abstract_mesh", lambda: mesh)
         loss, operands = fused_loss(implementation=implementation)
         traced = jax.jit(loss).trace(*operands)
         return traced.lower(lowering_platforms=("cuda",))
 
-    for kind in (None, "NVIDIA A100"):
-        with pytest.raises(ValueError, match=r"capability 9\.0.* A100 has 8\.0: leave"):
+    for kind in (None, "NVIDIA A100", "NVIDIA B200"):
+        own = kind or "NVIDIA A100"
+        with pytest.raises(ValueError, match=rf"capability 9\.0.* for {own}: leave"):
             lowered(kind)
     assert lowered("NVIDIA H100")
     assert lowered("NVIDIA A100", "xla")
     card.compute_capability = "9.0"
     assert lowered(None)
+
+
+H100 = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0"
+)
+A100 = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0"
+)
+
+
+def abstract_mesh(kind: str, size: int = 1) -> AbstractMesh:
+    # In JAX 0.10.0 it has no platform.
+    values = {"device_kind": kind, "num_cores": 132, "platform": "gpu"}
+    known = {field.name for field in dataclasses.fields(AbstractDevice)}
+    device = AbstractDevice(**{name: values[name] for name in known})
+    return AbstractMesh((size,), ("x",), abstract_device=device)
+
+
+def chosen(
+    monkeypatch,
+    *,
+    oldest=(0,),
+    card=None,
+    count=1,
+    context=None,
+    operand=None,
+    mesh=None,
+):
+    """The implementation for GPUs.
+
+    Args:
+      monkeypatch: pytest's.
+      oldest: the oldest JAX with the kernel.
+      card: the default device; None for a processor.
+      count: devices of this process.
+      context: a mesh in which the program is traced.
+      operand: one that its operand is sharded over.
+      mesh: that of our own `shard_map`.
+    """
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(platforms, "OLDEST_JAX", oldest)
+    if card is not None:
+        monkeypatch.setattr(platforms, "get_default_device", lambda: card)
+    sharding = None if operand is None else NamedSharding(operand, P("x"))
+    targets = []
+
+    def run(x):
+        return platforms.by_platform(None, mesh, note, x)
+
+    def note(target, x):
+        targets.append(target)
+        return x
+
+    with nullcontext() if context is None else use_abstract_mesh(context):
+        jax.jit(run).trace(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding))
+    assert {Target("cpu", "cpu"), Target("xla", "tpu")} < set(targets)
+    (found,) = (t.implementation for t in targets if t.platform == "gpu")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("card", "named", "implementation"),
+    [
+        (H100, None, "mosaic_gpu"),
+        (A100, None, "xla"),
+        (None, None, "xla"),
+        (None, "NVIDIA H100 80GB HBM3", "mosaic_gpu"),
+        (None, "NVIDIA GH200 480GB", "mosaic_gpu"),
+        (None, "NVIDIA A100-SXM4-40GB", "xla"),
+        (None, "NVIDIA B200", "xla"),
+        (A100, "NVIDIA H200", "mosaic_gpu"),
+        (H100, "NVIDIA A100-SXM4-40GB", "xla"),
+    ],
+)
+@pytest.mark.parametrize("where", ["context", "operand", "mesh"])
+def test_a_gpu_that_runs_the_kernel_gets_it(
+    monkeypatch, card, named, where, implementation
+):
+    """Whether it is here, or only named by a mesh or by the operands' sharding."""
+    place: dict[str, Any] = {} if named is None else {where: abstract_mesh(named)}
+    assert chosen(monkeypatch, card=card, **place) == implementation
+
+
+def test_what_xla_partitions_has_no_kernel(monkeypatch):
+    """Each device would compute it for all tokens."""
+    several = abstract_mesh(H100.device_kind, 8)
+    choose = functools.partial(chosen, monkeypatch, card=H100)
+    assert choose(count=8) == "xla"
+    assert choose(count=8, context=several) == "xla"
+    assert choose(count=8, operand=several) == "xla"
+    manual = several.update(axis_types=(AxisType.Manual,))
+    assert choose(count=8, context=manual) == "mosaic_gpu"
+    half = AbstractMesh(
+        (2, 4),
+        ("x", "y"),
+        (AxisType.Manual, AxisType.Auto),
+        abstract_device=several.abstract_device,
+    )
+    assert choose(count=8, context=half) == "xla"
+
+
+def test_a_kernel_that_xla_would_have_to_partition_is_refused():
+    loss, operands = fused_loss(implementation="mosaic_gpu")
+    hidden, head = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, P()))
+        for x in operands
+    )
+    with pytest.raises(ValueError, match=r"for 4 devices would be .* pass mesh= as"):
+        jax.jit(loss).trace(hidden, head).lower(lowering_platforms=("cuda",))
+
+
+def test_an_older_jax_gets_no_kernel(monkeypatch):
+    assert chosen(monkeypatch, card=H100, oldest=(99, 0, 0)) == "xla"
 
 
 def test_the_default_backend_decides_nothing():
