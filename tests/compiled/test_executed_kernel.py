@@ -95,10 +95,9 @@ def inputs_of(case: Case, seed: int = 0) -> Inputs:
 
 def run(case: Case, inputs: Inputs) -> mosaic_gpu.Tiled:
     """What the kernel computes."""
-    number = {
-        name: None if x is None else jnp.float32(x)
-        for name, x in (("T", case.temperature), ("scale", case.scale))
-    }
+    temperature, scale = (
+        None if x is None else jnp.float32(x) for x in (case.temperature, case.scale)
+    )
     query = Query(
         inputs.ids[:, 0], jnp.ones(case.rows, bool), tempered_entropy=case.moment
     )
@@ -108,12 +107,12 @@ def run(case: Case, inputs: Inputs) -> mosaic_gpu.Tiled:
             inputs.kernel,
             inputs.shift,
             bias=inputs.bias,
-            scale=number["scale"],
+            scale=scale,
         ),
         Vocabulary(case.size),
         query,
         inputs.ids,
-        number["T"],
+        temperature,
         inputs.shift,
         writes_exponentials=case.writes,
     )

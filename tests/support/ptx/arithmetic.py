@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 LANES = 32
+BFLOAT16 = np.dtype(jnp.bfloat16)
 TYPES: dict[str, Any] = {
     "pred": np.bool_,
     **{f"{kind}{bits}": f"uint{bits}" for kind in "bu" for bits in (16, 32, 64)},
@@ -89,7 +91,7 @@ COMPARISONS: dict[str, Callable[..., Any]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
     # Also true if one of them is no number.
-    "neu": lambda a, b: ~(a == b) | (a != a) | (b != b),
+    "neu": np.not_equal,
 }
 
 # By name, without the modifiers that change nothing here.
@@ -124,18 +126,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Returns the 16 bits of the nearest bfloat16."""
-    bits = x.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint32)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Returns the numbers of which these are the bits."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def convert(name: str, *operands: np.ndarray) -> np.ndarray:
     """Computes `cvt`.
 
@@ -147,7 +137,7 @@ def convert(name: str, *operands: np.ndarray) -> np.ndarray:
     assert found, "an unknown instruction"
     modifiers, to = found.groups()
     if to == "bf16x2":
-        high, low = (round_to_bfloat16(x) for x in operands)
-        return high << np.uint32(16) | low
+        high, low = (x.astype(BFLOAT16).view(np.uint16) for x in operands)
+        return high.astype(np.uint32) << np.uint32(16) | low
     (x,) = operands
     return _saturate(x) if modifiers == ".sat" else x.astype(TYPES[to])

@@ -17,16 +17,14 @@ class _Places(NamedTuple):
     """Where the numbers of a tile are.
 
     Attributes:
-      argument: which array they are in.
-      kind: a type of numbers of their size.
+      array: what they are in, in numbers of their size.
       at: addresses in shared memory, in numbers.
       inside: the same within the array; 0 for numbers beyond its end.
       is_inside: whether that is within the array.
       words: those of shared memory.
     """
 
-    argument: int
-    kind: str
+    array: np.ndarray
     at: np.ndarray
     inside: np.ndarray
     is_inside: np.ndarray
@@ -52,8 +50,7 @@ def _places(block: Block, warp: Warp, tile: str, target: str, lanes) -> _Places:
         assert start % 1024 == 0, "a tile that is not aligned"
         at = swizzled(at)
     return _Places(
-        map_.argument,
-        f"uint{8 * map_.itemsize}",
+        block.arrays[map_.argument].view(f"uint{8 * map_.itemsize}"),
         at // map_.itemsize,
         np.where(is_inside, index, 0).ravel(),
         is_inside.ravel(),
@@ -63,8 +60,6 @@ def _places(block: Block, warp: Warp, tile: str, target: str, lanes) -> _Places:
 
 def copy_tile(block: Block, warp: Warp, name: str, operands, lanes) -> None:
     """Copies a tile of an array: `cp.async.bulk.tensor`."""
-    if not lanes.any():
-        return
     if ".global.shared::cta." in name:
         _store_tile(block, warp, operands, lanes)
     else:
@@ -77,13 +72,13 @@ def _load_tile(block: Block, warp: Warp, operands, lanes) -> None:
     barrier = barrier_at(block, warp, barrier, lanes)
     places = _places(block, warp, tile, target, lanes)
     block.memory.begin_write(warp.clock, places.words)
-    source = block.arrays[places.argument].view(places.kind)
+    kind = places.array.dtype
 
     def arrive() -> None:
-        found = np.where(places.is_inside, source[places.inside], 0)
-        block.memory.bytes.view(places.kind)[places.at] = found
+        found = np.where(places.is_inside, places.array[places.inside], 0)
+        block.memory.bytes.view(kind)[places.at] = found
         block.memory.end_write(barrier.agent, barrier.phase + 1, places.words)
-        barrier.bytes -= found.size * source.dtype.itemsize
+        barrier.bytes -= found.size * kind.itemsize
         barrier.turn()
 
     block.copies.append(arrive)
@@ -112,21 +107,18 @@ def _store_tile(block: Block, warp: Warp, operands, lanes) -> None:
     """Copies a tile of shared memory to an array."""
     tile, source = operands
     places = _places(block, warp, tile, source, lanes)
-    array = block.arrays[places.argument].view(places.kind)
 
     def read() -> np.ndarray:
-        return block.memory.bytes.view(places.kind)[places.at]
+        return block.memory.bytes.view(places.array.dtype)[places.at]
 
     def write(found: np.ndarray) -> None:
-        array[places.inside[places.is_inside]] = found[places.is_inside]
+        places.array[places.inside[places.is_inside]] = found[places.is_inside]
 
     _store(block, warp, places.words, read, write)
 
 
 def copy_bytes(block: Block, warp: Warp, name: str, operands, lanes) -> None:
     """Copies bytes of shared memory to an array: `cp.async.bulk`."""
-    if not lanes.any():
-        return
     array, start = block.array(warp.one(operands[0], lanes))
     source, count = (warp.one(x, lanes) for x in operands[1:])
     assert start + count <= array.size, "beyond the end of an array"

@@ -1,6 +1,5 @@
 """Compiling the kernel in Mosaic GPU for an H100, and executing what comes out."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 
@@ -50,17 +50,11 @@ def _compile(call: Callable[..., Any], arrays: Any) -> Compiled:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=card), arrays
     )
     with tempfile.TemporaryDirectory() as folder:
-        wanted = {
-            "MOSAIC_GPU_DUMP_PTX": "1",
-            "MOSAIC_GPU_DUMP_MLIR_PASSES": "1",
-            "MOSAIC_GPU_DUMP_TO": folder,
-        }
-        os.environ.update(wanted)
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+            patch.setenv("MOSAIC_GPU_DUMP_MLIR_PASSES", "1")
+            patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
             topologies.compile_for("h100", call, shapes)
-        finally:
-            for name in wanted:
-                del os.environ[name]
         (program,) = Path(folder).glob("*.ptx")
         (host,) = Path(folder).glob("*.mlir-passes.log")
         return Compiled(parse(program.read_text()), parse_host(host.read_text()))

@@ -59,6 +59,8 @@ def _execute(block: Block, warp: Warp, instruction: Instruction) -> None:
     lanes = np.ones(LANES, bool)
     if guard:
         lanes = warp.registers[guard] == expected
+    if not lanes.any():
+        return
     for prefix, execute in _INSTRUCTIONS.items():
         if name.startswith(prefix):
             execute(block, warp, name, operands, lanes)
@@ -94,9 +96,8 @@ def _do_nothing(block: Block, warp: Warp, name: str, operands, lanes) -> None:
 
 
 def _branch(block: Block, warp: Warp, name: str, operands, lanes) -> None:
-    assert lanes.all() or not lanes.any(), "lanes diverge"
-    if lanes.all():
-        warp.next = block.program.labels[operands[0]]
+    assert lanes.all(), "lanes diverge"
+    warp.next = block.program.labels[operands[0]]
 
 
 def _return(block: Block, warp: Warp, name: str, operands, lanes) -> None:

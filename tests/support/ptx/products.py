@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.ptx.arithmetic import LANES, from_bfloat16
+from support.ptx.arithmetic import BFLOAT16, LANES
 from support.ptx.shared_memory import WORD
 
 ROWS, DEPTH = 16, 16
@@ -64,8 +64,8 @@ def swizzled(address: np.ndarray) -> np.ndarray:
 
 def multiply(memory: np.ndarray, at: Operands) -> np.ndarray:
     """Returns the product, [rows, columns]."""
-    numbers = memory.view(np.uint16)
-    left, right = (from_bfloat16(numbers[x // 2]) for x in (at.left, at.right))
+    numbers = memory.view(BFLOAT16)
+    left, right = (numbers[x // 2].astype(np.float32) for x in (at.left, at.right))
     return left @ right
 
 

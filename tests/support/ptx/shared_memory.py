@@ -25,7 +25,7 @@ class SharedMemory:
       bytes: what it holds.
     """
 
-    def __init__(self, size: int, warps: int, barriers: int) -> None:
+    def __init__(self, size: int, warps: int) -> None:
         words = (BASE + size) // WORD
         self.bytes = np.full(words * WORD, 0xFF, np.uint8)
         self._writer = np.full(words, _NOBODY)
@@ -36,7 +36,6 @@ class SharedMemory:
         self._is_unfenced = np.zeros(words, bool)
         self._is_arriving = np.zeros(words, bool)
         self._readers = np.zeros(words, int)
-        self.agents = warps + barriers
 
     def _check(self, found: np.ndarray, words: np.ndarray, what: str) -> None:
         if found.any():

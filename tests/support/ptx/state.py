@@ -173,7 +173,7 @@ class Block:
         self.program, self.launch, self.arrays = program, launch, arrays
         self.haste, self.random = haste, random.Random(seed)
         count = launch.threads // LANES
-        self.memory = SharedMemory(launch.shared, count, _BARRIERS)
+        self.memory = SharedMemory(launch.shared, count)
         facts = index, count + _BARRIERS, len(launch.arguments)
         self.warps = [Warp(number, *facts) for number in range(count)]
         self.barriers: dict[int, Barrier] = {}

@@ -24,8 +24,6 @@ def meet(block: Block, warp: Warp, name: str, operands, lanes) -> None:
 
 def initialize(block: Block, warp: Warp, name: str, operands, lanes) -> None:
     """Makes a barrier: `mbarrier.init`."""
-    if not lanes.any():
-        return
     address = warp.one(operands[0], lanes)
     assert address not in block.barriers, "made twice"
     agent = len(block.warps) + len(block.barriers)
@@ -42,8 +40,6 @@ def barrier_at(block: Block, warp: Warp, operand: str, lanes) -> Barrier:
 
 def arrive(block: Block, warp: Warp, name: str, operands, lanes) -> None:
     """Lets each lane arrive, and expect bytes: `mbarrier.arrive`."""
-    if not lanes.any():
-        return
     barrier, count = barrier_at(block, warp, operands[1], lanes), int(lanes.sum())
     if "expect_tx" in name:
         barrier.bytes += count * warp.one(operands[2], lanes)
