@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from ava_jax.kernel.platforms import HOPPER
 from ava_jax.kernel.platforms import Implementation as KernelImplementation
 from benchmarks import baselines, candidates, posttraining, shapes
 from benchmarks.arrays import Batch, baseline, make_batch
@@ -311,7 +312,7 @@ def _accelerator_cases(device_kind: str) -> list[Case]:
         Goal("everything", "plain", "time", 1.10),
         *(Goal(name, "plain", "time") for name in CHUNKS.values()),
     )
-    if any(name in device_kind for name in ("H100", "H200")):
+    if HOPPER.search(device_kind):
         # Elsewhere plain is what XLA makes of it.
         goals += (Goal("plain", BY_XLA, "time", 1.00), Goal(BY_XLA, "naive", "temp"))
     bandwidth = (Goal("plain", "copy", "bandwidth"),)

@@ -25,7 +25,7 @@ from ava_jax.kernel.passes import (
     is_columns,
     to_width,
 )
-from ava_jax.kernel.platforms import Implementation, Target, by_platform
+from ava_jax.kernel.platforms import Implementation, Target, by_platform, platform_of
 from ava_jax.kernel.product import sample_columns
 from ava_jax.kernel.sharding import Layout
 from ava_jax.kernel.sizes import choose_sizes, fuses_gradient, parts_of_row
@@ -66,8 +66,8 @@ class Plan(NamedTuple):
 
     def run(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Calls `function(target, *operands)` with the target of the platform."""
-        mesh = None if self.layout is None else self.layout.mesh
-        return by_platform(self.implementation, mesh, function, *operands)
+        platform = None if self.layout is None else platform_of(self.layout.mesh)
+        return by_platform(self.implementation, platform, function, *operands)
 
 
 def _flattened(plan: Plan, operands: Operands) -> tuple[Plan, Operands]:

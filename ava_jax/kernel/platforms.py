@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, get_abstract_mesh
+from jax.sharding import AxisType, Mesh, get_abstract_mesh
 
 Result = TypeVar("Result")
 
@@ -35,8 +35,8 @@ class Target(NamedTuple):
     platform: Platform
 
 
-def _platform_of(mesh: Mesh | AbstractMesh | None) -> Platform | None:
-    """Returns the platform of a mesh's devices; None if that is not known."""
+def platform_of(mesh: Mesh) -> Platform | None:
+    """Returns the platform of a mesh's devices; None for an abstract mesh."""
     if not isinstance(mesh, Mesh):
         return None
     name = mesh.devices.flat[0].platform
@@ -46,7 +46,7 @@ def _platform_of(mesh: Mesh | AbstractMesh | None) -> Platform | None:
 # That of Hopper GPUs, whose instructions the kernel in Mosaic GPU consists of, and how
 # they are called: an abstract device has no other mark.
 _CAPABILITY = "9.0"
-_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 # The oldest JAX with the kernel's parts of Mosaic GPU.
 OLDEST_JAX = (0, 10, 2)
 
@@ -67,28 +67,22 @@ def _card_of(meshes: Sequence[Any]) -> Any:
 def _is_hopper(card: Any) -> bool:
     capability = getattr(card, "compute_capability", None)
     if capability is None:
-        return _HOPPER.search(card.device_kind) is not None
+        return HOPPER.search(card.device_kind) is not None
     return capability == _CAPABILITY
 
 
-def _takes_kernel(mesh: Mesh | AbstractMesh | None, operands: Any) -> bool:
+def _takes_kernel(operands: Any) -> bool:
     """Returns whether a GPU's program should contain the kernel in Mosaic GPU.
 
     XLA cannot partition a kernel: where it partitions a program, every device would
     compute the kernel for all tokens. So it has to be known that it does not: there is
     one device, or the program is that of a device of a mesh, within `shard_map`.
-
-    Args:
-      mesh: that of the `shard_map`; None if there is none of ours.
-      operands: pytrees of arrays.
     """
     if jax.__version_info__ < OLDEST_JAX:
         return False
-    if isinstance(mesh, Mesh):
-        return _is_hopper(mesh.devices.flat[0])
     context = get_abstract_mesh()
     of_operands = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
-    meshes = [context if mesh is None else mesh, *of_operands]
+    meshes = [context, *of_operands]
     if not _is_hopper(_card_of(meshes)):
         return False
     if context.axis_types and set(context.axis_types) == {AxisType.Manual}:
@@ -149,7 +143,7 @@ for _other in ("cpu", "tpu"):
 
 def by_platform(
     implementation: Implementation | None,
-    mesh: Mesh | AbstractMesh | None,
+    platform: Platform | None,
     run: Callable[..., Result],
     *operands: Any,
 ) -> Result:
@@ -157,7 +151,7 @@ def by_platform(
 
     Args:
       implementation: overrides the platform's choice.
-      mesh: of the devices; None if there is none.
+      platform: that of the mesh's devices; None if it is not known.
       run: a function of a `Target` and of the operands.
       *operands: pytrees of arrays.
 
@@ -173,12 +167,11 @@ def by_platform(
 
     def choose(platform: Platform) -> Callable[..., Result]:
         own = "cpu" if platform == "cpu" else "xla"
-        if platform == "gpu" and not implementation and _takes_kernel(mesh, operands):
+        if platform == "gpu" and not implementation and _takes_kernel(operands):
             own = "mosaic_gpu"
         target = Target(implementation or own, platform)
         return lambda *operands: run(target, *operands)
 
-    platform = _platform_of(mesh)
     if implementation in ("cpu", "reference"):
         # Their sizes do not depend on the platform.
         platform = "cpu"

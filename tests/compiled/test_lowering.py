@@ -12,22 +12,15 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, use_abstract_mesh
+from support.cards import mesh_of
 
 from ava_jax.kernel.platforms import Implementation
 from benchmarks.programs import CONFIGS, Devices, loss_of
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 4096, 64, 32000
 CONFIG_NAMES = pytest.mark.parametrize("name", list(CONFIGS))
-
-
-def named(card: str) -> AbstractMesh:
-    """Returns a mesh without axes, of a card."""
-    device = AbstractDevice(card, 132, platform="gpu")
-    return AbstractMesh((), (), abstract_device=device)
-
-
-H100, A100 = named("NVIDIA H100 80GB HBM3"), named("NVIDIA A100-SXM4-40GB")
+H100, A100 = mesh_of("NVIDIA H100 80GB HBM3"), mesh_of("NVIDIA A100-SXM4-40GB")
 PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 
 

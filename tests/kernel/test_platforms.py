@@ -1,6 +1,5 @@
 """The implementation of each platform, and what its program computes and stores."""
 
-import dataclasses
 import functools
 import types
 from contextlib import nullcontext
@@ -12,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import (
-    AbstractDevice,
     AbstractMesh,
     AxisType,
     NamedSharding,
     use_abstract_mesh,
 )
 from jax.sharding import PartitionSpec as P
+from support.cards import mesh_of
 from support.kernel_batches import B, D, V
 from support.kernel_rows import IMPLEMENTATIONS, MESH
 from support.programs import arrays_of, dot_flops
@@ -148,7 +147,7 @@ def test_a_kernel_is_refused_by_gpus_that_cannot_run_it(monkeypatch):
     monkeypatch.setattr(platforms, "get_default_device", lambda: card)
 
     def lowered(kind: str | None, implementation: Implementation = "mosaic_gpu"):
-        mesh = AbstractMesh((), ()) if kind is None else abstract_mesh(kind)
+        mesh = AbstractMesh((), ()) if kind is None else mesh_of(kind)
         monkeypatch.setattr(platforms, "get_abstract_mesh", lambda: mesh)
         loss, operands = fused_loss(implementation=implementation)
         traced = jax.jit(loss).trace(*operands)
@@ -172,14 +171,6 @@ A100 = types.SimpleNamespace(
 )
 
 
-def abstract_mesh(kind: str, size: int = 1) -> AbstractMesh:
-    # In JAX 0.10.0 it has no platform.
-    values = {"device_kind": kind, "num_cores": 132, "platform": "gpu"}
-    known = {field.name for field in dataclasses.fields(AbstractDevice)}
-    device = AbstractDevice(**{name: values[name] for name in known})
-    return AbstractMesh((size,), ("x",), abstract_device=device)
-
-
 def chosen(
     monkeypatch,
     *,
@@ -188,7 +179,7 @@ def chosen(
     count=1,
     context=None,
     operand=None,
-    mesh=None,
+    sharded=None,
 ):
     """The implementation for GPUs.
 
@@ -199,7 +190,7 @@ def chosen(
       count: devices of this process.
       context: a mesh in which the program is traced.
       operand: one that its operand is sharded over.
-      mesh: that of our own `shard_map`.
+      sharded: a mesh in whose `shard_map` it is.
     """
     monkeypatch.setattr(jax, "device_count", lambda: count)
     monkeypatch.setattr(platforms, "OLDEST_JAX", oldest)
@@ -209,12 +200,14 @@ def chosen(
     targets = []
 
     def run(x):
-        return platforms.by_platform(None, mesh, note, x)
+        return platforms.by_platform(None, None, note, x)
 
     def note(target, x):
         targets.append(target)
         return x
 
+    if sharded is not None:
+        run = jax.shard_map(run, mesh=sharded, in_specs=P("x"), out_specs=P("x"))
     with nullcontext() if context is None else use_abstract_mesh(context):
         jax.jit(run).trace(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding))
     assert {Target("cpu", "cpu"), Target("xla", "tpu")} < set(targets)
@@ -236,24 +229,25 @@ def chosen(
         (H100, "NVIDIA A100-SXM4-40GB", "xla"),
     ],
 )
-@pytest.mark.parametrize("where", ["context", "operand", "mesh"])
+@pytest.mark.parametrize("where", ["context", "operand", "sharded"])
 def test_a_gpu_that_runs_the_kernel_gets_it(
     monkeypatch, card, named, where, implementation
 ):
     """Whether it is here, or only named by a mesh or by the operands' sharding."""
-    place: dict[str, Any] = {} if named is None else {where: abstract_mesh(named)}
+    place: dict[str, Any] = {} if named is None else {where: mesh_of(named)}
     assert chosen(monkeypatch, card=card, **place) == implementation
 
 
 def test_what_xla_partitions_has_no_kernel(monkeypatch):
     """Each device would compute it for all tokens."""
-    several = abstract_mesh(H100.device_kind, 8)
+    several = mesh_of(H100.device_kind, 8)
     choose = functools.partial(chosen, monkeypatch, card=H100)
     assert choose(count=8) == "xla"
     assert choose(count=8, context=several) == "xla"
     assert choose(count=8, operand=several) == "xla"
     manual = several.update(axis_types=(AxisType.Manual,))
     assert choose(count=8, context=manual) == "mosaic_gpu"
+    assert choose(count=8, sharded=several) == "mosaic_gpu"
     half = AbstractMesh(
         (2, 4),
         ("x", "y"),
