@@ -159,14 +159,14 @@ def test_what_is_not_used_is_not_differentiated(
 ) -> None:
     """Unused values, and operands that are constants, cost nothing."""
     seen = []
-    real = fused.run_gradients
+    real = fused.all_gradients
 
     def spy(objectives, plan, needed, operands, wanted):
         weights = operands.inputs[0].weights
         seen.append((set(weights), needed.sources[0], needed.kernel, needed.shared))
         return real(objectives, plan, needed, operands, wanted)
 
-    monkeypatch.setattr(fused, "run_gradients", spy)
+    monkeypatch.setattr(fused, "all_gradients", spy)
     arrays = batch()
 
     def loss(floats, temperature, name):

@@ -23,14 +23,22 @@ from ava_jax.kernel.blocks import (
     transform,
 )
 from ava_jax.kernel.head_gradient import HeadGradient
-from ava_jax.kernel.passes import Objective, Operands, Pass, Sums, TokenFunction
+from ava_jax.kernel.passes import (
+    Objective,
+    Operands,
+    Pass,
+    Sums,
+    TokenFunction,
+    only,
+    refill,
+)
 from ava_jax.kernel.product import (
     differentiable,
     lay_by_columns,
     replaced,
     row_major,
 )
-from ava_jax.kernel.unmasked import fold_unmasked
+from ava_jax.kernel.unmasked import fold_unmasked, zero_masked
 from ava_jax.reduce import as_float, float_dtype, float_zeros
 
 
@@ -57,7 +65,10 @@ def local_sums(objectives: tuple[Objective, ...], pass_: Pass) -> Sums:
             return fold_rows(of_block, sums, z, inputs, own.sizes.block), None
 
         sums = _no_sums(own, objective, source, inputs)
-        if kernel is None:
+        if own.is_reference:
+            body, *kept = _differentiable(own, of_block, source, inputs, active)
+            sums = fold_rows(body, sums, kept[0], kept[1], sizes.block)
+        elif kernel is None:
             sums = fold_rows(of_block, sums, source, inputs, sizes.block)
         else:
             assert active is not None  # given with a kernel
@@ -83,13 +94,13 @@ def local_gradients(
       The sums, and the gradient, with None where it is not needed.
     """
     operands = pass_.operands
-    bias = _only(needed.bias, operands.bias)
+    bias = only(needed.bias, operands.bias)
     # Where the kernel makes the logits, it adds the bias to them itself.
     is_own = pass_.sample is not None
-    whole = (None if is_own else bias, _only(needed.shared, operands.shared))
+    whole = (None if is_own else bias, only(needed.shared, operands.shared))
     d_whole = float_zeros(whole)
     d_head = HeadGradient.empty(
-        _only(needed.kernel, operands.kernel),
+        only(needed.kernel, operands.kernel),
         bias if is_own else None,
         on_gpu=pass_.on_gpu,
     )
@@ -146,6 +157,9 @@ def local_values(function: TokenFunction, pass_: Pass) -> dict[str, Array]:
     def of_block(nothing, z, inputs):
         return nothing, None, values_of(z, inputs)
 
+    if pass_.is_reference:
+        body, *kept = _differentiable(pass_, of_block, source, inputs, active)
+        return in_blocks(body, (), *kept)[2]
     if operands.kernel is None:
         return in_blocks(of_block, (), source, inputs)[2]
     assert active is not None  # given with a kernel
@@ -195,11 +209,28 @@ def _group_gradient(pass_: Pass, needs, of_block, carry, group):
         inputs,
         active,
         sizes.chunk,
-        like=(_only(needs.source, source), _only(needs.inputs, inputs)),
+        like=(only(needs.source, source), only(needs.inputs, inputs)),
         is_open=pass_.on_gpu,
         first_apart=is_apart,
     )
     return (carry, d_head), d_source, d_inputs
+
+
+def _differentiable(pass_: Pass, of_block, source, inputs, active):
+    """Returns what the reference folds, so that JAX can differentiate it in any mode.
+
+    Returns:
+      A body whose logits are made again for a gradient; and the tokens, zeros where
+      they are masked.
+    """
+    if pass_.operands.kernel is None:
+        return jax.checkpoint(of_block), source, inputs
+
+    def of_hidden(carry, h, inputs):
+        return of_block(carry, pass_.project(h), inputs)
+
+    kept = jax.tree.map(lambda x: zero_masked(active, x), (source, inputs))
+    return jax.checkpoint(of_hidden), *kept
 
 
 class _Needs(NamedTuple):
@@ -251,8 +282,8 @@ def _block_gradient(pass_: Pass, objective, needs: _Needs, whole, wanted, *block
     sums, d_whole = carry
 
     def evaluate(given, whole, floats):
-        bias, shared = _refill(whole, (pass_.operands.bias, pass_.operands.shared))
-        inputs_again = _refill(floats, inputs)
+        bias, shared = refill(whole, (pass_.operands.bias, pass_.operands.shared))
+        inputs_again = refill(floats, inputs)
         logits = replaced(z, given)
         block_sums = pass_.evaluate(objective, logits, inputs_again, bias, shared)
         return {k: v for k, v in block_sums.items() if k in wanted}, block_sums
@@ -261,7 +292,7 @@ def _block_gradient(pass_: Pass, objective, needs: _Needs, whole, wanted, *block
         evaluate,
         differentiable(z) if needs.logits else None,
         whole,
-        _only(needs.inputs, inputs),
+        only(needs.inputs, inputs),
         has_aux=True,
     )
     dz, of_whole, d_inputs = pull({k: wanted[k] for k in of_interest})
@@ -404,15 +435,3 @@ def _lay_rows(pass_: Pass, rows: Float[Array, "n c D"], is_written: bool):
 
 def _merge(a: Sums, b: Sums) -> Sums:
     return a | {k: a[k] + v if k in a else v for k, v in b.items()}
-
-
-def _only(needed, tree):
-    """Replaces every array whose gradient is not needed by None."""
-    return jax.tree.map(lambda is_needed, x: x if is_needed else None, needed, tree)
-
-
-def _refill(floats, tree):
-    """Fills the places where `floats` has None with the arrays of `tree`."""
-    return jax.tree.map(
-        lambda f, x: x if f is None else f, floats, tree, is_leaf=lambda x: x is None
-    )

@@ -7,7 +7,7 @@ every function returns its argument.
 """
 
 import functools
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,22 +92,26 @@ def add_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
     return x if axis is None else lax.psum(x, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def shared_scalar(axis: str | None, x: Float[Array, ""]) -> Float[Array, ""]:
     """Returns a number that all shards hold; adds up the gradients of their columns."""
+    return x if axis is None else cast(Array, _shared(axis, x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shared(axis: str, x: Float[Array, ""]) -> Float[Array, ""]:
     del axis
     return x
 
 
 def _shared_forward(axis, x):
-    return shared_scalar(axis, x), None
+    return _shared(axis, x), None
 
 
 def _shared_backward(axis, _, cotangent):
     return (add_scalar(axis, cotangent),)
 
 
-shared_scalar.defvjp(_shared_forward, _shared_backward)
+_shared.defvjp(_shared_forward, _shared_backward)
 
 
 def merge_shifted_sums(

@@ -1,18 +1,20 @@
 """The divergence of two distributions over the vocabulary, from their logits."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel.collectives import add_up, max_over_shards
+from ava_jax.kernel.logits import LOWEST
+from ava_jax.kernel.stats import Vocabulary
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def divergence(
-    axis: str | None,
+    vocabulary: Vocabulary,
     beta: float,
     student: Float[Array, "*n W"],
     teacher: Float[Array, "*n W"],
@@ -24,7 +26,8 @@ def divergence(
     `β·KL(q‖m) + (1−β)·KL(p‖m)` with `m = (1−β)·p + β·q`.
 
     Args:
-      axis: the mesh axis that the columns are sharded over, if any.
+      vocabulary: whose axis the columns are sharded over, if any; the reference's value
+        is differentiated by JAX.
       beta: β in [0, 1].
       student: finite logits, or −inf for impossible classes.
       teacher: likewise; a constant under differentiation.
@@ -33,7 +36,27 @@ def divergence(
     Returns:
       The divergence in nats; 0 for masked tokens.
     """
+    axis = vocabulary.axis
+    if vocabulary.implementation == "reference" and axis is None:
+        both = student, stop_gradient(teacher)
+        return _forward(axis, beta, *_with_finite_slopes(*both, active), active)[0]
+    return cast(Array, _divergence(axis, beta, student, teacher, active))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _divergence(axis, beta, student, teacher, active):
     return _forward(axis, beta, student, teacher, active)[0]
+
+
+def _with_finite_slopes(student, teacher, active):
+    """Returns logits that JAX can differentiate `_forward` at, of the same value."""
+    nowhere = (student == -jnp.inf) & (teacher == -jnp.inf)
+
+    def clean(z):
+        kept = jnp.where(active[..., None], z, jnp.zeros_like(z))
+        return jnp.where(nowhere, LOWEST, kept)
+
+    return clean(student), clean(teacher)
 
 
 class _Distributions(NamedTuple):
@@ -76,7 +99,7 @@ def _backward(axis, beta, residuals, cotangent):
     return cotangent[..., None] * kept, None, None
 
 
-divergence.defvjp(_forward, _backward)
+_divergence.defvjp(_forward, _backward)
 
 
 def _log_sums(axis, student, teacher) -> Float[Array, "2 *n"]:

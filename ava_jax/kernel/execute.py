@@ -64,6 +64,10 @@ class Plan(NamedTuple):
     precision: PrecisionLike = None
     whole_chunks: bool = False
 
+    def by_reference(self) -> "Plan":
+        """Returns the plan of the reference, whose sharding XLA chooses."""
+        return self._replace(implementation="reference", layout=None)
+
     def run(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Calls `function(target, *operands)` with the target of the platform."""
         platform = None if self.layout is None else platform_of(self.layout.mesh)

@@ -1,13 +1,14 @@
 """The pass over all tokens, from logits or from hidden states, with its derivative.
 
 Its gradient is computed in the forward pass, see `chunks`; only the derivative of the
-loop is written by hand, in this module.
+loop is written by hand, in this module. The reference implementation is plain JAX, and
+the second derivatives of the others are those of the reference.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -18,13 +19,20 @@ from ava_jax.kernel.execute import (
     Plan,
     largest,
     map_gradients,
-    run_gradients,
     run_values,
     with_equal_shards,
     with_masked_token,
 )
+from ava_jax.kernel.forward_mode import reverse_only
 from ava_jax.kernel.gradient import is_zero_cotangent
-from ava_jax.kernel.passes import Objective, Operands, Sums, TokenFunction
+from ava_jax.kernel.passes import (
+    Objective,
+    Operands,
+    Sums,
+    TokenFunction,
+    only,
+    refill,
+)
 from ava_jax.kernel.projections import all_gradients, all_sums
 from ava_jax.reduce import as_float, float_dtype, weighted_sum
 
@@ -39,7 +47,8 @@ def token_sums(
 
     `total = Σ_name coefficients[name] · sums[name]`. Its gradient is computed in the
     forward pass: 6·N·D·V flops from hidden states, 2·N·D·V without differentiation. A
-    gradient through `sums` is exact as well, but runs the pass again.
+    gradient through `sums` is exact as well, but runs the pass again. So is a second
+    derivative, by the reference implementation.
 
     With several projections, the tokens of `inputs[0][k]` have the logits of
     `sources[0]` with `kernel[k]`: a pass per projection, one after the other.
@@ -56,12 +65,14 @@ def token_sums(
     is_empty = plan.batch * plan.length == 0
     if is_empty:
         plan, operands = with_masked_token(plan, operands)
-    operands = _ready(plan, operands)
+    given = _ready(plan, operands), dict(coefficients)
+    run = functools.partial(_token_sums, objectives, plan)
     if is_empty:
-        run = functools.partial(_token_sums, objectives, plan)
-        shapes = jax.eval_shape(run, operands, dict(coefficients))
+        shapes = jax.eval_shape(run, *given)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return _token_sums(objectives, plan, operands, dict(coefficients))
+    if plan.implementation == "reference":
+        return _reference_sums(objectives, plan, *given)
+    return reverse_only(run, *given)
 
 
 def token_values(
@@ -83,7 +94,11 @@ def token_values(
     if plan.batch * plan.length == 0:
         shape = operands.sources[0].shape[:3]
         return {name: jnp.zeros(shape, float_dtype()) for name in function.names}
-    return _token_values(function, plan, _ready(plan, operands))
+    operands = _ready(plan, operands)
+    if plan.implementation == "reference":
+        return run_values(function, plan.by_reference(), operands)
+    run = functools.partial(_token_values, function, plan)
+    return cast(dict[str, Array], reverse_only(run, operands))
 
 
 def _ready(plan: Plan, operands: Operands) -> Operands:
@@ -113,7 +128,8 @@ def _forward(objectives, plan: Plan, operands, coefficients):
     operands, coefficients = jax.tree.map(
         lambda primal: primal.value, (operands, coefficients)
     )
-    sums, gradients = all_gradients(objectives, plan, needed, operands, coefficients)
+    given = needed, operands, coefficients
+    sums, gradients = cast(Any, _gradients(objectives, plan, *given))
     residuals = (operands, coefficients, sums, gradients)
     return (_weigh(coefficients, sums), sums), residuals
 
@@ -132,7 +148,8 @@ def _backward(objectives, plan: Plan, residuals, cotangents):
             if not is_zero_cotangent(cotangent):
                 wanted[name] = wanted.get(name, jnp.zeros_like(cotangent)) + cotangent
         needed = map_gradients(lambda g, _: g is not None, gradients, operands)
-        _, gradients = all_gradients(objectives, plan, needed, operands, wanted)
+        run = functools.partial(_gradients, objectives, plan, needed)
+        _, gradients = cast(Any, reverse_only(run, operands, wanted))
     gradients = map_gradients(
         lambda g, x: None if g is None else g.astype(x.dtype), gradients, operands
     )
@@ -140,6 +157,49 @@ def _backward(objectives, plan: Plan, residuals, cotangents):
 
 
 _token_sums.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gradients(objectives, plan: Plan, needed, operands, wanted):
+    return all_gradients(objectives, plan, needed, operands, wanted)
+
+
+def _gradients_forward(objectives, plan: Plan, needed, operands, wanted):
+    gradients = _gradients(objectives, plan, needed, operands, wanted)
+    return gradients, (operands, wanted)
+
+
+def _gradients_backward(objectives, plan: Plan, needed, residuals, cotangents):
+    """Differentiates the reference twice."""
+    given, treedef = jax.tree.flatten(cotangents)
+    del treedef
+
+    def gradients(operands, wanted):
+        # Gradients at the scale of the weights would underflow in float16.
+        operands = jax.tree.map(_widened, operands)
+
+        def total(floats):
+            whole = refill(floats, operands)
+            return _reference_sums(objectives, plan, whole, wanted)
+
+        own, sums = jax.grad(total, has_aux=True)(only(needed, operands))
+        pairs = zip(jax.tree.leaves((sums, own)), given, strict=True)
+        return [x.astype(c.dtype) for x, c in pairs]
+
+    return jax.vjp(gradients, *residuals)[1](given)
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _widened(x: Array) -> Array:
+    return as_float(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _reference_sums(objectives, plan: Plan, operands, coefficients):
+    """Computes the total and the sums so that JAX can differentiate them."""
+    sums = all_sums(objectives, plan.by_reference(), operands)
+    return _weigh(coefficients, sums), sums
 
 
 def _weigh(coefficients: Mapping[str, Array], sums: Sums) -> Float[Array, ""]:
@@ -156,17 +216,17 @@ def _values_forward(function, plan: Plan, operands):
     # An empty tuple or None: a static fact is passed on as pytree structure.
     needed = jax.tree.map(lambda primal: () if primal.perturbed else None, operands)
     operands = jax.tree.map(lambda primal: primal.value, operands)
-    return run_values(function, plan, operands), (operands, needed)
+    return _token_values(function, plan, operands), (operands, needed)
 
 
 def _values_backward(function, plan: Plan, residuals, cotangents):
     operands, needed = residuals
-    given = {k: c for k, c in cotangents.items() if not is_zero_cotangent(c)}
+    known = {k: c for k, c in cotangents.items() if not is_zero_cotangent(c)}
     (active,) = operands.active
-    given = {k: jnp.where(active, c, jnp.zeros_like(c)) for k, c in given.items()}
+    known = {k: jnp.where(active, c, jnp.zeros_like(c)) for k, c in known.items()}
     # Small cotangents would underflow in float16, see `run_gradients`.
-    scale = largest(given)
-    weights = {k: c / scale for k, c in given.items()}
+    scale = largest(known)
+    weights = {k: c / scale for k, c in known.items()}
     weighted = dataclasses.replace(
         operands, inputs=(_Weighted(operands.inputs[0], weights),)
     )
@@ -178,7 +238,8 @@ def _values_backward(function, plan: Plan, residuals, cotangents):
         needed, inputs=(_Weighted(needed.inputs[0], no_weights),)
     )
     objectives, wanted = (_WeightedSum(function),), {_TOTAL: scale}
-    _, gradients = run_gradients(objectives, plan, needed, weighted, wanted)
+    run = functools.partial(_gradients, objectives, plan, needed)
+    _, gradients = cast(Any, reverse_only(run, weighted, wanted))
     gradients = dataclasses.replace(gradients, inputs=(gradients.inputs[0].inputs,))
     return (
         map_gradients(

@@ -1,7 +1,5 @@
 """Reading logits, in every implementation: soft-capped, −inf where no class exists."""
 
-from typing import cast
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -73,7 +71,7 @@ def at_temperature(
     if temperature is None:
         return z
     exists = z != -jnp.inf
-    shared = cast(Array, shared_scalar(vocabulary.axis, temperature))
+    shared = shared_scalar(vocabulary.axis, temperature)
     return jnp.where(exists, jnp.where(exists, z, jnp.zeros_like(z)) / shared, z)
 
 

@@ -203,8 +203,25 @@ class Pass(NamedTuple):
         """Whether logits are computed a chunk at a time, not a block at a time."""
         return self.kernel.implementation == "cpu"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the pass is plain JAX, without a gradient written by hand."""
+        return self.kernel.implementation == "reference"
+
 
 def _biased(z, bias):
     if isinstance(z, Product):
         return dataclasses.replace(z, bias=bias)
     return finished(z, bias, None)
+
+
+def only(needed, tree):
+    """Replaces every array whose gradient is not needed by None."""
+    return jax.tree.map(lambda is_needed, x: x if is_needed else None, needed, tree)
+
+
+def refill(floats, tree):
+    """Fills the places where `floats` has None with the arrays of `tree`."""
+    return jax.tree.map(
+        lambda f, x: x if f is None else f, floats, tree, is_leaf=lambda x: x is None
+    )

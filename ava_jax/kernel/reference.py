@@ -14,6 +14,9 @@ from ava_jax.kernel.logits import LOG_NOTHING, column_ids, possible_logits
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float
 
+# Logits, the temperature (None for 1), and the cotangents of the statistics.
+Given = tuple[Float[Array, "*n W"], Float[Array, ""] | None, TokenStats]
+
 
 def reduce(
     logits: Float[Array, "*n W"],
@@ -38,24 +41,66 @@ def logits_gradient(
 ) -> tuple[Float[Array, "*n W"], Float[Array, ""] | None]:
     """Computes the cotangents of logits and temperature by `jax.vjp` of `reduce`."""
     whole, facts = _gathered(logits, vocabulary)
-    temperature = stats.temperature if tempered else None
+    given = whole, stats.temperature if tempered else None, cotangents
+    d_whole, d_temperature = _pull(facts, query, given)
+    own = _own_columns(vocabulary, d_whole, logits.shape[-1])
+    return own, d_temperature if of_temperature else None
+
+
+def second_derivative(
+    vocabulary: Vocabulary,
+    of_temperature: bool,
+    query: Query,
+    given: Given,
+    cotangents: tuple[Float[Array, "*n W"], Float[Array, ""] | None],
+) -> Given:
+    """Computes the cotangents of what `logits_gradient` is a function of.
+
+    Args:
+      vocabulary: as for `logits_gradient`.
+      of_temperature: as for `logits_gradient`.
+      query: as for `logits_gradient`.
+      given: the logits, the temperature and the cotangents of the statistics.
+      cotangents: those of the result of `logits_gradient`.
+    """
+    logits, temperature, of_stats = given
+    whole, facts = _gathered(logits, vocabulary)
+    d_whole, _ = _gathered(cotangents[0], vocabulary)
+
+    def gradient(given: Given):
+        d_logits, d_temperature = _pull(facts, query, given)
+        return d_logits, d_temperature if of_temperature else None
+
+    pull = jax.vjp(gradient, (whole, temperature, of_stats))[1]
+    (again,) = pull((d_whole, cotangents[1]))
+    return (_own_columns(vocabulary, again[0], logits.shape[-1]), *again[1:])
+
+
+def _pull(facts: Vocabulary, query: Query, given: Given):
+    """Computes the cotangents of whole rows of logits and of the temperature."""
 
     def floats(z, temperature):
         return _floats(_define(z, query, facts, temperature))
 
-    values, pull = jax.vjp(floats, whole, temperature)
-    given = _floats(cotangents)
-    d_logits, d_temperature = pull(
+    logits, temperature, of_stats = given
+    values, pull = jax.vjp(floats, logits, temperature)
+    known = _floats(of_stats)
+    return pull(
         {
-            k: jnp.zeros_like(v) if given[k] is None and v is not None else given[k]
+            k: jnp.zeros_like(v) if known[k] is None and v is not None else known[k]
             for k, v in values.items()
         }
     )
-    if vocabulary.axis is not None:
-        width = logits.shape[-1]
-        start = first_id(vocabulary.axis, width)
-        d_logits = lax.dynamic_slice_in_dim(d_logits, start, width, d_logits.ndim - 1)
-    return d_logits, d_temperature if of_temperature else None
+
+
+def _own_columns(
+    vocabulary: Vocabulary, whole: Float[Array, "*n V"], width: int
+) -> Float[Array, "*n W"]:
+    """Returns this shard's columns."""
+    if vocabulary.axis is None:
+        return whole
+    start = first_id(vocabulary.axis, width)
+    return lax.dynamic_slice_in_dim(whole, start, width, whole.ndim - 1)
 
 
 def _gathered(logits, vocabulary: Vocabulary):

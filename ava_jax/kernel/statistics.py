@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from ava_jax.kernel import cpu, reference, rounded, xla, xla_product
 from ava_jax.kernel.collectives import shared_scalar
+from ava_jax.kernel.forward_mode import reverse_only
 from ava_jax.kernel.gradient import is_zero_cotangent
 from ava_jax.kernel.logits import at_temperature
 from ava_jax.kernel.platforms import Implementation, by_implementation
@@ -71,7 +72,11 @@ def token_statistics(
     squeezed, query = jax.tree.map(
         lambda x: x.reshape(*long, *x.shape[len(lead) :]), (logits, query)
     )
-    stats = _token_statistics(vocabulary, squeezed, query, temperature)
+    if vocabulary.implementation == "reference" and vocabulary.axis is None:
+        stats = reference.reduce(squeezed, query, vocabulary, temperature)
+    else:
+        run = functools.partial(_token_statistics, vocabulary)
+        stats = reverse_only(run, squeezed, query, temperature)
     return _reshaped(cast(TokenStats, stats), long, lead)
 
 
@@ -93,7 +98,7 @@ def cooled(
       The soft-capped logits, divided, and the facts of their vocabulary.
     """
     if isinstance(logits, Product) and vocabulary.soft_cap is None:
-        shared = cast(Array, shared_scalar(vocabulary.axis, temperature))
+        shared = shared_scalar(vocabulary.axis, temperature)
         return dataclasses.replace(logits, scale=1 / shared), vocabulary
     z = logits.logits() if isinstance(logits, Product) else logits
     z = at_temperature(z, active, vocabulary, temperature)
@@ -193,7 +198,21 @@ def _forward(vocabulary, logits, query, temperature):
 
 def _backward(vocabulary, residuals, cotangents: TokenStats):
     logits, query, stats, (temperature, is_learned) = residuals
-    cotangents = _known(cotangents)
+    run = functools.partial(_logits_gradient, vocabulary, is_learned is not None)
+    given = logits, temperature, _known(cotangents)
+    d_logits, d_temperature = cast(Any, reverse_only(run, given, query, stats))
+    if d_temperature is None and temperature is not None:
+        d_temperature = jnp.zeros_like(temperature)
+    return d_logits, None, d_temperature
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logits_gradient(vocabulary, of_temperature: bool, given, query, stats):
+    """Computes the cotangents of logits and temperature, of `given` with the stats'.
+
+    It is a function of `given`: the statistics only spare it a pass.
+    """
+    logits, temperature, cotangents = given
 
     def run(implementation, logits, query, stats, cotangents):
         return _MODULES[implementation].logits_gradient(
@@ -203,16 +222,28 @@ def _backward(vocabulary, residuals, cotangents: TokenStats):
             stats,
             cotangents,
             tempered=temperature is not None,
-            of_temperature=is_learned is not None,
+            of_temperature=of_temperature,
         )
 
     operands = (logits, query, stats, cotangents)
-    d_logits, d_temperature = by_implementation(
-        vocabulary.implementation, run, *operands
+    return by_implementation(vocabulary.implementation, run, *operands)
+
+
+def _gradient_forward(vocabulary, of_temperature, given, query, stats):
+    gradient = _logits_gradient(vocabulary, of_temperature, given, query, stats)
+    return gradient, (given, query)
+
+
+def _gradient_backward(vocabulary, of_temperature, residuals, cotangents):
+    """Differentiates the reference's gradient."""
+    given, query = residuals
+    again = functools.partial(
+        reference.second_derivative, vocabulary, of_temperature, query
     )
-    if d_temperature is None and temperature is not None:
-        d_temperature = jnp.zeros_like(temperature)
-    return d_logits, None, d_temperature
+    return again(given, cotangents), None, None
+
+
+_logits_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _known(cotangents: TokenStats) -> TokenStats:

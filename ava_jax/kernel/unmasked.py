@@ -53,7 +53,7 @@ def fold_unmasked(
     groups, _, length = active.shape
     size = min(size, length)
     if groups == 1 and size == length:
-        kept = jax.tree.map(lambda x: _only(active[0], x[0]), (source, inputs))
+        kept = jax.tree.map(lambda x: zero_masked(active[0], x[0]), (source, inputs))
         carry, outputs = body(carry, *kept)
         return carry, jax.tree.map(lambda x: x[None], outputs)
     order = _order(active, size)
@@ -64,7 +64,7 @@ def fold_unmasked(
         offsets = start + jnp.arange(size, dtype=jnp.int32)
         is_active = offsets < order.counts[group][:, None]
         kept = jax.tree.map(
-            lambda x: _only(is_active, _take(x[group], own)), (source, inputs)
+            lambda x: zero_masked(is_active, _take(x[group], own)), (source, inputs)
         )
         carry, outputs = body(carry, *kept)
         if is_open:
@@ -150,7 +150,7 @@ class _Order:
 
     def put_back(self, x: Shaped[Array, "G B P *n"]) -> Shaped[Array, "G B S *n"]:
         """Returns values in the order of the rows, zeros for masked tokens."""
-        return _only(self.active, jax.vmap(_take)(x, self.places))
+        return zero_masked(self.active, jax.vmap(_take)(x, self.places))
 
 
 def _order(active: Bool[Array, "G B S"], size: int) -> _Order:
@@ -201,7 +201,7 @@ def _take(x: Shaped[Array, "B S *n"], tokens: Int[Array, "B C"]):
     return take(x, tokens)
 
 
-def _only(active: Bool[Array, "*n"], x: Shaped[Array, "..."]):
+def zero_masked(active: Bool[Array, "*n"], x: Shaped[Array, "..."]):
     """Zeroes what belongs to masked tokens, which may hold NaN."""
     active = active.reshape(*active.shape, *[1] * (x.ndim - active.ndim))
     return jnp.where(active, x, jnp.zeros_like(x))

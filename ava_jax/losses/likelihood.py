@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
@@ -136,6 +137,7 @@ def read_logits(
     weights: Shaped[Array, "*n"] | None = None,
     *,
     log_one_minus_p: bool = False,
+    implementation: Implementation | None = None,
 ) -> tuple[TokenStats, Float[Array, "*n"], Int[Array, "*n"]]:
     """Computes the statistics of plain logits, for losses without a configuration.
 
@@ -155,8 +157,8 @@ def read_logits(
     query = Query(
         targets=ids, active=kept != 0, log_one_minus_p=log_one_minus_p, top=False
     )
-    stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
-    return stats, kept, ids
+    vocabulary = Vocabulary(logits.shape[-1], implementation=implementation)
+    return token_statistics(logits, query, vocabulary), kept, ids
 
 
 def focal_loss(
@@ -165,6 +167,7 @@ def focal_loss(
     *,
     alpha: float | Sequence[float] | Float[Array, "V"] = 1.0,
     gamma: float = 2.0,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*n"]:
     """Computes the focal loss of plain logits, unreduced.
 
@@ -175,6 +178,8 @@ def focal_loss(
       targets: ids in [0, V), [...]; other ids are excluded, with loss 0.
       alpha: α, a number or one per class [V].
       gamma: γ ≥ 0.
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The loss per row in nats, [...].
@@ -192,7 +197,9 @@ def focal_loss(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
-    stats, weights, ids = read_logits(inputs, targets, log_one_minus_p=True)
+    stats, weights, ids = read_logits(
+        inputs, targets, log_one_minus_p=True, implementation=implementation
+    )
     return weights * focal_cross_entropy(stats, ids, alpha, gamma)
 
 
@@ -201,6 +208,7 @@ def label_smoothing_loss(
     targets: Integer[Array, "*n"],
     *,
     smoothing: float = 0.1,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*n"]:
     """Computes the cross-entropy of plain logits with label smoothing, unreduced.
 
@@ -210,6 +218,8 @@ def label_smoothing_loss(
       inputs: logits [..., V].
       targets: ids in [0, V), [...]; other ids are excluded, with loss 0.
       smoothing: ε in [0, 1).
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The loss per row in nats, [...].
@@ -229,7 +239,7 @@ def label_smoothing_loss(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    stats, weights, _ = read_logits(inputs, targets)
+    stats, weights, _ = read_logits(inputs, targets, implementation=implementation)
     return weights * smoothed_cross_entropy(stats, smoothing)
 
 
@@ -237,6 +247,8 @@ def perplexity(
     logits: Float[Array, "*n V"],
     targets: Integer[Array, "*n"],
     weights: Shaped[Array, "*n"] | None = None,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Computes the perplexity, the exponential of the mean negative log-likelihood.
 
@@ -246,6 +258,8 @@ def perplexity(
       logits: [..., V].
       targets: ids, [...]; those outside [0, V) are excluded.
       weights: weight per token [...]; ones if None.
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The perplexity, a scalar; 1 if all tokens are masked.
@@ -259,5 +273,7 @@ def perplexity(
       >>> float(losses.perplexity(jnp.zeros((1, 5, 8)), jnp.zeros((1, 5), int)))
       8.0
     """
-    stats, kept, _ = read_logits(logits, targets, weights)
+    stats, kept, _ = read_logits(
+        logits, targets, weights, implementation=implementation
+    )
     return jnp.exp(weighted_mean(stats.nll, kept))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.config import Weight, weight_at
+from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.losses.likelihood import read_logits
@@ -24,6 +25,7 @@ def sequence_unlikelihood(
     mask: Shaped[Array, "B S"] | None = None,
     *,
     ngram_size: int = 4,
+    implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Computes the unlikelihood of generated tokens that complete a repeated n-gram.
 
@@ -35,6 +37,8 @@ def sequence_unlikelihood(
       token_ids: the continuations [B, S].
       mask: weight per token [B, S]; ones if None.
       ngram_size: n.
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The mean over w, a scalar; 0 if all tokens are masked.
@@ -57,7 +61,8 @@ def sequence_unlikelihood(
     _check_logits(logits, token_ids)
     tokens = read_tokens(token_ids, mask, vocab_size=logits.shape[-1])
     query = Query(tokens.targets, tokens.active, top=False)
-    stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
+    vocabulary = Vocabulary(logits.shape[-1], implementation=implementation)
+    stats = token_statistics(logits, query, vocabulary)
     windows = sort_ngrams(tokens, ngram_size)
     repeats = as_float(windows.in_row_order(windows.whole & ~windows.is_first))
     return weighted_mean(-repeats * stats.log_one_minus_p, tokens.weights)
@@ -78,6 +83,7 @@ def contrastive_token_loss(
     *,
     window: int = 60,
     segment_ids: Integer[Array, "B S"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Computes the contrastive token loss: the target's logit above recent tokens'.
 
@@ -90,6 +96,8 @@ def contrastive_token_loss(
       mask: weight per token [B, S]; ones if None.
       window: how many positions before a token are looked at.
       segment_ids: of packed rows, [B, S]; 0 is padding.
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The mean over w, a scalar; 0 if all tokens are masked.
@@ -121,7 +129,8 @@ def contrastive_token_loss(
         log_one_minus_p=False,
         top=False,
     )
-    stats = token_statistics(logits, query, Vocabulary(size))
+    vocabulary = Vocabulary(logits.shape[-1], implementation=implementation)
+    stats = token_statistics(logits, query, vocabulary)
     others = found & (ids != tokens.targets[..., None])
     value = contrast(stats.target, stats.candidates["recent"], others)
     return weighted_mean(value, tokens.weights)
@@ -155,6 +164,7 @@ def repetition_decay_loss(
     *,
     span_length: int | Int[Array, ""] | Int[Array, "B"],
     decay: float = 0.5,
+    implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
     """Computes the DITTO loss: a repeated span should get less likely each time.
 
@@ -168,6 +178,8 @@ def repetition_decay_loss(
       mask: weight per token [B, S]; ones if None.
       span_length: ℓ, one for all rows or one per row [B].
       decay: λ in [0, 1].
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The mean over w, a scalar; 0 if all tokens are masked.
@@ -203,7 +215,8 @@ def repetition_decay_loss(
         },
         top=False,
     )
-    stats = token_statistics(logits, query, Vocabulary(logits.shape[-1]))
+    vocabulary = Vocabulary(logits.shape[-1], implementation=implementation)
+    stats = token_statistics(logits, query, vocabulary)
     source = jnp.maximum(index - span, 0)
     log_next = stats.candidates["next"][..., 0] - stats.log_sum
     log_earlier = jax.lax.stop_gradient(jnp.take_along_axis(log_next, source, axis=1))
@@ -263,6 +276,7 @@ def anti_repetition_loss(
     eos_penalty_weight: Weight = 0.05,
     diversity_bonus_weight: Weight = 0.05,
     step: int | Int[Array, ""] = 0,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the anti-repetition loss of the PyTorch pipeline, kept for migration.
 
@@ -283,6 +297,8 @@ def anti_repetition_loss(
       eos_penalty_weight: b, likewise.
       diversity_bonus_weight: c, likewise.
       step: where the schedules are evaluated.
+      implementation: of the statistics; None lets the platform choose, and
+        `"reference"` can be differentiated in any mode.
 
     Returns:
       The loss, and `base_loss`, `repetition_penalty`, `eos_penalty`, `diversity_bonus`
@@ -300,7 +316,7 @@ def anti_repetition_loss(
       0.3333
     """
     _check_logits(logits, labels)
-    stats, weights, _ = read_logits(logits, labels)
+    stats, weights, _ = read_logits(logits, labels, implementation=implementation)
     base = weighted_mean(stats.nll, weights)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
     rows = max(labels.shape[0], 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import cast
 
 import jax.numpy as jnp
 from jax.lax import PrecisionLike, stop_gradient
@@ -144,8 +143,7 @@ class Distillation(LogitsTerm):
         teacher = at_temperature(
             self._teacher(inputs, precision), active, of_teacher, temperature
         )
-        axis = vocabulary.axis
-        value = cast(Array, divergence(axis, self.beta, student, teacher, active))
+        value = divergence(vocabulary, self.beta, student, teacher, active)
         return self.logits_temperature**2 * value
 
     def _teacher(self, inputs: TokenInputs, precision) -> Float[Array, "B S V"]:

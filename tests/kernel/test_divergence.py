@@ -1,7 +1,6 @@
 """The divergence of two distributions: values, gradients, extremes, shards."""
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.test_util import check_grads
 from support import distillation_oracles as oracles
 
 from ava_jax.kernel.divergence import divergence
+from ava_jax.kernel.stats import Vocabulary
 
 N, V = 6, 9
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -24,17 +24,18 @@ def logits(seed=0, scale=2.0):
     return drawn[0].astype(np.float32), drawn[1].astype(np.float32)
 
 
-def values_of(axis, beta, student, teacher, active) -> jax.Array:
-    return cast(jax.Array, divergence(axis, beta, student, teacher, active))
+def values_of(axis, beta, student, teacher, active, implementation=None) -> jax.Array:
+    vocabulary = Vocabulary(V, axis=axis, implementation=implementation)
+    return divergence(vocabulary, beta, student, teacher, active)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(beta, student, teacher, active=None):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
+def run(beta, student, teacher, active=None, implementation=None):
     """The values, and the gradients of their sum."""
     active = jnp.ones(student.shape[:-1], bool) if active is None else active
 
     def total(student, teacher):
-        values = values_of(None, beta, student, teacher, active)
+        values = values_of(None, beta, student, teacher, active, implementation)
         return jnp.sum(values), values
 
     (_, values), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(
@@ -72,9 +73,25 @@ def test_the_gradient_is_that_of_numerical_differentiation(beta):
         active = jnp.ones(N, bool)
 
         def value(student):
-            return divergence(None, beta, student, teacher, active)
+            return values_of(None, beta, student, teacher, active)
 
-        check_grads(jax.jit(value), (student,), 1, ["rev"], atol=1e-7, rtol=1e-7)
+        check_grads(jax.jit(value), (student,), 2, ["rev"], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_reference_is_differentiated_by_jax_to_the_same_gradient(beta):
+    student, teacher = logits(9)
+    student[:, 2] = teacher[:, 2] = -np.inf
+    teacher[1, 3] = -np.inf if beta != 1 else 0
+    student[2, 4] = -np.inf if beta != 0 else 0
+    student[3], teacher[4] = 1e4 * np.sign(student[3]), 1e4 * np.sign(teacher[4])
+    active = np.arange(N) != 5
+    student[5] = np.nan
+    with jax.enable_x64(True):
+        given = beta, *(np.asarray(x, float) for x in (student, teacher)), active
+        want, got = run(*given), run(*given, implementation="reference")
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-9)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -60,6 +60,8 @@ def test_what_is_not_differentiated_costs_nothing(arguments, units, implementati
     # xla also computes one in 128 of a token's logits to estimate the row max.
     sampled = max(min(128, V // 128), 1) if implementation in (None, "xla") else 0
     logits = 2 * B * 26 * D * (V + sampled)
+    # JAX differentiates the reference, and makes the logits of a block again for it.
+    logits *= 2 if implementation == "reference" and arguments else 1
     products = (units - 2) * B * 26 * D * V
     assert dot_flops(jaxpr) <= (logits + products) * blocks / 13
     assert dot_flops(jaxpr) >= logits + products
