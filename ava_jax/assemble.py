@@ -63,6 +63,7 @@ def count_normalizers(
         windows=counted.get("windows", zero),
         rows=as_float(tokens.targets.shape[0]),
         active_rows=jnp.sum(as_float(jnp.any(tokens.active, 1))),
+        routed=jnp.sum(as_float(tokens.routed)),
     )
 
 
@@ -105,6 +106,7 @@ def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
     aux = {name: means[name] for name in MEASUREMENTS}
     aux["num_tokens"] = jnp.sum(tokens.active, dtype=jnp.int32)
     aux["num_invalid_targets"] = jnp.sum(tokens.invalid, dtype=jnp.int32)
+    aux["num_invalid_weights"] = jnp.sum(tokens.no_weight, dtype=jnp.int32)
     for output in outputs.values():
         aux |= output.aux
     aux |= _parts(terms, outputs) | {"total_loss": total}

@@ -6,12 +6,14 @@ from typing import cast
 
 import jax.numpy as jnp
 
+from ava_jax.arrays import check_weights
 from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, array, check_float
 from ava_jax.terms.base import Term, TokenTerm
 from ava_jax.terms.listing import built_in
 
 _ALWAYS = ("targets", "attention_mask", "segment_ids")
+_OF_TOKENS = ("attention_mask", "segment_ids", "router_mask")
 
 
 def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) -> None:
@@ -19,6 +21,8 @@ def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) 
     given = [name for name, value in inputs.items() if value is not None]
     _check_names(inputs)
     _check_targets(inputs)
+    if settings.mask_boundaries and inputs.get("segment_ids") is None:
+        raise ValueError("mask_boundaries needs segment_ids, [B, S]")
     main = main_arguments(terms, inputs)
     _check_main(settings, inputs)
     for term in terms:
@@ -49,7 +53,7 @@ def _check_targets(inputs: LossInputs) -> None:
         raise ValueError(
             f"targets must be integers [B, S], got {targets.dtype} {targets.shape}"
         )
-    for name in ("attention_mask", "segment_ids"):
+    for name in _OF_TOKENS:
         value = inputs.get(name)
         if value is not None and value.shape != targets.shape:
             raise ValueError(
@@ -59,6 +63,8 @@ def _check_targets(inputs: LossInputs) -> None:
     segments = inputs.get("segment_ids")
     if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {segments.dtype}")
+    masks = ("attention_mask", "router_mask")
+    check_weights(**{name: inputs.get(name) for name in masks})
     for name, value in (inputs.get("extra_inputs") or {}).items():
         if value.shape[:2] != targets.shape:
             raise ValueError(

@@ -42,6 +42,7 @@ class Settings:
       ignore_index: a target id that carries no weight.
       pad_token_id: target id that is padding where no attention mask is given.
       eos_token_id: the end-of-sequence id, which may be the padding too.
+      mask_boundaries: see `UnifiedLossConfig`.
       logit_soft_cap: of every logit, or None.
       chunk_size: see `UnifiedLossConfig`.
       block_size: likewise.
@@ -54,6 +55,7 @@ class Settings:
     ignore_index: int
     pad_token_id: int | None
     eos_token_id: int | None
+    mask_boundaries: bool
     logit_soft_cap: float | None
     chunk_size: int | None
     block_size: int | None
@@ -113,6 +115,9 @@ class UnifiedLossConfig:
       contrastive_token_window: how many targets before a token it looks at.
       eos_token_id: the end-of-sequence id; turns on the early-EOS penalty.
       pad_token_id: target id that is padding where no attention mask is given.
+      mask_boundaries: of packed rows, leaves out the first target of each segment but a
+        row's first: it is predicted from the document before. The loss is then that of
+        documents in rows of their own.
       min_sequence_length: positions below it are early for an EOS.
       eos_penalty_weight: weight of the early-EOS penalty, part of the main loss.
       num_experts: E, required by the mixture-of-experts terms.
@@ -193,6 +198,7 @@ class UnifiedLossConfig:
     contrastive_token_window: int = 60
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    mask_boundaries: bool = False
     min_sequence_length: int = 20
     eos_penalty_weight: Weight = 0.05
     num_experts: int | None = None
@@ -387,6 +393,8 @@ def _check_ranges(config: UnifiedLossConfig) -> None:
             low = 0
         if not (math.isfinite(value) and low <= value <= high):
             raise ValueError(f"{name} must be finite and at least {low}, got {value}")
+        if _is_int(value) and not -(2**31) < value < 2**31:
+            raise ValueError(f"{name} must fit 32 bits, got {value}")
         if name in _POSITIVE and value <= 0:
             raise ValueError(f"{name} must be greater than 0, got {value}")
     for name in ("label_smoothing", "bias_momentum"):

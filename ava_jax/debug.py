@@ -7,8 +7,17 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
+from ava_jax.arrays import as_ids
 from ava_jax.checks import check_inputs
-from ava_jax.inputs import LossInputs, Normalizers, array, heads_of, tokens_of
+from ava_jax.inputs import (
+    LossInputs,
+    Normalizers,
+    array,
+    heads_of,
+    read_arrays,
+    tokens_of,
+)
+from ava_jax.reduce import as_float
 from ava_jax.state import LossState
 from ava_jax.terms.base import Aux
 from ava_jax.terms.router import RouterTerm
@@ -21,7 +30,8 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 def checked(loss_fn: UnifiedLoss) -> LossCall:
     """Wraps a loss so that a bad input raises, with its position and its value.
 
-    At unmasked positions it checks targets against the vocabulary, expert indices
+    It checks that `attention_mask` and `router_mask` hold weights, and at unmasked
+    positions targets against the vocabulary, expert indices
     against the number of experts, and logits (or hidden states and `lm_head`), router
     logits and `attention_mask` for NaN and infinities. A logit of −inf is valid, a
     masked vocabulary entry, unless it is the target's.
@@ -65,12 +75,15 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
 
 def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
     vocab_size = loss_fn.settings.vocab_size
+    inputs = read_arrays(inputs)
     tokens = tokens_of(loss_fn.settings, inputs)
     outside = f"is outside the vocabulary of {vocab_size} ids"
     _check("target", ~tokens.invalid, array(inputs, "targets"), outside)
-    if (mask := inputs.get("attention_mask")) is not None:
-        wide = jnp.asarray(mask).astype(float)
-        _check("attention_mask", jnp.isfinite(wide), wide, "is not finite")
+    for name in ("attention_mask", "router_mask"):
+        if (mask := inputs.get(name)) is not None:
+            wide = as_float(mask)
+            is_weight = (wide >= 0) & (wide < jnp.inf)
+            _check(name, is_weight, wide, "is no weight: it has to be at least 0")
     for name in ("logits", "primary_logits"):
         if (logits := inputs.get(name)) is not None:
             _check_logits(name, logits[..., :vocab_size], tokens)
@@ -99,7 +112,8 @@ def _check_router(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> N
     if term is None:
         return
     gates, chosen = term.read(inputs)
-    masked = ~tokens.active.reshape(-1)[:, None]
+    masked = ~tokens.routed.reshape(-1)[:, None]
+    chosen = as_ids(chosen)
     _check("gate_logits", jnp.isfinite(gates) | masked, gates, "is not finite")
     is_expert = (chosen >= 0) & (chosen < term.num_experts)
     outside = f"is not one of the {term.num_experts} experts"

@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax.numpy as jnp
 from jax.lax import PrecisionLike, stop_gradient
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
+from ava_jax.arrays import as_ids
 from ava_jax.assemble import extra_arrays, plan_of
 from ava_jax.checks import check_inputs
 from ava_jax.config import Settings
-from ava_jax.inputs import LossInputs, tokens_of
+from ava_jax.inputs import LossInputs, read_arrays, tokens_of
 from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
@@ -150,7 +152,8 @@ def distillation_loss(
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     compute = functools.partial(_compute, settings, layout, term)
     count = None if num_tokens is None else as_float(num_tokens)
-    return with_auto_axes(compute, given(**inputs), count)
+    arrays = read_arrays(cast(LossInputs, given(**inputs)))
+    return with_auto_axes(compute, arrays, count)
 
 
 def _term(
@@ -201,7 +204,7 @@ def _compute(
         "num_tokens": jnp.sum(tokens.active, dtype=jnp.int32),
     }
     if isinstance(term, TopKDistillation):
-        ids = (inputs.get("extra_inputs") or {})["teacher_ids"]
+        ids = as_ids((inputs.get("extra_inputs") or {})["teacher_ids"])
         is_wrong = (ids < 0) | (ids >= settings.vocab_size)
         is_wrong &= tokens.active[..., None]
         aux["num_invalid_ids"] = jnp.sum(is_wrong, dtype=jnp.int32)

@@ -1,12 +1,14 @@
 """The keyword arguments of a loss call, and the denominators of its means."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from ava_jax.arrays import as_arrays, usable_weights
 from ava_jax.config import Settings
 from ava_jax.tokens import Tokens, read_tokens
 
@@ -22,6 +24,9 @@ class LossInputs(TypedDict, total=False):
     lm_head_bias: [V].
     attention_mask: [B, S], bool, int or float (a per-token weight).
     segment_ids: [B, S]; packed rows, 0 is padding.
+    router_mask: [B, S], 0 for tokens that no router sees; by default those are padding
+      (`attention_mask` 0, segment 0, or by `pad_token_id`). A token whose target is
+      ignored is routed.
     mtp_params: `{"norm": {"scale", "bias"}, "heads": {"kernel", "bias"}}` for
       `mtp_type="parallel"`, as `MTPHeads.init` makes it: [D], [D], [K, D, V], [K, V].
     mtp_hidden_states: [K, B, S, D] for `mtp_type="sequential"`, with `lm_head`.
@@ -48,6 +53,7 @@ class LossInputs(TypedDict, total=False):
     lm_head_bias: Float[Array, "V"] | None
     attention_mask: Shaped[Array, "B S"] | None
     segment_ids: Integer[Array, "B S"] | None
+    router_mask: Shaped[Array, "B S"] | None
     mtp_params: Mapping[str, Mapping[str, Array]] | None
     mtp_hidden_states: Float[Array, "K B S D"] | None
     primary_logits: Float[Array, "B S V"] | None
@@ -74,6 +80,7 @@ class Normalizers:
       windows: number of n-gram windows, where a term divides by it; 0 otherwise.
       rows: number of rows.
       active_rows: number of rows with an unmasked token.
+      routed: number of tokens that routers see.
     """
 
     tokens: Float[Array, ""]
@@ -81,6 +88,7 @@ class Normalizers:
     windows: Float[Array, ""]
     rows: Float[Array, ""]
     active_rows: Float[Array, ""]
+    routed: Float[Array, ""]
 
 
 def array(inputs: LossInputs, name: str) -> Array:
@@ -144,8 +152,8 @@ def heads_of(logits: Float[Array, "K B S V"] | Sequence[Array] | None) -> list[A
 
 
 def tokens_of(settings: Settings, inputs: LossInputs) -> Tokens:
-    """Reads the targets, their weights and segments."""
-    return read_tokens(
+    """Reads the targets, their weights and segments, and which tokens are routed."""
+    tokens = read_tokens(
         array(inputs, "targets"),
         inputs.get("attention_mask"),
         inputs.get("segment_ids"),
@@ -153,4 +161,13 @@ def tokens_of(settings: Settings, inputs: LossInputs) -> Tokens:
         ignore_index=settings.ignore_index,
         pad_token_id=settings.pad_token_id,
         eos_token_id=settings.eos_token_id,
+        mask_boundaries=settings.mask_boundaries,
     )
+    if (mask := inputs.get("router_mask")) is None:
+        return tokens
+    return dataclasses.replace(tokens, routed=usable_weights(mask) != 0)
+
+
+def read_arrays(inputs: LossInputs) -> LossInputs:
+    """Returns the arguments with JAX arrays in place of NumPy's."""
+    return cast(LossInputs, as_arrays(inputs, ids=("targets", "expert_indices")))

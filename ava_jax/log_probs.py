@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Integer, Num, Shaped
 from ava_jax.assemble import plan_of
 from ava_jax.checks import check_inputs
 from ava_jax.config import Settings, UnifiedLossConfig
-from ava_jax.inputs import LossInputs, array, tokens_of
+from ava_jax.inputs import LossInputs, array, read_arrays, tokens_of
 from ava_jax.kernel.fused import token_values
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.platforms import Implementation
@@ -144,7 +144,7 @@ def token_log_probs(
     )
     values, num_invalid = with_auto_axes(
         compute,
-        given(**inputs),
+        read_arrays(cast(LossInputs, given(**inputs))),
         read_temperature(temperature),
         out_specs=(dict.fromkeys(_LogProbs.names, spec), P()),
     )

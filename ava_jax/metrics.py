@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.arrays import as_labels, as_weights
 from ava_jax.losses.moe import max_violation as max_violation
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import Tokens, count_ngrams, plain_tokens, stretch_lengths
@@ -160,7 +161,7 @@ def _read_ids(ids: Integer[Array, "B S"], mask: Shaped[Array, "B S"] | None) -> 
         raise ValueError(
             f"mask must have the shape of ids, {ids.shape}, got {mask.shape}"
         )
-    return plain_tokens(ids, mask.astype(bool))
+    return plain_tokens(ids, as_weights("mask", mask) != 0)
 
 
 # Calibration ---------------------------------------------------------------------
@@ -295,7 +296,7 @@ def _read_weights(
         return as_float(jnp.ones(shape))
     if weights.shape != shape:
         raise ValueError(f"weights must have shape {shape}, got {weights.shape}")
-    return as_float(weights)
+    return as_weights("weights", weights)
 
 
 # Speculative decoding ------------------------------------------------------------
@@ -337,7 +338,9 @@ def accepted_lengths(
             "drafts and verified must be integers of one shape [..., K], got "
             f"{drafts.dtype} {drafts.shape} and {verified.dtype} {verified.shape}"
         )
-    equal = (drafts == verified).astype(jnp.int32)
+    ids = as_labels("drafts", drafts), as_labels("verified", verified)
+    widest = max((x.dtype for x in ids), key=lambda dtype: dtype.itemsize)
+    equal = (ids[0].astype(widest) == ids[1].astype(widest)).astype(jnp.int32)
     return jnp.sum(jnp.cumprod(equal, axis=-1), axis=-1, dtype=jnp.int32)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
+from ava_jax.arrays import as_ids, as_labels, usable_weights
 from ava_jax.reduce import as_float
 
 RUN_CAP = 10
@@ -30,6 +31,8 @@ class Tokens:
       weights: per-token weights; 0 where the token is masked.
       active: marks the unmasked tokens, weights != 0.
       invalid: marks tokens masked only because their id is outside the vocabulary.
+      no_weight: marks those whose given weight is negative, NaN or infinite.
+      routed: marks the tokens that a model's routers see: all but padding.
       segments: segment ids; all 1 unless given.
       positions: position within the segment, from 0.
     """
@@ -39,6 +42,8 @@ class Tokens:
     weights: Float[Array, "B S"]
     active: Bool[Array, "B S"]
     invalid: Bool[Array, "B S"]
+    no_weight: Bool[Array, "B S"]
+    routed: Bool[Array, "B S"]
     segments: Int[Array, "B S"]
     positions: Int[Array, "B S"]
 
@@ -52,43 +57,53 @@ def read_tokens(
     ignore_index: int = -100,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
+    mask_boundaries: bool = False,
 ) -> Tokens:
     """Computes the weight of every target and its position in its segment.
 
     The weight is `attention_mask · [y ≠ ignore_index] · [0 ≤ y < V]`, times
     `[segment ≠ 0]`. Without a mask, targets equal to `pad_token_id` have weight 0; if
-    that is also the EOS id, only trailing ones do, except the first of them.
+    that is also the EOS id, only trailing ones do, except the first of them if it is
+    the end of something. A weight that is negative, NaN or infinite is 0.
+
+    With `mask_boundaries`, the first target of a segment that begins within the row,
+    which is predicted from the segment before, belongs to no segment.
     """
-    targets = _signed(targets)
+    targets = as_ids(targets)
     if attention_mask is not None:
-        given = as_float(attention_mask)
+        given = usable_weights(attention_mask)
+        no_weight = as_float(attention_mask) != given
     else:
         given = as_float(~_padding(targets, pad_token_id, eos_token_id))
+        no_weight = jnp.zeros_like(given, bool)
+    routed = given != 0
     if segment_ids is None:
         segments = jnp.ones(targets.shape, jnp.int32)
         # XLA would compute the same of a constant, in quadratic time, while compiling.
         positions = _index(targets.shape)
     else:
-        segments = segment_ids.astype(jnp.int32)
+        segments = as_labels("segment_ids", segment_ids)
+        routed &= segments != 0
+        if mask_boundaries:
+            begins = segments != jnp.roll(segments, 1, axis=1)
+            begins &= _index(targets.shape) > 0
+            segments = jnp.where(begins, jnp.zeros_like(segments), segments)
         positions = _positions(segments)
         given = jnp.where(segments == 0, jnp.zeros_like(given), given)
     inside = (targets >= 0) & (targets < vocab_size)
     wanted = (given != 0) & (targets != ignore_index)
     active = wanted & inside
     return Tokens(
-        targets=jnp.where(active, targets, 0).astype(jnp.int32),
+        targets=jnp.where(active, targets, 0),
         raw=targets,
         weights=jnp.where(active, given, jnp.zeros_like(given)),
         active=active,
         invalid=wanted & ~inside,
+        no_weight=no_weight,
+        routed=routed,
         segments=segments,
         positions=positions,
     )
-
-
-def _signed(ids: Integer[Array, "B S"]) -> Int[Array, "B S"]:
-    """Casts ids to a signed dtype that holds ignore_index, without merging any."""
-    return ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
 
 
 def _padding(
@@ -100,7 +115,7 @@ def _padding(
     if pad_token_id != eos_token_id:
         return pads
     trailing = lax.cummin(pads.astype(jnp.int32), axis=1, reverse=True) == 1
-    return trailing & previous(trailing, False)
+    return trailing & previous(trailing, True)
 
 
 def previous(x: Shaped[Array, "B S"], fill: int | bool) -> Shaped[Array, "B S"]:
@@ -244,7 +259,7 @@ def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
     is_equal = jnp.pad(jnp.all(keys[:, 1:] == keys[:, :-1], -1), ((0, 0), (1, 0)))
     return SortedWindows(
         order=order,
-        targets=columns[..., -1],
+        targets=columns[..., -1].astype(tokens.targets.dtype),
         is_first=~is_equal[:, : whole.shape[1]],
         whole=columns[..., 0] != 0,
     )
@@ -343,7 +358,7 @@ def run_lengths(tokens: Tokens, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Tokens:
     """Wraps ids of any range in `Tokens`, one segment per row, to count windows."""
-    signed = _signed(ids)
+    signed = as_labels("ids", ids)
     # XLA would fold the scan over a constant mask, which takes seconds.
     active = lax.optimization_barrier(active)
     return Tokens(
@@ -352,6 +367,8 @@ def plain_tokens(ids: Integer[Array, "B S"], active: Bool[Array, "B S"]) -> Toke
         weights=as_float(active),
         active=active,
         invalid=jnp.zeros_like(active),
+        no_weight=jnp.zeros_like(active),
+        routed=active,
         segments=jnp.ones(ids.shape, jnp.int32),
         positions=_index(ids.shape),
     )

@@ -16,10 +16,11 @@ from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
+from ava_jax.arrays import check_weights
 from ava_jax.assemble import StepStats, assemble, count_normalizers, plan_of
 from ava_jax.checks import check_inputs, only_read
 from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
-from ava_jax.inputs import LossInputs, Normalizers, tokens_of
+from ava_jax.inputs import LossInputs, Normalizers, read_arrays, tokens_of
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import LossState, states_of, with_states
@@ -140,6 +141,7 @@ class UnifiedLoss:
         targets: Integer[Array, "*window S"],
         attention_mask: Shaped[Array, "*window S"] | None = None,
         segment_ids: Integer[Array, "*window S"] | None = None,
+        router_mask: Shaped[Array, "*window S"] | None = None,
     ) -> Normalizers:
         """Counts the denominators of an optimizer step's whole window of rows.
 
@@ -150,6 +152,7 @@ class UnifiedLoss:
           targets: all rows of the window, with any leading axes.
           attention_mask: likewise.
           segment_ids: likewise.
+          router_mask: likewise.
 
         Returns:
           The denominators.
@@ -165,14 +168,16 @@ class UnifiedLoss:
             "targets": targets,
             "attention_mask": attention_mask,
             "segment_ids": segment_ids,
+            "router_mask": router_mask,
         }
+        check_weights(attention_mask=attention_mask, router_mask=router_mask)
 
         def count(window: LossInputs) -> Normalizers:
             width = targets.shape[-1]
             rows = jax.tree.map(lambda x: x.reshape(-1, width), window)
             return count_normalizers(self.terms, tokens_of(self.settings, rows), rows)
 
-        return with_auto_axes(count, window)
+        return with_auto_axes(count, read_arrays(window))
 
     def accumulate(
         self,
@@ -220,7 +225,7 @@ class UnifiedLoss:
         """
         check_inputs(self.settings, self.terms, inputs)
         share = functools.partial(self._share, train)
-        loss, stats = with_auto_axes(share, state, normalizers, inputs)
+        loss, stats = with_auto_axes(share, state, normalizers, read_arrays(inputs))
         return loss, self.summary(state, stats), stats
 
     def _share(
@@ -338,6 +343,7 @@ def compose(
     ignore_index: int = -100,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
+    mask_boundaries: bool = False,
     logit_soft_cap: float | None = None,
     chunk_size: int | None = None,
     block_size: int | None = None,
@@ -359,6 +365,7 @@ def compose(
       ignore_index: a target id that carries no weight.
       pad_token_id: target id that is padding where no attention mask is given.
       eos_token_id: the end-of-sequence id, if it is the padding too.
+      mask_boundaries: as in `UnifiedLossConfig`.
       logit_soft_cap: every logit z becomes cap·tanh(z/cap).
       chunk_size: as in `UnifiedLossConfig`, like the three that follow.
       block_size: tokens of a row whose logits are reduced at a time.
@@ -395,6 +402,7 @@ def compose(
         ignore_index=ignore_index,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
+        mask_boundaries=mask_boundaries,
         logit_soft_cap=logit_soft_cap,
         chunk_size=chunk_size,
         block_size=block_size,

@@ -68,7 +68,8 @@ def recent_ids(
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     width = min(window, recent.ids.shape[1])
-    columns = jnp.stack([recent.ids, recent.until, recent.segments], -1)
+    arrays = recent.ids, recent.until, recent.segments
+    columns = jnp.stack([x.astype(segments.dtype) for x in arrays], -1)
     left = ((0, 0), (width, 0), (0, 0))
     padded = jnp.pad(columns, left, constant_values=_NOWHERE)
 
@@ -78,5 +79,7 @@ def recent_ids(
         return cut(starts)
 
     ids, until, own = jnp.unstack(before(padded, positions), axis=-1)
-    found = (until >= positions[..., None]) & (own == segments[..., None])
-    return jnp.maximum(ids, 0), found
+    found = (until.astype(jnp.int32) >= positions[..., None]) & (
+        own == segments[..., None]
+    )
+    return jnp.maximum(ids, 0).astype(jnp.int32), found

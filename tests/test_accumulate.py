@@ -203,7 +203,7 @@ def test_terms_that_couple_the_batch_are_averaged():
     half, _, stats = step(given, twice)
     whole, _, once = step(given, None)
     np.testing.assert_allclose(2 * half, whole, rtol=1e-6)
-    counted = ("num_tokens", "num_invalid_targets")
+    counted = ("num_tokens", "num_invalid_targets", "num_invalid_weights")
     means = {k: v for k, v in stats.aux.items() if k not in counted}
     for name, value in means.items():
         np.testing.assert_allclose(2 * value, once.aux[name], rtol=1e-5, err_msg=name)

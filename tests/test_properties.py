@@ -174,10 +174,10 @@ def gradients(scenario: Scenario, names: list[str]) -> dict[str, Any]:
     inputs = widened(scenario.inputs)
     state, call = package_call(scenario)
 
-    def loss(moving: dict[str, jax.Array]) -> jax.Array:
-        return call(state, {**inputs, **moving})[0]
+    def loss(moving: dict[str, jax.Array], fixed: dict[str, Any]) -> jax.Array:
+        return call(state, {**fixed, **moving})[0]
 
-    grads = jax.jit(jax.grad(loss))({name: inputs[name] for name in names})
+    grads = jax.jit(jax.grad(loss))({name: inputs[name] for name in names}, inputs)
     return jax.tree.map(np.asarray, grads)
 
 

@@ -67,7 +67,7 @@ def test_padding_without_a_mask():
     np.testing.assert_array_equal(tokens.weights, [[1, 1, 0, 0]])
     same = rows([3, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], pad_token_id=0, eos_token_id=0)
     np.testing.assert_array_equal(
-        same.weights, [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+        same.weights, [[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
     )
     given = rows([3, 0], pad_token_id=0, attention_mask=np.ones((1, 2), np.float32))
     np.testing.assert_array_equal(given.weights, [[1, 1]])

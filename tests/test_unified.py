@@ -32,6 +32,7 @@ def test_aux_has_exactly_the_terms_that_are_on():
     inputs = {**through("logits", floats()), **integers()}
     _, aux, _ = jitted(loss_fn)(loss_fn.init(), inputs)
     always = {"total_loss", "main_loss", "num_tokens", "num_invalid_targets"}
+    always.add("num_invalid_weights")
     always |= {"nll", "perplexity", "accuracy", "entropy"}
     on = {
         "temperature",

@@ -84,7 +84,9 @@ def test_bad_ids_are_excluded_and_counted(path, target):
     loss_fn = ava_jax.create_unified_loss(EVERYTHING)
     ints, arrays = integers(), floats()
     ints["attention_mask"] = jnp.ones((B, S), bool)
-    hidden = {**ints, "attention_mask": ints["attention_mask"].at[2, 4].set(False)}
+    # Routers see it all the same.
+    hidden = {**ints, "router_mask": ints["attention_mask"]}
+    hidden["attention_mask"] = hidden["attention_mask"].at[2, 4].set(False)
     want = value_and_grads(loss_fn, loss_fn.init(), arrays, hidden, path)
     ints["targets"] = ints["targets"].at[2, 4].set(target)
     (loss, (aux, _)), grads = value_and_grads(

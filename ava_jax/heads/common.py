@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from ava_jax.arrays import as_weights
 from ava_jax.losses.mtp import layer_norm
 from ava_jax.reduce import as_float, float_dtype
 
@@ -84,7 +85,7 @@ def token_weights(
     if attention_mask is None:
         return jnp.ones(hidden_states.shape[:2], float_dtype())
     require_shape("attention_mask", attention_mask, hidden_states.shape[:2])
-    return as_float(attention_mask)
+    return as_weights("attention_mask", attention_mask)
 
 
 def zero_masked(

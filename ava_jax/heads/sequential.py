@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from ava_jax.arrays import as_labels
 from ava_jax.heads.common import (
     RMSNorm,
     compute_dtype,
@@ -190,6 +191,7 @@ def _shift_left(
     shifted = jnp.pad(x[:, offset:], ((0, 0), (0, offset), (0, 0)))
     if segment_ids is None:
         return shifted
+    segment_ids = as_labels("segment_ids", segment_ids)
     later = jnp.pad(segment_ids[:, offset:], ((0, 0), (0, offset)))
     inside = (segment_ids != 0) & (later == segment_ids)
     return zero_masked(shifted, inside)

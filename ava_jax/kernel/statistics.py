@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ava_jax.arrays import as_ids
 from ava_jax.kernel import cpu, reference, rounded, xla, xla_product
 from ava_jax.kernel.collectives import shared_scalar
 from ava_jax.kernel.forward_mode import reverse_only
@@ -59,8 +60,8 @@ def token_statistics(
     """
     query = dataclasses.replace(
         query,
-        targets=query.targets.astype(jnp.int32),
-        candidates={k: c.astype(jnp.int32) for k, c in query.candidates.items()},
+        targets=as_ids(query.targets),
+        candidates={k: as_ids(c) for k, c in query.candidates.items()},
     )
     if temperature is not None:
         temperature = as_float(temperature)

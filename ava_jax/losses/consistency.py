@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from ava_jax.arrays import as_weights
 from ava_jax.reduce import as_float
 
 
@@ -107,7 +108,7 @@ def consistency_loss(
     original, augmented = as_float(outputs_original), as_float(outputs_augmented)
     scale = jnp.ones(original.shape[:-1], original.dtype)
     if weights is not None:
-        scale = as_float(weights)
+        scale = as_weights("weights", weights)
         original = jnp.where(scale[..., None] != 0, original, 0)
         augmented = jnp.where(scale[..., None] != 0, augmented, 0)
     if kind == "ce":

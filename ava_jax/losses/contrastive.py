@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from ava_jax.arrays import as_ids, as_labels, as_weights
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 
@@ -42,7 +43,7 @@ def _rows(
         return x, jnp.ones((rows,), bool)
     if mask.shape != (rows,):
         raise ValueError(f"mask must have shape ({rows},), got {mask.shape}")
-    unmasked = _whole(mask).astype(bool)
+    unmasked = _whole(as_weights("mask", mask)) != 0
     return jnp.where(unmasked[:, None], x, 0), unmasked
 
 
@@ -53,7 +54,7 @@ def _same_label(
         raise ValueError(
             f"labels must have one entry per row, {unmasked.shape}, got {labels.shape}"
         )
-    labels = _whole(labels)
+    labels = _whole(as_labels("labels", labels))
     return labels[:, None] == labels[None, :]
 
 
@@ -106,7 +107,7 @@ def _named_distances(
     """Computes the distance of each given pair, and marks the valid pairs."""
     if pairs is None:
         return jnp.zeros((0,), x.dtype), jnp.zeros((0,), bool)
-    pairs = _whole(pairs)
+    pairs = _whole(as_ids(pairs))
     valid = _valid_pairs(name, pairs, unmasked)
     # Rows are gathered first, so that a row in no pair may hold NaN.
     ends = x[jnp.where(valid[:, None], pairs, 0)]
@@ -237,7 +238,7 @@ def _pair_matrix(
     name: str, pairs: Integer[Array, "P 2"], unmasked: Bool[Array, "N"]
 ) -> Bool[Array, "N N"]:
     """Marks the given pairs in both directions."""
-    pairs, rows = _whole(pairs), unmasked.shape[0]
+    pairs, rows = _whole(as_ids(pairs)), unmasked.shape[0]
     ends = jnp.where(_valid_pairs(name, pairs, unmasked)[:, None], pairs, rows)
     marked = jnp.zeros((rows, rows), bool)
     marked = marked.at[ends[:, 0], ends[:, 1]].set(True, mode="drop")
@@ -379,11 +380,13 @@ def simctg_loss(
     """
     unmasked = jnp.ones_like(hidden_states[..., 0], dtype=bool)
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
-        if array is None:
-            continue
-        if array.shape != unmasked.shape:
+        if array is not None and array.shape != unmasked.shape:
             raise ValueError(f"{name} must be {unmasked.shape}, got {array.shape}")
-        unmasked &= array.astype(bool)
+    if mask is not None:
+        unmasked &= as_weights("mask", mask) != 0
+    if segment_ids is not None:
+        segment_ids = as_labels("segment_ids", segment_ids)
+        unmasked &= segment_ids != 0
     pairs = _pairs_of(unmasked)
     if segment_ids is not None:
         pairs &= segment_ids[:, :, None] == segment_ids[:, None, :]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.arrays import as_ids, as_weights
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
@@ -79,7 +80,7 @@ def focal_cross_entropy(
     """
     weight = as_float(jnp.asarray(alpha))
     if weight.ndim:
-        weight = weight[targets]
+        weight = weight[as_ids(targets)]
     return weight * jnp.exp(gamma * stats.log_one_minus_p) * stats.nll
 
 
@@ -150,9 +151,10 @@ def read_logits(
             f"targets must have the shape {logits.shape[:-1]} of the logits without "
             f"their last axis, got {targets.shape}"
         )
-    given = jnp.ones(targets.shape) if weights is None else weights
+    targets = as_ids(targets)
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    kept = jnp.where(inside, as_float(given), 0.0)
+    given = as_float(inside) if weights is None else as_weights("weights", weights)
+    kept = jnp.where(inside, given, 0.0)
     ids = jnp.where(kept != 0, targets, 0)
     query = Query(
         targets=ids, active=kept != 0, log_one_minus_p=log_one_minus_p, top=False

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Num, Shaped
 
+from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
     check_choice,
@@ -359,7 +360,7 @@ def sampler_weights(
     check_same_shape(
         "log_probs", log_probs.shape, sampler_log_probs=sampler_log_probs, mask=mask
     )
-    unmasked = as_float(mask) != 0
+    unmasked = as_weights("mask", mask) != 0
     difference = jnp.where(unmasked, as_float(log_probs), 0)
     difference -= jnp.where(unmasked, as_float(sampler_log_probs), 0)
     if level == "sequence":

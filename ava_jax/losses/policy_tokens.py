@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
+from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
     check_choice,
@@ -102,7 +103,9 @@ def read_policy_tokens(
     check_floating("log_probs", log_probs)
     arrays = {"mask": mask, "entropy": entropy, **constants}
     check_same_shape("log_probs", log_probs.shape, **arrays)
-    weights = jnp.ones_like(as_float(log_probs)) if mask is None else as_float(mask)
+    weights = jnp.ones_like(as_float(log_probs))
+    if mask is not None:
+        weights = as_weights("mask", mask)
     unmasked = weights != 0
 
     def clean(x: Num[Array, "*#n"], masked: int = 0) -> Float[Array, "*n"]:

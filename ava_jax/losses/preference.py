@@ -10,6 +10,7 @@ from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Bool, Float, Shaped
 
+from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
     check_choice,
@@ -86,7 +87,7 @@ def sequence_log_probs(
     """
     check_floating("log_probs", log_probs)
     check_same_shape("log_probs", log_probs.shape, mask=mask)
-    weights = as_float(mask)
+    weights = as_weights("mask", mask)
     kept = jnp.where(weights != 0, as_float(log_probs), 0)
     sums = jnp.sum(weights * kept, axis=-1)
     return safe_divide(sums, jnp.sum(weights, axis=-1)) if average else sums

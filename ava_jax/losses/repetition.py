@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
+from ava_jax.arrays import as_ids, as_labels, as_weights, check_weights
 from ava_jax.config import Weight, weight_at
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
@@ -59,6 +60,7 @@ def sequence_unlikelihood(
       Welleck et al., Neural Text Generation with Unlikelihood Training, 2020.
     """
     _check_logits(logits, token_ids)
+    check_weights(mask=mask)
     tokens = read_tokens(token_ids, mask, vocab_size=logits.shape[-1])
     query = Query(tokens.targets, tokens.active, top=False)
     vocabulary = Vocabulary(logits.shape[-1], implementation=implementation)
@@ -119,6 +121,8 @@ def contrastive_token_loss(
     """
     _check_logits(logits, targets)
     size = logits.shape[-1]
+    check_weights(mask=mask)
+    check_weights(mask=mask)
     tokens = read_tokens(targets, mask, segment_ids, vocab_size=size)
     index = jax.lax.broadcasted_iota(jnp.int32, targets.shape, 1)
     ids, found = recent_ids(read_recent(tokens), tokens.segments, index, window)
@@ -204,7 +208,8 @@ def repetition_decay_loss(
     _check_logits(logits, targets)
     length = targets.shape[1]
     index = jnp.arange(length)[None, :]
-    span = jnp.broadcast_to(jnp.asarray(span_length), targets.shape[:1])[:, None]
+    span = jnp.broadcast_to(as_ids(span_length), targets.shape[:1])[:, None]
+    check_weights(mask=mask)
     tokens = read_tokens(targets, mask, vocab_size=logits.shape[-1])
     upcoming = jnp.minimum(index + span, length - 1)
     query = Query(
@@ -261,7 +266,7 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    return spans[:, jnp.arange(length) % spans.shape[1]]
+    return as_ids(spans)[:, jnp.arange(length) % spans.shape[1]]
 
 
 def anti_repetition_loss(
@@ -316,6 +321,7 @@ def anti_repetition_loss(
       0.3333
     """
     _check_logits(logits, labels)
+    labels = as_labels("labels", labels)
     stats, weights, _ = read_logits(logits, labels, implementation=implementation)
     base = weighted_mean(stats.nll, weights)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
@@ -337,8 +343,8 @@ def anti_repetition_loss(
 
 def _row_scores(labels, mask, eos_token_id, pad_token_id, ngram_size):
     """Computes repetition, EOS misuse and diversity per row, each [B]."""
-    given = jnp.ones(labels.shape) if mask is None else as_float(mask)
-    length = jnp.sum(given, 1, keepdims=True)
+    given = jnp.ones(labels.shape) if mask is None else mask
+    length = jnp.sum(as_weights("attention_mask", given), 1, keepdims=True)
     index = as_float(jnp.arange(labels.shape[1]))[None, :]
     inside = index < length
     nowhere = jnp.zeros_like(inside)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from ava_jax.arrays import as_ids, as_weights
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 
@@ -42,7 +43,7 @@ def unmasked_tokens(
             f"token_weights must have shape {everything.shape}, got "
             f"{token_weights.shape}"
         )
-    return token_weights.astype(bool)
+    return as_weights("token_weights", token_weights) != 0
 
 
 def zero_masked(
@@ -64,8 +65,7 @@ def _assignments(
             f"expert_indices must be integers of shape {(*unmasked.shape, 'k')}, got "
             f"{expert_indices.dtype} of shape {expert_indices.shape}"
         )
-    expert = jnp.arange(experts, dtype=expert_indices.dtype)
-    chosen = expert_indices[..., None] == expert
+    chosen = as_ids(expert_indices)[..., None] == jnp.arange(experts, dtype=jnp.int32)
     return jnp.sum(as_float(chosen & unmasked[..., None, None]), axis=-2)
 
 

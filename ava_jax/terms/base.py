@@ -17,7 +17,7 @@ from ava_jax.config import Settings, Weight, weight_at
 from ava_jax.inputs import LossInputs, Normalizers, array
 from ava_jax.kernel.execute import Plan
 from ava_jax.kernel.stats import TokenStats, Vocabulary
-from ava_jax.reduce import safe_divide
+from ava_jax.reduce import as_float, safe_divide
 from ava_jax.tokens import Tokens
 
 Aux = dict[str, Array]
@@ -85,6 +85,12 @@ class Call:
     def share(self) -> Scalar:
         """The call's share of the optimizer step's weights; 1 without micro-batches."""
         return safe_divide(jnp.sum(self.tokens.weights), self.normalizers.tokens)
+
+    @property
+    def routed_share(self) -> Scalar:
+        """The call's share of the optimizer step's routed tokens."""
+        routed = jnp.sum(as_float(self.tokens.routed))
+        return safe_divide(routed, self.normalizers.routed)
 
 
 class Step(NamedTuple):
@@ -340,10 +346,14 @@ class BatchTerm(Term):
         """Returns the value."""
         raise NotImplementedError(f"{type(self).__name__} needs a __call__")
 
+    def share(self, call: Call) -> Scalar:
+        """Returns the call's share of the optimizer step, by the term's tokens."""
+        return call.share
+
     def finish(self, call: Call) -> Output:
         """Returns what the term adds to the call."""
         value = self(call)
         if not self.is_share:
-            value = call.share * value
+            value = self.share(call) * value
         loss = self.weight_at(call.step) * value
         return Output(loss, loss, {self.name: loss}, value)

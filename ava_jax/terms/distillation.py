@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.lax import PrecisionLike, stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
+from ava_jax.arrays import as_ids
 from ava_jax.config import Settings, Weight
 from ava_jax.inputs import LossInputs, check_float, width_of
 from ava_jax.kernel.divergence import divergence
@@ -215,11 +216,11 @@ class TopKDistillation(TokenTerm):
             )
 
     def candidates(self, inputs: TokenInputs) -> Int[Array, "B S K"]:
-        return inputs.extra["teacher_ids"].astype(jnp.int32)
+        return as_ids(inputs.extra["teacher_ids"])
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         log_probs = stats.candidates[self.name] - stats.log_sum[..., None]
-        ids = inputs.extra["teacher_ids"]
+        ids = as_ids(inputs.extra["teacher_ids"])
         is_id = (ids >= 0) & (ids < self.vocab_size)
         teacher = stop_gradient(as_float(inputs.extra["teacher_log_probs"]))
         active = (inputs.weights != 0)[..., None]

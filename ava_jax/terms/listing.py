@@ -23,6 +23,7 @@ _ALWAYS = (
     "perplexity",
     "num_tokens",
     "num_invalid_targets",
+    "num_invalid_weights",
     *MEASUREMENTS,
 )
 

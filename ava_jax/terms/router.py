@@ -67,6 +67,7 @@ class RouterTerm(BatchTerm):
     num_experts: int
     num_layers: int | None
     requires = ("gate_logits", "expert_indices")
+    accepts = ("router_mask",)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         gates = self._shape("gate_logits", inputs)
@@ -95,10 +96,13 @@ class RouterTerm(BatchTerm):
 
     def over_layers(self, call: Call, function: Callable[..., Leaf]) -> Leaf:
         """Maps `function(gates, choices, token_weights=…)` over the layers."""
-        weights = call.tokens.weights.reshape(-1)
-        return jax.vmap(lambda *x: function(*x, token_weights=weights))(
+        routed = call.tokens.routed.reshape(-1)
+        return jax.vmap(lambda *x: function(*x, token_weights=routed))(
             *self.read(call.inputs)
         )
+
+    def share(self, call: Call) -> Scalar:
+        return call.routed_share
 
 
 class _Balancing(RouterTerm):
@@ -106,7 +110,7 @@ class _Balancing(RouterTerm):
 
     option = "use_moe_balancing"
     # They come with the router's output; their similarity is a term of its own.
-    accepts = ("expert_outputs",)
+    accepts = ("expert_outputs", "router_mask")
     fields = ("moe_balancing",)
 
     def per_layer(self, function: Callable[..., Leaf]) -> Callable[..., Leaf]:
@@ -222,11 +226,11 @@ class QuantileBalancing(_Balancing):
         if not call.train:
             return output
         scores, choices = self.read(call.inputs)
-        weights, k = call.tokens.weights.reshape(-1), choices.shape[-1]
+        routed, k = call.tokens.routed.reshape(-1), choices.shape[-1]
 
         def of_layer(scores, bias):
             return quantile.cutoff_histogram(
-                scores, bias, k, bins=self.bins, token_weights=weights
+                scores, bias, k, bins=self.bins, token_weights=routed
             )
 
         own = None if self.num_layers is None else 0
@@ -288,20 +292,20 @@ class GradientBalancing(_Balancing):
         # The loss looks at the balance after this step's load.
         before = call.states[self.name]["moe_balancing"]
         after = self._moved(before, output.statistics)
-        weights = call.tokens.weights.reshape(-1)
+        routed = call.tokens.routed.reshape(-1)
 
         def of_layer(gates, balance):
             return moe.gradient_balance_loss(
                 gates,
                 balance,
                 weight=self.weight_at(call.step),
-                token_weights=weights,
+                token_weights=routed,
             )
 
         gates, _ = self.read(call.inputs)
         own = None if self.num_layers is None else 0
         losses = jax.vmap(of_layer, (0, own))(gates, after)
-        loss = call.share * jnp.mean(losses)
+        loss = call.routed_share * jnp.mean(losses)
         return output._replace(loss=loss, outside=loss, aux={self.name: loss})
 
     def report(self, state, statistics: RouterLoad | None) -> Aux:
@@ -370,6 +374,7 @@ class ExpertDiversity(BatchTerm):
     name: str = "diversity_loss"
     option = "use_diversity_loss"
     requires = ("expert_outputs",)
+    accepts = ("router_mask",)
     keys = ("diversity_loss",)
 
     def __call__(self, call: Call) -> Scalar:
@@ -389,8 +394,11 @@ class ExpertDiversity(BatchTerm):
         return moe.expert_diversity_loss(
             outputs.reshape(*outputs.shape[:2], math.prod(outputs.shape[2:])),
             similarity=self.similarity,
-            token_weights=call.tokens.weights.reshape(-1),
+            token_weights=call.tokens.routed.reshape(-1),
         )
+
+    def share(self, call: Call) -> Scalar:
+        return call.routed_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,7 +409,7 @@ class AuxiliaryDiversity(ExpertDiversity):
     name: str = "aux_expert_diversity"
     option = "use_auxiliary_loss"
     requires = ()
-    accepts = ("expert_outputs",)
+    accepts = ("expert_outputs", "router_mask")
     keys = ("aux_expert_diversity",)
 
     def finish(self, call: Call) -> Output:

@@ -45,6 +45,7 @@ class OracleConfig:
     immediate_repetition_weight: float = 0.5
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    mask_boundaries: bool = False
     min_sequence_length: int = 20
     eos_penalty_weight: float = 0.05
     num_experts: int | None = None
@@ -102,6 +103,8 @@ class Tokens:
     weights: Floats
     segments: Ints
     invalid: int
+    no_weight: int
+    routed: list[int]
 
     @property
     def places(self) -> list[int]:
@@ -172,13 +175,20 @@ def read_tokens(cfg: OracleConfig, inputs: Mapping[str, Any]) -> Tokens:
     mask, segments = inputs.get("attention_mask"), inputs.get("segment_ids")
     if segments is not None:
         segments = np.asarray(segments, np.int64)
-    attention = term.attention_weights(
-        targets,
-        None if mask is None else np.asarray(mask, np.float64),
-        segments,
-        cfg.pad_token_id,
-        cfg.eos_token_id,
-    )
+    no_weight = 0
+    if mask is not None:
+        mask = np.asarray(mask, np.float64)
+        usable = (mask >= 0) & (mask < math.inf)
+        no_weight, mask = int(np.sum(~usable)), np.where(usable, mask, 0.0)
+    padding = cfg.pad_token_id, cfg.eos_token_id
+    attention = term.attention_weights(targets, mask, segments, *padding)
+    routed = attention != 0
+    if inputs.get("router_mask") is not None:
+        routed = np.asarray(inputs["router_mask"]) > 0
+    if cfg.mask_boundaries:
+        assert segments is not None
+        segments = term.without_boundaries(segments)
+        attention = np.where(segments == 0, 0.0, attention)
     valid = term.valid_targets(targets, cfg.vocab_size, cfg.ignore_index)
     bad = (attention != 0) & ~valid & (targets != cfg.ignore_index)
     if cfg.primary_loss_type == "adaptive_mtp" and "primary_logits" in inputs:
@@ -193,6 +203,8 @@ def read_tokens(cfg: OracleConfig, inputs: Mapping[str, Any]) -> Tokens:
         weights=np.where(valid, attention, 0.0),
         segments=np.ones(targets.shape, np.int64) if segments is None else segments,
         invalid=int(bad.sum()),
+        no_weight=no_weight,
+        routed=[int(n) for n in np.flatnonzero(routed.reshape(-1))],
     )
 
 
@@ -212,4 +224,5 @@ def metrics(tokens: Tokens) -> Aux:
         "entropy": mean_term(tokens, lambda z, _: term.entropy(z)),
         "num_tokens": float(np.sum(tokens.weights != 0)),
         "num_invalid_targets": tokens.invalid,
+        "num_invalid_weights": tokens.no_weight,
     }

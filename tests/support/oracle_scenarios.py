@@ -61,6 +61,9 @@ def draw_mask(rng: Generator, kind: str, shape: tuple[int, ...]) -> Any:
         "int": kept.astype(np.int32),
         "float": (kept * rng.integers(1, 9, shape) / 4).astype(np.float32),
         "empty": np.zeros(shape, np.int32),
+        "bad": np.where(
+            kept, 1, rng.choice([-1e9, -1.0, np.nan, np.inf], size=shape)
+        ).astype(np.float32),
     }
     return masks[kind]
 
@@ -133,13 +136,14 @@ def token_scenario(rng: Generator, path: str) -> Scenario:
     targets = draw_targets(rng, (rows, length), vocab)
     if pick(rng, [True, False]):
         targets = spoil_targets(rng, targets, config["ignore_index"])
-    kinds = ["none", "bool", "int", "float", "float", "empty"]
+    kinds = ["none", "bool", "int", "float", "float", "empty", "bad"]
     inputs: dict[str, Any] = {"targets": targets}
     mask = draw_mask(rng, pick(rng, kinds), targets.shape)
     if mask is not None:
         inputs["attention_mask"] = mask
     if pick(rng, [True, False]):
         inputs["segment_ids"] = draw_segments(rng, targets.shape)
+        config["mask_boundaries"] = pick(rng, [True, False])
     extra = pick(rng, [0, 0, 3])
     scale = pick(rng, [1.0, 6.0])
     if path == "logits":
@@ -160,6 +164,15 @@ def counted_places(config: dict[str, Any], inputs: dict[str, Any]) -> Any:
     cfg = resolve(config, 0)
     shape = (*inputs["targets"].shape, cfg.vocab_size)
     return read_tokens(cfg, {**inputs, "logits": np.zeros(shape)}).weights != 0
+
+
+def routed_places(config: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """[B, S]: which positions the oracle's routers see."""
+    cfg, shape = resolve(config, 0), inputs["targets"].shape
+    logits = np.zeros((*shape, cfg.vocab_size))
+    routed = np.zeros(inputs["targets"].size, bool)
+    routed[read_tokens(cfg, {**inputs, "logits": logits}).routed] = True
+    return routed.reshape(shape)
 
 
 def poison(rng: Generator, values: Any, keep: Any) -> Any:
@@ -386,7 +399,10 @@ def expert_scenario(rng: Generator) -> Scenario:
         "diversity_similarity": pick(rng, ["cosine", "l2", "dot"]),
     }
     leading = pick(rng, ["flat", "batch", "layers", "layers of batch"])
-    keep = counted_places(config, inputs)
+    if pick(rng, [True, False, False]):
+        kind = pick(rng, ["bool", "int", "float"])
+        inputs["router_mask"] = draw_mask(rng, kind, inputs["targets"].shape)
+    keep = routed_places(config, inputs)
     inputs |= expert_inputs(rng, keep, leading, int(rng.integers(1, 3 + 1)))
     return Scenario(config, inputs, train=pick(rng, [True, True, False]))
 

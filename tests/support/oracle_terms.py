@@ -109,7 +109,8 @@ def pad_weights(targets: Ints, pad: int | None, eos: int | None) -> Floats:
         start = targets.shape[1]
         while start > 0 and targets[b, start - 1] == pad:
             start -= 1
-        weights[b, start + 1 :] = 0
+        # Padding alone ends nothing.
+        weights[b, start + (start > 0) :] = 0
     return weights
 
 
@@ -126,6 +127,16 @@ def attention_weights(
     else:
         weights = attention_mask.astype(np.float64)
     return weights if segments is None else np.where(segments == 0, 0.0, weights)
+
+
+def without_boundaries(segments: Ints) -> Ints:
+    """Segment 0 for targets that are predicted from the segment before."""
+    kept = segments.copy()
+    for b in range(segments.shape[0]):
+        for t in range(1, segments.shape[1]):
+            if segments[b, t] != segments[b, t - 1]:
+                kept[b, t] = 0
+    return kept
 
 
 def valid_targets(targets: Ints, vocab: int, ignore_index: int) -> Bools:

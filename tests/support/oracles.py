@@ -287,14 +287,14 @@ def moe_balancing(
         return aux, replace(state, bias=bias)
     if cfg.moe_balancing_type == "quantile":
         k = np.shape(inputs["expert_indices"])[-1]
-        bins, places = cfg.balancing_bins, tokens.places
+        bins, places = cfg.balancing_bins, tokens.routed
         layers = [batch.cutoff_histogram(g, state.bias, k, places, bins) for g in gates]
         counts = np.sum(layers, axis=0)
         bias = batch.next_quantile_bias(state.bias, counts, k, cfg.bias_momentum)
         return aux, replace(state, bias=bias)
-    count = len(tokens.places)
+    count = len(tokens.routed)
     if count:
-        mass = batch.router_mass(gates, tokens.places).mean(axis=0)
+        mass = batch.router_mass(gates, tokens.routed).mean(axis=0)
         counts = load.mean(axis=0)
         state = replace(
             state,
@@ -320,7 +320,7 @@ def router(
     shape = tokens.targets.shape
     gates = batch.by_layer(np.asarray(inputs["gate_logits"], np.float64), shape)
     indices = batch.by_layer(np.asarray(inputs["expert_indices"], np.int64), shape)
-    return gates, batch.expert_load(indices, tokens.places, cfg.num_experts or 0)
+    return gates, batch.expert_load(indices, tokens.routed, cfg.num_experts or 0)
 
 
 def expert_losses(cfg: OracleConfig, tokens: Tokens, inputs: Mapping[str, Any]) -> Aux:
@@ -332,13 +332,13 @@ def expert_losses(cfg: OracleConfig, tokens: Tokens, inputs: Mapping[str, Any]) 
         stacked = np.asarray(outputs, np.float64)
         flat = stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])
         metric = cfg.diversity_similarity
-        diversity = batch.expert_diversity(flat, tokens.places, metric)
+        diversity = batch.expert_diversity(flat, tokens.routed, metric)
     if cfg.use_diversity_loss:
         aux["diversity_loss"] = cfg.diversity_weight * diversity
     if cfg.use_auxiliary_loss:
         gates, load = router(cfg, tokens, inputs)
-        balance = batch.auxiliary_load_balancing(gates, load, tokens.places)
-        router_z = batch.auxiliary_router_z(gates, tokens.places)
+        balance = batch.auxiliary_load_balancing(gates, load, tokens.routed)
+        router_z = batch.auxiliary_router_z(gates, tokens.routed)
         aux["aux_load_balancing"] = cfg.load_balancing_weight * balance
         aux["aux_router_z"] = cfg.router_z_weight * router_z
         if outputs is not None:

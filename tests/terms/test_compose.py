@@ -45,7 +45,8 @@ def test_every_term_of_aux_is_named_by_its_class():
     ):
         loss_fn = ava_jax.create_unified_loss(config)
         _, aux, _ = jitted(loss_fn)(loss_fn.init(), inputs)
-        always = {"num_tokens", "num_invalid_targets", "nll", "accuracy", "entropy"}
+        counts = {"num_tokens", "num_invalid_targets", "num_invalid_weights"}
+        always = {*counts, "nll", "accuracy", "entropy"}
         always |= {"total_loss", "main_loss", "perplexity"}
         assert set(aux) == always.union(
             *({*term.keys, *getattr(term, "measured", ())} for term in loss_fn.terms)
