@@ -20,7 +20,18 @@ from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.passes import Columns, Operands, to_width
 from ava_jax.kernel.sharding import Layout
 from ava_jax.reduce import as_float, float_dtype, safe_divide
-from ava_jax.terms.base import Aux, BatchTerm, Call, Output, Scalar, Term, TokenTerm
+from ava_jax.terms.base import (
+    Aux,
+    BatchTerm,
+    Call,
+    Output,
+    Scalar,
+    Term,
+    TokenTerm,
+    arrays_like,
+    output_of,
+    scalar,
+)
 from ava_jax.terms.listing import MEASUREMENTS
 from ava_jax.terms.mtp import SequentialHeads
 from ava_jax.terms.objective import Group, Shared, TokenObjective, token_inputs
@@ -50,6 +61,11 @@ def count_normalizers(
     counted: dict[str, Array] = {}
     for term in terms:
         for field, value in term.counts(tokens, inputs).items():
+            if field not in ("heads", "windows"):
+                raise ValueError(
+                    f"the term {term.name!r} must return from counts `heads` or "
+                    f"`windows`, got {field!r}"
+                )
             if field in counted and not value.ndim:
                 raise ValueError(
                     f"two terms, {term.name!r} the second, count normalizers.{field}, "
@@ -97,9 +113,7 @@ def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
     means = {k: per_token * value for k, value in sums.items() if not value.ndim}
     for term in terms:
         if isinstance(term, TokenTerm):
-            means[term.name] = safe_divide(
-                sums[term.name], term.denominator(call.normalizers)
-            )
+            means[term.name] = safe_divide(sums[term.name], _denominator(term, call))
     outputs = {term.name: _finish(term, call, means, sums) for term in terms}
     total += sum((o.outside for o in outputs.values()), start=jnp.zeros_like(total))
     tokens = call.tokens
@@ -119,15 +133,19 @@ def assemble(terms: Sequence[Term], call: Call) -> tuple[Scalar, StepStats]:
     return total, StepStats(aux=aux, weight=weight, terms=statistics)
 
 
+def _denominator(term: TokenTerm, call: Call) -> Scalar:
+    return scalar(term, "denominator", term.denominator(call.normalizers))
+
+
 def _finish(term: Term, call: Call, means: Mapping[str, Scalar], sums) -> Output:
     if isinstance(term, TokenTerm):
-        output = term.finish(call, means[term.name])
+        output = output_of(term, term.finish(call, means[term.name]))
         measured = {name: means[name] for name in term.measured}
         return output._replace(aux=output.aux | measured)
     if isinstance(term, SequentialHeads):
         return term.finish(call, sums.get(term.name))
     assert isinstance(term, BatchTerm)
-    return term.finish(call)
+    return output_of(term, term.finish(call))
 
 
 def _parts(terms: Sequence[Term], outputs: Mapping[str, Output]) -> Aux:
@@ -149,7 +167,10 @@ def _passes(
     for term in terms:
         if isinstance(term, SequentialHeads) and (group := term.group(call)):
             groups.append(group)
-    rows = {t.name: t.rows(call.tokens) for t in token_terms}
+    batch = call.tokens.targets.shape[:1]
+    rows = {
+        t.name: arrays_like(t, "rows", t.rows(call.tokens), batch) for t in token_terms
+    }
     shared = _shared(token_terms, call)
     total, sums = jnp.zeros((), float_dtype()), {}
     # Groups that share the matrix share the pass.
@@ -167,7 +188,12 @@ def _main_groups(terms: tuple[TokenTerm, ...], call: Call) -> list[Group]:
     main = main_arguments(terms, inputs)[0]
     block = token_inputs(
         call.tokens,
-        prepared={t.name: t.prepare(call.tokens) for t in terms},
+        prepared={
+            t.name: arrays_like(
+                t, "prepare", t.prepare(call.tokens), call.tokens.targets.shape
+            )
+            for t in terms
+        },
         extra=extra_arrays(terms, inputs),
     )
     block = jax.tree.map(lambda x: x[None], block)
@@ -184,9 +210,7 @@ def _main_groups(terms: tuple[TokenTerm, ...], call: Call) -> list[Group]:
             block,
             source == "hidden_states",
             {
-                t.name: safe_divide(
-                    t.weight_at(call.step), t.denominator(call.normalizers)
-                )
+                t.name: safe_divide(t.weight_at(call.step), _denominator(t, call))
                 for t in own
             },
         )
@@ -204,10 +228,11 @@ def extra_arrays(terms: Sequence[TokenTerm], inputs: LossInputs) -> dict[str, An
 
 
 def _shared(terms: tuple[TokenTerm, ...], call: Call) -> Shared:
-    found = (t.temperature(call.states[t.name]) for t in terms)
-    temperature = next((value for value in found if value is not None), None)
+    found = ((t, t.temperature(call.states[t.name])) for t in terms)
+    known = (scalar(t, "temperature", T) for t, T in found if T is not None)
+    temperature = next(known, None)
     states = {t.name: call.states[t.name] for t in terms if not t.fields}
-    whole = {t.name: t.whole(call.inputs) for t in terms}
+    whole = {t.name: arrays_like(t, "whole", t.whole(call.inputs), ()) for t in terms}
     return Shared(temperature, states, whole)
 
 

@@ -298,7 +298,7 @@ class _LogProbs:
             "log_z": stats.log_z,
         }
 
-    def num_ids(self, inputs: Query, rows: None) -> int | None:
+    def num_ids(self, inputs: Query, rows: None, shared: Any) -> int | None:
         """Returns that it wants one logit of a token; None, all, with a soft-cap."""
-        del inputs, rows
+        del inputs, rows, shared
         return 1 if self.soft_cap is None else None

@@ -24,8 +24,8 @@ from ava_jax.inputs import LossInputs, Normalizers, read_arrays, tokens_of
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.state import LossState, states_of, with_states
-from ava_jax.terms.base import Aux, Call, Step, Term
-from ava_jax.terms.listing import distinct, not_reserved, terms_of
+from ava_jax.terms.base import Aux, Call, Step, Term, aux_of, first_state, new_state
+from ava_jax.terms.listing import built_in, distinct, not_reserved, terms_of
 from ava_jax.terms.user import TermLike, as_term
 
 
@@ -67,7 +67,8 @@ class UnifiedLoss:
           0
         """
         state = LossState(step=jnp.zeros((), jnp.int32))
-        return with_states(state, self.terms, {t.name: t.init() for t in self.terms})
+        first = {t.name: first_state(t, t.init()) for t in self.terms}
+        return with_states(state, self.terms, first)
 
     def __call__(
         self,
@@ -266,7 +267,9 @@ class UnifiedLoss:
         states = states_of(state, self.terms)
         for term in self.terms:
             if (statistics := stats.terms.get(term.name)) is not None:
-                states[term.name] = term.update(states[term.name], statistics, step)
+                before = states[term.name]
+                after = term.update(before, statistics, step)
+                states[term.name] = new_state(term, before, after)
         new = dataclasses.replace(state, step=state.step + 1)
         new = with_states(new, self.terms, states)
         counts = (stats.weight != 0) & jnp.isfinite(stats.aux["total_loss"])
@@ -287,7 +290,8 @@ class UnifiedLoss:
         aux["perplexity"] = jnp.exp(aux["nll"])
         states = states_of(state, self.terms)
         for term in self.terms:
-            aux |= term.report(states[term.name], stats.terms.get(term.name))
+            report = term.report(states[term.name], stats.terms.get(term.name))
+            aux |= aux_of(term, "report", report)
         return aux
 
 
@@ -381,7 +385,8 @@ def compose(
 
     Raises:
       TypeError: an object is no term or is not hashable.
-      ValueError: there are no terms, or two of them have the same name or state.
+      ValueError: there are no terms, a term's name is one that `aux` uses already, or
+        two of them have the same name or state.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -410,7 +415,8 @@ def compose(
         precision=precision,
     )
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    return UnifiedLoss(config.settings, distinct(tuple(map(as_term, terms))), layout)
+    listed = distinct(not_reserved(tuple(map(as_term, terms)), tuple(built_in())))
+    return UnifiedLoss(config.settings, listed, layout)
 
 
 def create_unified_loss(

@@ -276,5 +276,5 @@ class _WeightedSum:
         sums = (weighted_sum(values[k], w) for k, w in inputs.weights.items())
         return {_TOTAL: sum(sums, start=jnp.zeros((), float_dtype()))}
 
-    def num_ids(self, inputs: _Weighted, rows: Any) -> int | None:
-        return self.function.num_ids(inputs.inputs, rows)
+    def num_ids(self, inputs: _Weighted, rows: Any, shared: Any) -> int | None:
+        return self.function.num_ids(inputs.inputs, rows, shared)

@@ -41,7 +41,7 @@ class Objective(Protocol):
         """
         ...
 
-    def num_ids(self, inputs: Any, rows: Any, /) -> int | None:
+    def num_ids(self, inputs: Any, rows: Any, shared: Any, /) -> int | None:
         """Returns how many ids it queries per token; None if it needs all logits."""
         ...
 
@@ -67,7 +67,7 @@ class TokenFunction(Protocol):
         """Computes the values; the arguments are those of an `Objective`."""
         ...
 
-    def num_ids(self, inputs: Any, rows: Any, /) -> int | None:
+    def num_ids(self, inputs: Any, rows: Any, shared: Any, /) -> int | None:
         """Returns what an `Objective` does."""
         ...
 
@@ -154,7 +154,7 @@ class Pass(NamedTuple):
         if self.rounded_sizes is None:
             return self
         one = jax.tree.map(lambda x: x[0], inputs)
-        count = objective.num_ids(one, self.operands.rows)
+        count = objective.num_ids(one, self.operands.rows, self.operands.shared)
         if count is None or count > MOST_COMPARED:
             return self
         return self._replace(sizes=self.rounded_sizes, may_round=True)

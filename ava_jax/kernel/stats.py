@@ -74,6 +74,11 @@ class TokenStats:
         return self.second_shift + self.second_log_sum
 
     @property
+    def log_sum_without_queried_top(self) -> Float[Array, "*n"]:
+        """The same where `top` is the target or a candidate; elsewhere any number."""
+        return self.log_sum_without_top
+
+    @property
     def nll(self) -> Float[Array, "*n"]:
         """`−log p_y` at temperature 1."""
         return self.log_sum - self.target
@@ -102,7 +107,7 @@ class TokenStats:
     def log_one_minus_p(self) -> Float[Array, "*n"]:
         """`log(1 − p_y)`, exact and finite even where p_y rounds to 1."""
         return _log_one_minus_p(
-            self.target, self.is_top, self.log_sum, self.log_sum_without_top
+            self.target, self.is_top, self.log_sum, self.log_sum_without_queried_top
         )
 
     def unlikelihood(self, name: str) -> Float[Array, "*n Q"]:
@@ -111,7 +116,7 @@ class TokenStats:
             self.candidates[name],
             self.candidate_is_top[name],
             self.log_sum[..., None],
-            self.log_sum_without_top[..., None],
+            self.log_sum_without_queried_top[..., None],
         )
 
 

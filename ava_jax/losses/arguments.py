@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Float, Shaped
 
-Number = Num[Array, ""] | float | int
+from ava_jax.ranges import Number as Number
+from ava_jax.ranges import check_range as check_range
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -35,27 +36,6 @@ def check_same_shape(
             raise ValueError(
                 f"{name} must have the shape {shape} of {like}, got {value.shape}"
             )
-
-
-def check_range(
-    name: str,
-    value: Number | None,
-    low: float | int,
-    high: float | int = float("inf"),
-    *,
-    inclusive: bool = True,
-) -> None:
-    """Raises on a Python number below `low`, at it unless inclusive, or from `high` on.
-
-    A traced number passes: its value is not known yet.
-    """
-    if not isinstance(value, int | float):
-        return
-    above = value >= low if inclusive else value > low
-    if above and value < high:
-        return
-    opening = "[" if inclusive else "("
-    raise ValueError(f"{name} must be in {opening}{low:g}, {high:g}), got {value}")
 
 
 def check_read(

@@ -279,17 +279,11 @@ class AdaptivePrimary(_Adaptive, TokenTerm):
     primary: CrossEntropy | FocalLoss
     heads: AdaptiveHeads
     name: str = "main"
-    needs_log_one_minus_p: bool = dataclasses.field(init=False, default=False)
     source = "primary_logits"
     part = "main_loss"
     option = 'primary_loss_type="adaptive_mtp"'
     accepts = ("primary_logits", "additional_logits", "confidence_scores", "mtp_active")
-    needs_logits = False
     keys = _adaptive_keys("main")
-
-    def __post_init__(self) -> None:
-        needs = self.primary.needs_log_one_minus_p
-        object.__setattr__(self, "needs_log_one_minus_p", needs)
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return self.primary(stats, inputs)

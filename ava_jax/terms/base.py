@@ -6,10 +6,13 @@ same form: adding one takes a class, and nothing else has to know of it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -198,15 +201,12 @@ class TokenTerm(Term):
     """A function of each token's statistics; the loss has its mean over w.
 
     `weight · Σ w·value / Σ w`, over the unmasked tokens. Logits and hidden states serve
-    it alike, a block of the rows at a time, so it treats tokens one by one.
+    it alike, a block of the rows at a time, so it treats tokens one by one. It costs
+    the statistics that its values depend on, which are found by tracing it.
 
     Attributes:
       source: the argument whose logits it looks at, if that is given; the main logits
         otherwise.
-      needs_log_one_minus_p: whether it asks for log(1 − p) of the target or of a
-        candidate.
-      needs_logits: whether it asks for more than sums over the vocabulary and the
-        logits of the target and the candidates: for `top`, say.
       logits_temperature: the logits are divided by it before their statistics are
         taken; the statistics are then those of that distribution.
       measured: the entries of `aux` that `measurements` makes.
@@ -235,8 +235,6 @@ class TokenTerm(Term):
     """
 
     source: ClassVar[str] = "logits"
-    needs_log_one_minus_p: bool = True
-    needs_logits: bool = True
     accepts_extra: tuple[str, ...] | None = None
     logits_temperature: float = 1.0
     measured: ClassVar[tuple[str, ...]] = ()
@@ -352,8 +350,154 @@ class BatchTerm(Term):
 
     def finish(self, call: Call) -> Output:
         """Returns what the term adds to the call."""
-        value = self(call)
+        value = scalar(self, "value", self(call))
         if not self.is_share:
             value = self.share(call) * value
         loss = self.weight_at(call.step) * value
         return Output(loss, loss, {self.name: loss}, value)
+
+
+# What terms return is checked here: an error names the term and what it has to return.
+
+_UNREDUCED = "return the values unreduced, the loss takes their weighted mean"
+
+
+def values_of(
+    term: TokenTerm, stats: TokenStats, inputs: TokenInputs
+) -> dict[str, Float[Array, "B S"]]:
+    """Returns a term's value per token and its measurements, by name."""
+    shape = inputs.targets.shape
+    values = {term.name: per_token(term, "value", term(stats, inputs), shape)}
+    measured = _mapping(term, "measurements", term.measurements(stats, inputs))
+    if set(measured) != set(term.measured):
+        raise ValueError(
+            f"the term {term.name!r} must return from measurements what its `measured` "
+            f"lists, {sorted(term.measured)}, got {sorted(measured)}"
+        )
+    return values | {
+        name: per_token(term, f"measurement {name!r}", value, shape)
+        for name, value in measured.items()
+    }
+
+
+def per_token(
+    term: Term, what: str, value: Any, shape: tuple[int, ...]
+) -> Float[Array, "B S"]:
+    """Returns a floating-point number per token."""
+    wanted = f"a floating-point array {shape}, a number for each token of the block"
+    if not _is_array(value, jnp.floating) or value.shape != shape:
+        _refuse(term, what, wanted, value, _UNREDUCED)
+    return as_float(value)
+
+
+def candidates_of(term: TokenTerm, inputs: TokenInputs) -> Int[Array, "B S Q"] | None:
+    """Returns a term's candidates: ids of each token, or None."""
+    ids, shape = term.candidates(inputs), inputs.targets.shape
+    if ids is None:
+        return None
+    if not _is_array(ids, jnp.integer) or ids.ndim != 3 or ids.shape[:2] != shape:
+        wanted = f"integers {(*shape, 'Q')}, ids of each token of the block, or None"
+        _refuse(term, "candidates", wanted, ids)
+    return ids
+
+
+def arrays_like(term: Term, what: str, tree: Any, start: tuple[int, ...]) -> Any:
+    """Returns a pytree of arrays whose shapes have to start with the given one."""
+    for leaf in jax.tree.leaves(tree):
+        if not _is_array(leaf) or leaf.shape[: len(start)] != start:
+            _refuse(term, what, f"arrays that start with the shape {start}", leaf)
+    return tree
+
+
+def scalar(term: Term, what: str, value: Any, hint: str = "") -> Scalar:
+    """Returns a real number, an array of no axes."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return as_float(value)
+    is_real = _is_array(value, jnp.floating) or _is_array(value, jnp.integer)
+    if not is_real or value.shape != ():
+        _refuse(term, what, "a real scalar ()", value, hint)
+    return as_float(value)
+
+
+def output_of(term: Term, output: Any) -> Output:
+    """Returns what a term's `finish` has returned."""
+    if not isinstance(output, Output):
+        _refuse(term, "finish", "a terms.base.Output", output)
+    scalar(term, "finish: loss", output.loss)
+    scalar(term, "finish: outside", output.outside)
+    return output._replace(aux=aux_of(term, "finish: aux", output.aux))
+
+
+def aux_of(term: Term, what: str, aux: Any) -> dict[str, Array]:
+    """Returns entries of `aux`, which the term has to have declared."""
+    entries = _mapping(term, what, aux)
+    if is_own(term) and (unknown := sorted({*entries} - entries_of(term))):
+        raise ValueError(
+            f"the term {term.name!r} returns from {what} the entries {unknown}, which "
+            "its `keys` must list, so that no other term overwrites them"
+        )
+    for name, value in entries.items():
+        if not _is_array(value):
+            _refuse(term, f"{what}[{name!r}]", "an array", value)
+    return entries
+
+
+def entries_of(term: Term) -> set[str]:
+    """Returns all entries of `aux` that a term may make, parts aside."""
+    measured = term.measured if isinstance(term, TokenTerm) else ()
+    return {term.name, *term.keys, *measured}
+
+
+def is_own(term: Term) -> bool:
+    """Whether a term is a user's, also in the form of `ava_jax.terms.user`."""
+    module = type(term).__module__
+    return module == "ava_jax.terms.user" or not module.startswith("ava_jax.terms.")
+
+
+def new_state(term: Term, old: Any, new: Any) -> Any:
+    """Returns the state after a step, which must be of the form of the one before."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        wanted = f"a state of the form {jax.tree.structure(old)}, which it has before"
+        _refuse(term, "update", wanted, jax.tree.structure(new))
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if not _is_array(after) or _form(before) != _form(after):
+            wanted = f"a state with {_shown(before)}, as it has before the step"
+            _refuse(term, "update", wanted, after)
+    return new
+
+
+def first_state(term: Term, state: Any) -> Any:
+    """Returns the state of step 0, a pytree of arrays."""
+    for leaf in jax.tree.leaves(state):
+        if not _is_array(leaf):
+            _refuse(term, "init", "a pytree of arrays, such as jnp.zeros(())", leaf)
+    return state
+
+
+def _mapping(term: Term, what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        _refuse(term, what, "a dict of arrays by name", value)
+    return dict(value)
+
+
+def _is_array(value: object, kind: Any = np.generic) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
+        value.dtype, kind
+    )
+
+
+def _form(x: Array) -> tuple[tuple[int, ...], Any]:
+    return x.shape, x.dtype
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _refuse(term: Term, what: str, wanted: str, value: Any, hint: str = "") -> None:
+    """Raises ValueError for another shape, TypeError for anything else."""
+    message = f"the term {term.name!r} must return {wanted}, as its {what}; got "
+    message += _shown(value) + (hint and f": {hint}")
+    raise (ValueError if _is_array(value) else TypeError)(message)

@@ -64,7 +64,6 @@ class Distillation(LogitsTerm):
     accepts = ("teacher_lm_head", "teacher_lm_head_bias")
     accepts_extra = _FORMS
     columns_extra = ("teacher_logits",)
-    needs_log_one_minus_p = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
@@ -191,7 +190,6 @@ class TopKDistillation(TokenTerm):
     requires = ("extra_inputs",)
     requires_extra = ("teacher_ids", "teacher_log_probs")
     accepts_extra = ()
-    needs_logits = False
 
     def __post_init__(self) -> None:
         _check_positive("logits_temperature", self.logits_temperature)
@@ -242,7 +240,8 @@ class TopKDistillation(TokenTerm):
         """
         is_top = stats.candidate_is_top[self.name] & known
         without = jnp.any(is_top, -1)
-        whole = jnp.where(without, stats.log_sum_without_top, stats.log_sum)
+        others = stats.log_sum_without_queried_top
+        whole = jnp.where(without, others, stats.log_sum)
         relative = stats.candidates[self.name] - whole[..., None]
         shares = jnp.where(known & ~is_top, relative, -jnp.inf)
         return whole - stats.log_sum + log_one_minus_sum(shares)

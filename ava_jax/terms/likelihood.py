@@ -24,8 +24,6 @@ class CrossEntropy(TokenTerm):
     weight: Weight = 1.0
     name: str = "cross_entropy"
     part = "main_loss"
-    needs_log_one_minus_p = False
-    needs_logits = False
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return likelihood.smoothed_cross_entropy(stats, self.label_smoothing)
@@ -49,7 +47,6 @@ class FocalLoss(TokenTerm):
     name: str = "focal_loss"
     part = "main_loss"
     keys = ("focal_loss",)
-    needs_logits = False
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return likelihood.focal_cross_entropy(
@@ -65,8 +62,6 @@ class ZLoss(TokenTerm):
     name: str = "z_loss"
     part = "main_loss"
     keys = ("z_loss",)
-    needs_log_one_minus_p = False
-    needs_logits = False
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return likelihood.log_z_squared(stats)
@@ -85,8 +80,6 @@ class TokenDiversity(TokenTerm):
     name: str = "token_diversity"
     part = "ngram_penalty"
     keys = ("token_diversity", "ngram_penalty")
-    needs_log_one_minus_p = False
-    needs_logits = False
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return likelihood.token_diversity(stats, self.vocab_size)

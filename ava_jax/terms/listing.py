@@ -14,7 +14,7 @@ from ava_jax.terms import (
     router,
     temperature,
 )
-from ava_jax.terms.base import Term, TokenTerm
+from ava_jax.terms.base import Term, entries_of
 
 MEASUREMENTS = ("nll", "accuracy", "entropy")
 _ALWAYS = (
@@ -176,30 +176,35 @@ def built_in(base: type[Term] = Term) -> Iterator[type[Term]]:
             yield from built_in(kind)
 
 
+def _entries_of(kind: type) -> set[str]:
+    """Returns the entries of `aux` of a built-in class."""
+    own = {*kind.keys, *getattr(kind, "measured", ())}
+    return own | {kind.name} if hasattr(kind, "name") else own
+
+
 # No term of a user's may be called so.
-RESERVED_NAMES = frozenset(_ALWAYS).union(
-    *((*kind.keys, getattr(kind, "name", _ALWAYS[0])) for kind in built_in())
-)
+RESERVED_NAMES = frozenset(_ALWAYS).union(*map(_entries_of, built_in()))
 
 
-def _entries(term: Term) -> set[str]:
-    """Returns all entries of `aux` that a term may make, parts aside."""
-    measured = term.measured if isinstance(term, TokenTerm) else ()
-    return {term.name, *term.keys, *measured}
+def not_reserved(
+    terms: tuple[Term, ...], built_in: tuple[type[Term], ...] = _GIVEN
+) -> tuple[Term, ...]:
+    """Raises if a term would overwrite an entry of aux; returns the terms.
 
-
-def not_reserved(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Raises if a user's term would overwrite an entry of aux; returns the terms."""
+    Args:
+      terms: the terms.
+      built_in: the classes whose own names are theirs.
+    """
     for term in terms:
-        wanted = _entries(term)
+        wanted = entries_of(term)
         if term.part != "main_loss" and term.part is not None:
             wanted.add(term.part)
-        if isinstance(term, _GIVEN):
-            wanted -= {type(term).name, *term.keys}
+        known = (kind for kind in type(term).__mro__ if kind in built_in)
+        for kind in known:
+            wanted -= _entries_of(kind)
         if taken := wanted & RESERVED_NAMES:
             raise ValueError(
-                f"extra term {term.name!r}: the name {min(taken)!r} is taken; choose "
-                "another"
+                f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"
             )
     return terms
 
@@ -210,7 +215,7 @@ def distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     seen: set[str] = set()
     fields: set[str] = set()
     for term in terms:
-        own = _entries(term) - parts
+        own = entries_of(term) - parts
         if taken := own & seen or {term.name} & parts:
             raise ValueError(
                 f"term {term.name!r}: the name {min(taken)!r} is taken; choose another"

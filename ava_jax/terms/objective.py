@@ -1,6 +1,7 @@
 """What the pass over the vocabulary computes: sums of the token terms over a block."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -15,10 +16,21 @@ from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses.likelihood import smoothed_cross_entropy
 from ava_jax.reduce import as_float, weighted_sum
-from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
+from ava_jax.terms.base import (
+    LogitsTerm,
+    TokenInputs,
+    TokenTerm,
+    candidates_of,
+    per_token,
+    values_of,
+)
 from ava_jax.tokens import Tokens
 
 _CANDIDATES = "all"
+_OF_TOP = frozenset(("top", "second_shift", "second_log_sum"))
+_OF_LOG_ONE_MINUS_P = frozenset(("queried", "second_shift", "second_log_sum"))
+# Calls of another jaxpr with the same inputs and outputs.
+_CALLS = ("jit", "pjit", "closed_call", "checkpoint", "custom_jvp_call")
 # With it, exponentials are 0 of classes whose probability at temperature 1 is 1e-9.
 _COLDEST = 0.25
 
@@ -109,7 +121,7 @@ class TokenObjective:
           kernel: how the block is reduced.
         """
         own = self._inputs_by_term(inputs, rows, shared)
-        if self._needs_logits and isinstance(logits, Product):
+        if self._needs_logits(self._reads(own)) and isinstance(logits, Product):
             logits = logits.logits()
         values: dict[str, Array] = {}
         for temperature, objective in self._by_temperature().items():
@@ -117,31 +129,36 @@ class TokenObjective:
             values |= objective._values(temperature, *given)
         return {k: weighted_sum(v, inputs.weights) for k, v in values.items()}
 
-    def num_ids(self, inputs: TokenInputs, rows: dict[str, Any]) -> int | None:
+    def num_ids(
+        self, inputs: TokenInputs, rows: dict[str, Any], shared: Shared
+    ) -> int | None:
         """Returns for how many ids of a token it wants logits; None for all of them.
 
         A soft-cap's slope, too, wants the logits themselves. So does what is measured
         at temperature 1 beside very cold logits, whose exponentials underflow.
         """
-        if self._needs_logits or self.soft_cap is not None:
+        own = self._inputs_by_term(inputs, rows, shared)
+        if self.soft_cap is not None or self._needs_logits(self._reads(own)):
             return None
         parts = self._by_temperature().items()
         if any(part.measures and divisor < _COLDEST for divisor, part in parts):
             return None
-
-        def candidates(inputs, rows):
-            own = self._inputs_by_term(inputs, rows, Shared(None, {}, {}))
-            return self._candidates(own)
-
-        found = jax.eval_shape(candidates, inputs, rows)
+        found = jax.eval_shape(self._candidates, own)
         return 1 + sum(ids.shape[-1] for ids in found.values())
 
-    @property
-    def _needs_logits(self) -> bool:
+    def _reads(self, inputs: dict[str, TokenInputs]) -> frozenset[str]:
+        """Returns the statistics that the terms' values depend on."""
+        of_stats = (t for t in self.terms if not isinstance(t, LogitsTerm))
+        return frozenset().union(
+            *(statistics_read(t, inputs[t.name]) for t in of_stats)
+        )
+
+    def _needs_logits(self, reads: frozenset[str]) -> bool:
         has_own = any(t.logits_temperature != 1 for t in self.terms)
         # A product applies a temperature last, and so no soft-cap.
         is_capped = has_own and self.soft_cap is not None
-        return is_capped or any(t.needs_logits for t in self.terms)
+        has_logits_term = any(isinstance(t, LogitsTerm) for t in self.terms)
+        return is_capped or has_logits_term or not reads.isdisjoint(_OF_TOP)
 
     def _by_temperature(self) -> dict[float, "TokenObjective"]:
         """Returns the objectives of the temperatures of logits, that of 1 first.
@@ -175,22 +192,21 @@ class TokenObjective:
             if isinstance(t, LogitsTerm):
                 vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
                 given = own[t.name], vocabulary, kernel.precision
-                values[t.name] = t.of_logits(logits, *given)
+                value = t.of_logits(logits, *given)
+                values[t.name] = per_token(t, "value", value, inputs.targets.shape)
             else:
                 of_stats.append(t)
         if not of_stats and not self.measures:
             return values
         objective = dataclasses.replace(self, terms=tuple(of_stats))
         candidates = objective._candidates(own)
-        stats = objective._statistics(
-            divisor, logits, inputs, candidates, shared, kernel
-        )
+        query = objective._query(inputs, candidates, objective._reads(own))
+        stats = objective._statistics(divisor, logits, query, shared, kernel)
         given = stats if divisor == 1 else _untempered(stats)
         seen = _by_term(given, candidates)
         for t in of_stats:
             stats_of_term = seen.get(t.name, given)
-            values[t.name] = t(stats_of_term, own[t.name])
-            values |= t.measurements(stats_of_term, own[t.name])
+            values |= values_of(t, stats_of_term, own[t.name])
         if self.measures:
             is_one = divisor == 1
             values["nll"] = stats.nll if is_one else stats.tempered_nll
@@ -212,26 +228,30 @@ class TokenObjective:
         }
 
     def _candidates(self, inputs: dict[str, TokenInputs]) -> dict[str, Array]:
-        found = ((t.name, t.candidates(inputs[t.name])) for t in self.terms)
+        found = ((t.name, candidates_of(t, inputs[t.name])) for t in self.terms)
         return {name: ids for name, ids in found if ids is not None}
 
-    def _statistics(
-        self, divisor: float, logits, inputs, candidates, shared: Shared, kernel: Kernel
-    ) -> TokenStats:
+    def _query(self, inputs: TokenInputs, candidates, reads: frozenset[str]) -> Query:
         ids = list(candidates.values())
-        query = Query(
+        return Query(
             targets=inputs.targets,
             active=inputs.weights != 0,
             candidates={_CANDIDATES: jnp.concatenate(ids, -1)} if ids else {},
-            log_one_minus_p=any(t.needs_log_one_minus_p for t in self.terms),
-            top=self._needs_logits,
+            log_one_minus_p=not reads.isdisjoint(_OF_LOG_ONE_MINUS_P),
+            tempered_entropy="expected_tempered" in reads,
+            top=not reads.isdisjoint(_OF_TOP),
         )
+
+    def _statistics(
+        self, divisor: float, logits, query: Query, shared: Shared, kernel: Kernel
+    ) -> TokenStats:
         vocabulary = kernel.vocabulary(self.vocab_size, self.soft_cap)
         if divisor == 1:
             return token_statistics(logits, query, vocabulary, shared.temperature)
         given = query.active, vocabulary, as_float(divisor)
         logits, vocabulary = cooled(logits, *given)
         if not self.measures:
+            query = dataclasses.replace(query, tempered_entropy=False)
             return token_statistics(logits, query, vocabulary)
         # What is measured is at temperature 1, which undoes the division.
         query = dataclasses.replace(query, tempered_entropy=True)
@@ -239,12 +259,89 @@ class TokenObjective:
         return token_statistics(logits, query, vocabulary, undone)
 
 
+@flax.struct.dataclass
+class _Probe(TokenStats):
+    """Statistics to trace a term with.
+
+    Attributes:
+      queried: `log_sum_without_queried_top`, whose other numbers it does not depend on.
+    """
+
+    queried: Float[Array, "*n"] | None = None
+
+    @property
+    def log_sum_without_queried_top(self) -> Float[Array, "*n"]:
+        assert self.queried is not None
+        return self.queried
+
+
+def statistics_read(term: TokenTerm, inputs: TokenInputs) -> frozenset[str]:
+    """Returns the fields of `TokenStats` that a term's values depend on.
+
+    `"queried"` is among them for `log_sum_without_queried_top`, and so for log(1 − p).
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    shapes = (jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    return _statistics_read(term, tree, tuple(shapes))
+
+
+@functools.lru_cache(256)
+def _statistics_read(
+    term: TokenTerm, tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> frozenset[str]:
+    inputs = jax.tree.unflatten(tree, shapes)
+    shape, dtype = inputs.weights.shape, inputs.weights.dtype
+
+    def like(dtype: Any, *more: int) -> Any:
+        return jax.ShapeDtypeStruct((*shape, *more), dtype)
+
+    ids = jax.eval_shape(functools.partial(candidates_of, term), inputs)
+    of_ids = () if ids is None else ids.shape[-1:]
+    named = () if ids is None else (term.name,)
+    scalar: Any = jax.ShapeDtypeStruct((), dtype)
+    fields: dict[str, Any] = {f.name: like(dtype) for f in dataclasses.fields(_Probe)}
+    fields |= {"top": like(jnp.int32), "is_top": like(bool), "temperature": scalar}
+    fields["candidates"] = {name: like(dtype, *of_ids) for name in named}
+    fields["candidate_is_top"] = {name: like(bool, *of_ids) for name in named}
+    probe = _Probe(**fields)
+
+    def values(probe: _Probe, inputs: TokenInputs):
+        return values_of(term, probe, inputs)
+
+    jaxpr = jax.make_jaxpr(values)(probe, inputs).jaxpr
+    used = _used_inputs(jaxpr, [True] * len(jaxpr.outvars))
+    paths = jax.tree_util.tree_leaves_with_path(probe)
+    return frozenset(
+        path[0].name for (path, _), is_used in zip(paths, used, strict=False) if is_used
+    )
+
+
+def _used_inputs(jaxpr: Any, used_outputs: list[bool]) -> list[bool]:
+    """Returns which inputs of a jaxpr its used outputs depend on: a backward walk."""
+    # A literal, which is not an input, cannot be hashed.
+    used = {
+        id(v) for v, is_used in zip(jaxpr.outvars, used_outputs, strict=True) if is_used
+    }
+    for equation in reversed(jaxpr.eqns):
+        outputs = [id(v) in used for v in equation.outvars]
+        if not any(outputs):
+            continue
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        needed = [True] * len(equation.invars)
+        if inner is not None and equation.primitive.name in _CALLS:
+            needed = _used_inputs(getattr(inner, "jaxpr", inner), outputs)
+        used |= {
+            id(v) for v, is_used in zip(equation.invars, needed, strict=True) if is_used
+        }
+    return [id(v) in used for v in jaxpr.invars]
+
+
 def _untempered(stats: TokenStats) -> TokenStats:
     """Returns the statistics at temperature 1 of the logits they are of."""
     return dataclasses.replace(
         stats,
         log_sum_tempered=stats.log_sum,
-        expected_tempered=None,
+        expected_tempered=stats.expected,
         temperature=jnp.ones_like(stats.temperature),
     )
 
@@ -329,7 +426,7 @@ class HeadObjective:
         axes = tuple(range(weights.ndim - 1))
         return {self.name: jnp.sum(weights * kept, axes)}
 
-    def num_ids(self, inputs: TokenInputs, rows: Any) -> int | None:
+    def num_ids(self, inputs: TokenInputs, rows: Any, shared: Any) -> int | None:
         """Returns that it wants one logit of a token; None, all, with a soft-cap."""
-        del inputs, rows
+        del inputs, rows, shared
         return 1 if self.soft_cap is None else None

@@ -73,8 +73,6 @@ class PolicyTerm(TokenTerm):
     requires = ("extra_inputs",)
     requires_extra = ("advantages",)
     accepts_extra = _CONSTANTS
-    needs_log_one_minus_p = False
-    needs_logits = False
 
     def __post_init__(self) -> None:
         if self.kind in ("luspo", "vespo"):

@@ -51,8 +51,6 @@ class UnlikelihoodTerm(TokenTerm):
       Welleck et al., Neural Text Generation with Unlikelihood Training, 2020.
     """
 
-    needs_logits = False
-
     def penalized(self, inputs: TokenInputs) -> Penalized:
         """Returns the ids of a block and their amounts."""
         return inputs.prepared
@@ -155,8 +153,6 @@ class ContrastiveToken(TokenTerm):
     window: int
     weight: Weight
     name: str = "contrastive_token"
-    needs_log_one_minus_p = False
-    needs_logits = False
     keys = ("contrastive_token",)
 
     def rows(self, tokens: Tokens) -> Recent:

@@ -1,14 +1,15 @@
 """A user's own terms: subclasses of the base classes, or objects of the same form."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from ava_jax.inputs import LossInputs
 from ava_jax.kernel.stats import TokenStats
-from ava_jax.terms.base import Step, Term, TokenInputs, TokenTerm
+from ava_jax.ranges import check_range, check_weight
+from ava_jax.terms.base import LogitsTerm, Step, Term, TokenInputs, TokenTerm
 
 
 @runtime_checkable
@@ -103,15 +104,60 @@ def as_term(term: TermLike) -> Term:
     name = getattr(term, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"term {term!r} needs a name, its key in aux; got {name!r}")
-    if isinstance(term, TokenTerm) and not 0 < term.logits_temperature < math.inf:
-        raise ValueError(
-            f"term {name!r}: logits_temperature must be above 0 and finite, got "
-            f"{term.logits_temperature}"
-        )
     try:
         hash(term)
     except TypeError as error:
         raise TypeError(
             f"term {name!r} must be hashable, a frozen dataclass for example"
         ) from error
+    _check_attributes(term)
     return term
+
+
+_LISTS = (
+    "requires",
+    "accepts",
+    "requires_extra",
+    "accepts_extra",
+    "columns_extra",
+    "keys",
+    "measured",
+)
+
+
+def _check_attributes(term: Term) -> None:
+    """Raises on attributes that would be half understood, or ignored."""
+    known = LossInputs.__annotations__
+    for attribute in _LISTS:
+        names = getattr(term, attribute, ()) or ()
+        is_list = isinstance(names, tuple | list)
+        if not is_list or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"term {term.name!r}: {attribute} must be a tuple of names, such as "
+                f"('reward',), got {names!r}"
+            )
+        unknown = [name for name in names if name not in known]
+        if attribute in ("requires", "accepts") and unknown:
+            raise ValueError(
+                f"term {term.name!r}: {attribute} names no argument of a call, got "
+                f"{unknown[0]!r}; there are {', '.join(known)}"
+            )
+    if term.part is not None and not isinstance(term.part, str):
+        raise TypeError(
+            f"term {term.name!r}: part must be a key of aux or None, got {term.part!r}"
+        )
+    check_weight(f"term {term.name!r}: weight", term.weight)
+    if not isinstance(term, TokenTerm):
+        return
+    if term.source not in known:
+        raise ValueError(
+            f"term {term.name!r}: source must be an argument of a call, got "
+            f"{term.source!r}"
+        )
+    what = f"term {term.name!r}: logits_temperature"
+    check_range(what, term.logits_temperature, 0, inclusive=False)
+    if isinstance(term, LogitsTerm) and term.measured:
+        raise ValueError(
+            f"term {term.name!r}: a term of logits measures nothing, got measured="
+            f"{term.measured}: report it from a term of its own"
+        )

@@ -1,5 +1,6 @@
 """The contrastive token loss: its ids, its numbers, and how a pass makes it."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from support.trees import assert_trees_close
 
 import ava_jax
 from ava_jax import losses, terms
+from ava_jax.terms.objective import statistics_read, token_inputs
 from ava_jax.tokens import read_tokens
 from ava_jax.windows import read_recent, recent_ids
 
@@ -147,8 +149,10 @@ def test_it_asks_for_no_more_than_a_rows_ids():
         shape_of = functools.partial(recent, window=window)
         ids, found = jax.eval_shape(shape_of, given, given)
         assert ids.shape == found.shape == (2, 7, count)
-    assert not terms.ContrastiveToken.needs_logits
-    assert not terms.ContrastiveToken.needs_log_one_minus_p
+    tokens = read_tokens(jnp.zeros((2, 7), jnp.int32), vocab_size=V)
+    inputs = dataclasses.replace(token_inputs(tokens), rows=read_recent(tokens))
+    read = statistics_read(terms.ContrastiveToken(3, 1.0), inputs)
+    assert read == {"target", "candidates"}
 
 
 @pytest.mark.parametrize("window", [0, -3])

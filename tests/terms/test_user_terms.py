@@ -86,7 +86,6 @@ class Unlikelihood(ava_jax.TokenTerm):
 
     name: str = "own_unlikelihood"
     weight: Weight = 0.3
-    needs_logits = False
 
     def rows(self, tokens):
         return {"ids": tokens.targets, "active": tokens.active, "in": tokens.segments}
@@ -112,8 +111,6 @@ class NextId(ava_jax.TokenTerm):
     """The log-probability of the id after the target, prepared once per step."""
 
     name: str = "next_id"
-    needs_log_one_minus_p = False
-    needs_logits = False
 
     def prepare(self, tokens):
         return (tokens.targets + 1)[..., None] % V
