@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Float, Int
 
 from ava_jax.kernel.platforms import Implementation
+from ava_jax.ranges import WEIGHTS, check_fields
 from ava_jax.reduce import as_float
 
 Weight = float | optax.Schedule
@@ -229,7 +229,9 @@ class UnifiedLossConfig:
     def __post_init__(self) -> None:
         if self.mtp_type == "deepseek":
             object.__setattr__(self, "mtp_type", "parallel")
-        if isinstance(self.focal_alpha, Sequence) or hasattr(self.focal_alpha, "shape"):
+        is_list = isinstance(self.focal_alpha, Sequence)
+        is_list &= not isinstance(self.focal_alpha, str)
+        if is_list or hasattr(self.focal_alpha, "shape"):
             alpha = tuple(float(a) for a in jnp.ravel(jnp.asarray(self.focal_alpha)))
             object.__setattr__(self, "focal_alpha", alpha)
         for field in dataclasses.fields(self):
@@ -286,9 +288,6 @@ _OPTIONAL_INTS = (
     "chunk_size",
     "block_size",
 )
-_SCHEDULES = tuple(
-    f.name for f in dataclasses.fields(UnifiedLossConfig) if f.type is Weight
-)
 _CHOICES = {
     "primary_loss_type": PrimaryLossType,
     "mtp_type": MTPType,
@@ -325,7 +324,7 @@ def _check_type(name: str, value: object) -> None:
         good, wanted = value is None or _is_int(value), "an int or None"
     elif name in _fields_of("int"):
         good, wanted = _is_int(value), "an int"
-    elif name in _SCHEDULES:
+    elif name in WEIGHTS:
         good = _is_real(value) or callable(value)
         wanted = "a number or a schedule (a function of the step)"
     elif name == "focal_alpha":
@@ -354,53 +353,8 @@ def _check_precision(value: Any) -> None:
         ) from error
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "vocab_size": (2, math.inf),
-    "hidden_size": (1, math.inf),
-    "temperature_rate": (0, math.inf),
-    "temperature_history": (2, math.inf),
-    "temperature_min_history": (2, math.inf),
-    "focal_gamma": (0, math.inf),
-    "num_future_tokens": (1, math.inf),
-    "confidence_reg_strength": (0, math.inf),
-    "ngram_size": (1, math.inf),
-    "ngram_max_matches": (1, math.inf),
-    "contrastive_token_window": (1, math.inf),
-    "min_sequence_length": (0, math.inf),
-    "num_experts": (1, math.inf),
-    "num_moe_layers": (1, math.inf),
-    "balancing_bins": (1, math.inf),
-    "contrastive_margin": (0, math.inf),
-    "chunk_size": (1, math.inf),
-    "block_size": (1, math.inf),
-}
-_POSITIVE = (
-    "initial_temperature",
-    "min_temperature",
-    "max_temperature",
-    "contrastive_temperature",
-    "logit_soft_cap",
-)
-
-
 def _check_ranges(config: UnifiedLossConfig) -> None:
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if not _is_real(value):
-            continue
-        low, high = _RANGES.get(name, (-math.inf, math.inf))
-        if name in _SCHEDULES:
-            low = 0
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} must be finite and at least {low}, got {value}")
-        if _is_int(value) and not -(2**31) < value < 2**31:
-            raise ValueError(f"{name} must fit 32 bits, got {value}")
-        if name in _POSITIVE and value <= 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}")
-    for name in ("label_smoothing", "bias_momentum"):
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    check_fields(config)
     for name in ("eos_token_id", "pad_token_id"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < config.vocab_size:
@@ -411,6 +365,20 @@ def _check_ranges(config: UnifiedLossConfig) -> None:
         raise ValueError(
             f"min_temperature={config.min_temperature} is above "
             f"max_temperature={config.max_temperature}"
+        )
+    low, high = config.min_temperature, config.max_temperature
+    moves = config.primary_loss_type == "deepseek" and config.adaptive_temperature
+    if moves and not low <= config.initial_temperature <= high:
+        raise ValueError(
+            f"initial_temperature={config.initial_temperature} is not between "
+            f"min_temperature={low} and max_temperature={high}: widen these, or set "
+            "adaptive_temperature=False for a temperature that does not move"
+        )
+    cool, heat = config.temperature_cool_threshold, config.temperature_heat_threshold
+    if cool > heat:
+        raise ValueError(
+            f"temperature_cool_threshold={cool} is above "
+            f"temperature_heat_threshold={heat}"
         )
     if config.temperature_min_history > config.temperature_history:
         raise ValueError(

@@ -20,6 +20,7 @@ from ava_jax.config import Settings, Weight, weight_at
 from ava_jax.inputs import LossInputs, Normalizers, array
 from ava_jax.kernel.execute import Plan
 from ava_jax.kernel.stats import TokenStats, Vocabulary
+from ava_jax.ranges import is_real_scalar
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.tokens import Tokens
 
@@ -411,10 +412,7 @@ def arrays_like(term: Term, what: str, tree: Any, start: tuple[int, ...]) -> Any
 
 def scalar(term: Term, what: str, value: Any, hint: str = "") -> Scalar:
     """Returns a real number, an array of no axes."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return as_float(value)
-    is_real = _is_array(value, jnp.floating) or _is_array(value, jnp.integer)
-    if not is_real or value.shape != ():
+    if not is_real_scalar(value):
         _refuse(term, what, "a real scalar ()", value, hint)
     return as_float(value)
 

@@ -8,8 +8,15 @@ from jaxtyping import Array, Float
 
 from ava_jax.inputs import LossInputs
 from ava_jax.kernel.stats import TokenStats
-from ava_jax.ranges import check_range, check_weight
-from ava_jax.terms.base import LogitsTerm, Step, Term, TokenInputs, TokenTerm
+from ava_jax.ranges import check_fields, check_range, check_weight
+from ava_jax.terms.base import (
+    LogitsTerm,
+    Step,
+    Term,
+    TokenInputs,
+    TokenTerm,
+    is_own,
+)
 
 
 @runtime_checkable
@@ -147,6 +154,8 @@ def _check_attributes(term: Term) -> None:
             f"term {term.name!r}: part must be a key of aux or None, got {term.part!r}"
         )
     check_weight(f"term {term.name!r}: weight", term.weight)
+    if not is_own(term):
+        check_fields(term, f"term {term.name!r}: ")
     if not isinstance(term, TokenTerm):
         return
     if term.source not in known:
