@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from ava_jax.arrays import as_ids
 from ava_jax.checks import check_inputs
+from ava_jax.config import weight_at
 from ava_jax.inputs import (
     LossInputs,
     Normalizers,
@@ -19,7 +20,8 @@ from ava_jax.inputs import (
 )
 from ava_jax.reduce import as_float
 from ava_jax.state import LossState
-from ava_jax.terms.base import Aux
+from ava_jax.terms.adaptive import confidences
+from ava_jax.terms.base import Aux, is_own
 from ava_jax.terms.router import RouterTerm
 from ava_jax.tokens import Tokens, ahead, stack_ahead
 from ava_jax.unified import UnifiedLoss
@@ -30,11 +32,12 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 def checked(loss_fn: UnifiedLoss) -> LossCall:
     """Wraps a loss so that a bad input raises, with its position and its value.
 
-    It checks that `attention_mask` and `router_mask` hold weights, and at unmasked
-    positions targets against the vocabulary, expert indices
-    against the number of experts, and logits (or hidden states and `lm_head`), router
-    logits and `attention_mask` for NaN and infinities. A logit of −inf is valid, a
-    masked vocabulary entry, unless it is the target's.
+    It checks that `attention_mask` and `router_mask` hold weights. At unmasked positions
+    it checks targets against the vocabulary, expert indices against the number of
+    experts, confidence scores against [0, 1], and logits (or hidden states and
+    `lm_head`) and router logits for NaN and infinities. A logit of −inf is valid, a
+    masked vocabulary entry, unless it is the target's. Schedules may not return a
+    weight that is negative or not finite.
 
     Outside jit it raises immediately. Inside jit, transform the step with
     `jax.experimental.checkify.checkify` and call `throw()` on the error it returns.
@@ -67,10 +70,23 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
         **inputs: Unpack[LossInputs],
     ) -> tuple[Float[Array, ""], Aux, LossState]:
         check_inputs(loss_fn.settings, loss_fn.terms, inputs)
+        _check_weights(loss_fn, state)
         _check_values(loss_fn, inputs)
         return loss_fn(state, train=train, normalizers=normalizers, **inputs)
 
     return call
+
+
+def _check_weights(loss_fn: UnifiedLoss, state: LossState) -> None:
+    """Checks what schedules return at this step; built-in terms take no negatives."""
+    for term in loss_fn.terms:
+        for field in ("weight", "rate"):
+            if not callable(schedule := getattr(term, field, None)):
+                continue
+            value = weight_at(schedule, state.step)
+            fine = jnp.isfinite(value) & (is_own(term) | (value >= 0))
+            name = f"the {field} of the term {term.name!r}"
+            _check(name, fine, value, "is negative or not finite")
 
 
 def _check_values(loss_fn: UnifiedLoss, inputs: LossInputs) -> None:
@@ -101,6 +117,11 @@ def _check_heads(loss_fn: UnifiedLoss, inputs: LossInputs, tokens: Tokens) -> No
     for j, logits in enumerate(heads_of(inputs.get("additional_logits"))):
         name, own = f"additional_logits[{j}]", ahead(tokens, j + 1)
         _check_logits(name, logits[..., :vocab_size], own)
+    adaptive = any("adaptive_mtp" in term.fields for term in loss_fn.terms)
+    if adaptive and (scores := inputs.get("confidence_scores")) is not None:
+        values = confidences(scores, tokens).values
+        fine = (values >= 0) & (values <= 1)
+        _check("confidence score", fine, values, "is not in [0, 1]")
     if (depths := inputs.get("mtp_hidden_states")) is not None:
         unmasked = stack_ahead(tokens, depths.shape[0]).active
         fine = jnp.isfinite(depths) | ~unmasked[..., None]
@@ -133,7 +154,8 @@ def _check(name: str, fine: Bool[Array, "..."], values: Array, problem: str) -> 
     first = jnp.argmin(fine.reshape(-1))
     position = jnp.unravel_index(first, fine.shape)
     slots = ", ".join(f"{{i{axis}}}" for axis in range(fine.ndim))
-    message = f"{name} {{value}} at [{slots}] {problem}"
+    at = f" at [{slots}]" if fine.ndim else ""
+    message = f"{name} {{value}}{at} {problem}"
     shown = {f"i{axis}": index for axis, index in enumerate(position)}
     shown["value"] = values.reshape(-1)[first]
     checkify.check(jnp.all(fine), message, debug=False, **shown)

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -26,6 +24,7 @@ from ava_jax.kernel.product import Product
 from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
 from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float
 from ava_jax.tokens import Tokens
 
@@ -221,18 +220,12 @@ def read_temperature(
     """
     # NumPy's float64 is a Python float as well.
     is_number = isinstance(temperature, int | float)
-    if not is_number and not hasattr(temperature, "ndim"):
-        raise TypeError(
-            f"temperature must be a number or a scalar array, got {temperature!r}"
-        )
     if not is_number and jnp.ndim(temperature):
         raise ValueError(
             f"temperature must be a number or a scalar, got {jnp.shape(temperature)}: "
             "divide the logits where it differs from token to token"
         )
-    is_known = not isinstance(temperature, Tracer)
-    if is_known and not 0 < float(temperature) < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    check_range("temperature", temperature, 0, inclusive=False)
     return None if is_number and temperature == 1 else as_float(temperature)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.arrays import as_labels, as_weights
 from ava_jax.losses.moe import max_violation as max_violation
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import Tokens, count_ngrams, plain_tokens, stretch_lengths
 
@@ -146,8 +147,7 @@ def longest_loop(
 
 
 def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    check_range(name, value, 1, whole=True)
 
 
 def _read_ids(ids: Integer[Array, "B S"], mask: Shaped[Array, "B S"] | None) -> Tokens:

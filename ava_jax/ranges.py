@@ -168,12 +168,16 @@ def check_weight(name: str, weight: Any, low: float | int = -math.inf) -> None:
             f"{name} is a schedule that needs the step's value, which is traced: use "
             "jnp.where in place of `if`, or a schedule of optax"
         ) from error
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a schedule that must return a number at every step: {error}"
+        ) from error
     if not is_real_scalar(value):
         raise TypeError(
             f"{name} is a schedule that must return a number, got {_shown(value)}"
         )
     with jax.ensure_compile_time_eval():
-        first: Any = weight(np.int32(0))
+        first: Any = weight(jnp.zeros((), jnp.int32))
     check_range(f"{name}, a schedule, at step 0", first, low)
 
 

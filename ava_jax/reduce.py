@@ -37,6 +37,17 @@ def safe_divide(
     return jnp.where(empty, jnp.zeros_like(quotient), quotient)
 
 
+def centered(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Subtracts the mean over the last axis; exactly 0 where all numbers are equal.
+
+    The mean is that of the differences from the first number: a rounded mean of equal
+    numbers may be another number.
+    """
+    x = as_float(x)
+    distance = x - x[..., :1]
+    return distance - jnp.mean(distance, axis=-1, keepdims=True)
+
+
 def weighted_sum(
     values: Float[Array, "*n"], weights: Float[Array, "*n"]
 ) -> Float[Array, ""]:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.arrays import as_ids, as_labels, usable_weights
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float
 
 RUN_CAP = 10
@@ -210,8 +211,7 @@ def sort_ngrams(tokens: Tokens, size: int) -> SortedWindows:
     Raises:
       ValueError: `size`, which callers pass as `ngram_size`, is below 1.
     """
-    if size < 1:
-        raise ValueError(f"ngram_size must be at least 1, got {size}")
+    check_range("ngram_size", size, 1, whole=True)
     return _sort_windows(tokens, size, size)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from ava_jax.ranges import check_range
 from ava_jax.tokens import Tokens, sort_ngrams
 
 # No token is at this position.
@@ -65,8 +66,7 @@ def recent_ids(
     Raises:
       ValueError: `window` is below 1.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_range("window", window, 1, whole=True)
     width = min(window, recent.ids.shape[1])
     arrays = recent.ids, recent.until, recent.segments
     columns = jnp.stack([x.astype(segments.dtype) for x in arrays], -1)

@@ -183,9 +183,9 @@ REPEATED, DISTINCT, LOOP = TEXT_METRICS
 @pytest.mark.parametrize(
     ("message", "call", "arrays"),
     [
-        ("ngram_size must be at least 1", partial(REPEATED, ngram_size=0), (IDS,)),
-        ("ngram_size must be at least 1", partial(DISTINCT, ngram_size=-1), (IDS,)),
-        ("max_period must be at least 1, got 0", partial(LOOP, max_period=0), (IDS,)),
+        ("ngram_size must be in [1, inf)", partial(REPEATED, ngram_size=0), (IDS,)),
+        ("ngram_size must be in [1, inf)", partial(DISTINCT, ngram_size=-1), (IDS,)),
+        ("max_period must be in [1, inf), got 0", partial(LOOP, max_period=0), (IDS,)),
         ("integers [B, S], got int32 of shape (4,)", REPEATED, (IDS[0],)),
         ("integers [B, S], got float32 of shape (2, 4)", LOOP, (LEVELS,)),
         ("the shape of ids, (2, 4), got (2, 1)", DISTINCT, (IDS, IDS[:, :1])),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from ava_jax.arrays import as_weights
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float
 
 
@@ -43,8 +44,7 @@ def _check(
 ) -> None:
     if kind not in ("mse", "kl", "ce"):
         raise ValueError(f'kind must be "mse", "kl" or "ce", got {kind!r}')
-    if isinstance(temperature, int | float) and temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_range("temperature", temperature, 0, inclusive=False)
     if original.shape != augmented.shape:
         raise ValueError(
             "outputs_original and outputs_augmented must have one shape, got "

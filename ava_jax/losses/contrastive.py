@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ava_jax.arrays import as_ids, as_labels, as_weights
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 
@@ -159,6 +160,7 @@ def contrastive_margin_loss(
     References:
       Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, 2006.
     """
+    check_range("margin", margin, 0)
     if labels is None and positive_pairs is None and negative_pairs is None:
         raise ValueError(
             "contrastive_margin_loss needs labels, or positive_pairs and negative_pairs"
@@ -222,6 +224,7 @@ def contrastive_triplet_loss(
     References:
       Hermans et al., In Defense of the Triplet Loss (batch hard), 2017.
     """
+    check_range("margin", margin, 0)
     x, unmasked = _rows(embeddings, mask)
     same = _same_label(labels, unmasked)
     x = unit_vectors(x) if normalize else x
@@ -327,8 +330,7 @@ def contrastive_infonce_loss(
       Khosla et al., Supervised Contrastive Learning (the "out" form), 2020.
       Chen et al., SimCLR (NT-Xent), 2020.
     """
-    if isinstance(temperature, int | float) and temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_range("temperature", temperature, 0, inclusive=False)
     x, unmasked = _rows(embeddings, mask)
     x = unit_vectors(x) if normalize else x
     positive, others = _candidates(unmasked, labels, positive_pairs, negative_pairs)
@@ -378,6 +380,7 @@ def simctg_loss(
     References:
       Su et al., A Contrastive Framework for Neural Text Generation, 2022.
     """
+    check_range("margin", margin, 0)
     unmasked = jnp.ones_like(hidden_states[..., 0], dtype=bool)
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
         if array is not None and array.shape != unmasked.shape:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from ava_jax.arrays import as_ids, as_weights
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Query, TokenStats, Vocabulary
+from ava_jax.ranges import check_all, check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 
@@ -38,6 +40,7 @@ def smoothed_cross_entropy(
     References:
       Szegedy et al., Rethinking the Inception Architecture, 2016.
     """
+    check_range("smoothing", smoothing, 0, 1)
     nll = stats.tempered_nll
     if smoothing == 0:
         return nll
@@ -78,9 +81,13 @@ def focal_cross_entropy(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
+    check_all("alpha", alpha, 0)
+    check_range("gamma", gamma, 0)
     weight = as_float(jnp.asarray(alpha))
     if weight.ndim:
-        weight = weight[as_ids(targets)]
+        # NaN, not the last weight, where alpha has too few of them.
+        ids = as_ids(targets)
+        weight = weight.at[ids].get(mode="fill", fill_value=jnp.nan)
     return weight * jnp.exp(gamma * stats.log_one_minus_p) * stats.nll
 
 
@@ -129,6 +136,7 @@ def token_diversity(stats: TokenStats, vocab_size: int) -> Float[Array, "*n"]:
       >>> abs(round(float(losses.token_diversity(stats, 4)[0]), 4))
       0.0
     """
+    check_range("vocab_size", vocab_size, 2, whole=True)
     return 1 - stats.entropy / jnp.log(as_float(vocab_size))
 
 
@@ -187,7 +195,8 @@ def focal_loss(
       The loss per row in nats, [...].
 
     Raises:
-      ValueError: the shapes of logits and targets do not match.
+      ValueError: the shapes of logits, targets and `alpha` do not match, or a number is
+        negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,6 +208,11 @@ def focal_loss(
     References:
       Lin et al., Focal Loss for Dense Object Detection, 2017.
     """
+    if np.shape(alpha) not in ((), inputs.shape[-1:]):
+        raise ValueError(
+            f"alpha must be a number or one per class, [{inputs.shape[-1]}], got "
+            f"{np.shape(alpha)}"
+        )
     stats, weights, ids = read_logits(
         inputs, targets, log_one_minus_p=True, implementation=implementation
     )
@@ -239,8 +253,6 @@ def label_smoothing_loss(
     References:
       Szegedy et al., Rethinking the Inception Architecture, 2016.
     """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
     stats, weights, _ = read_logits(inputs, targets, implementation=implementation)
     return weights * smoothed_cross_entropy(stats, smoothing)
 

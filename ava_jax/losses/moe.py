@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ava_jax.losses.contrastive import unit_vectors
 from ava_jax.losses.router import RouterLoad, unmasked_tokens, zero_masked
-from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.ranges import check_range
+from ava_jax.reduce import as_float, centered, safe_divide, weighted_mean
 
 
 @flax.struct.dataclass
@@ -78,8 +79,7 @@ def update_gradient_balance(
       >>> [round(float(c), 4) for c in new.counts], round(float(new.tokens), 4)
       ([0.2, 0.1], 0.3)
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    check_range("momentum", momentum, 0, 1)
     step = GradientBalanceState(
         counts=load.counts,
         scores=safe_divide(load.scores, load.tokens),
@@ -128,6 +128,7 @@ def gradient_balance_loss(
       >>> round(float(loss), 8)
       6.25e-05
     """
+    check_range("weight", weight, 0)
     experts = gate_logits.shape[-1]
     if balance.counts.shape != (experts,):
         raise ValueError(
@@ -185,11 +186,10 @@ def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
       >>> round(float(losses.coefficient_of_variation(jnp.array([1.5, 0.5]))), 4)
       0.7071
     """
-    ratio = as_float(ratio)
-    mean = jnp.mean(ratio)
+    mean = jnp.mean(as_float(ratio))
     degrees = max(ratio.shape[0] - 1, 1)
     # The norm, not the square root of a variance, has a gradient at 0.
-    deviation = optax.safe_norm(ratio - mean, 0.0) / degrees**0.5
+    deviation = optax.safe_norm(centered(ratio), 0.0) / degrees**0.5
     return deviation / (mean + 1e-6)
 
 
@@ -214,8 +214,9 @@ def max_violation(counts: Float[Array, "E"]) -> Float[Array, ""]:
       Wang et al., Auxiliary-Loss-Free Load Balancing, 2024.
     """
     counts = as_float(counts)
-    mean = jnp.mean(counts)
-    return safe_divide(jnp.max(counts) - mean, mean)
+    total = jnp.sum(counts)
+    # Whole numbers, so that an even load is equal to its mean.
+    return safe_divide(counts.shape[-1] * jnp.max(counts) - total, total)
 
 
 def update_bias(
@@ -249,6 +250,7 @@ def update_bias(
       Wang et al., Auxiliary-Loss-Free Load Balancing, 2024.
       DeepSeek-V3 Technical Report, 2024.
     """
+    check_range("rate", rate, 0)
     load = jax.lax.stop_gradient(as_float(counts))
     # Whole numbers, so that a load at the mean is equal to it: a compiled mean rounds.
     distance = jnp.sum(load) - load.shape[-1] * load
@@ -295,8 +297,7 @@ def route(
       DeepSeek-V3 Technical Report, 2024.
     """
     experts = scores.shape[-1]
-    if not 1 <= k <= experts:
-        raise ValueError(f"k must be in [1, {experts}], got {k}")
+    check_range("k", k, 1, experts, through=True, whole=True)
     if bias.shape != (experts,):
         raise ValueError(f"bias must have shape ({experts},), got {bias.shape}")
     exact = as_float(scores)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ava_jax.ranges import check_all, check_range
 from ava_jax.reduce import as_float
 
 _MARGIN_FLOOR = 1e-7
@@ -58,6 +59,7 @@ def confidence_regularizer(confidence: Float[Array, "*n"]) -> Float[Array, "*n"]
       >>> round(float(losses.confidence_regularizer(jnp.array(0.75))), 4)
       0.6931
     """
+    check_all("confidence", confidence, 0, 1)
     margin = jnp.abs(2 * as_float(confidence) - 1)
     return -jnp.log(jnp.maximum(margin, _MARGIN_FLOOR))
 
@@ -89,6 +91,9 @@ def effective_mtp_weight(
       >>> round(float(weight), 4)
       0.1
     """
+    check_range("weight", weight, 0)
+    # A mean of ones may be rounded to a little more.
+    check_range("mean_confidence", mean_confidence, 0, 1 + 1e-5, through=True)
     weight = as_float(weight)
     if mean_confidence is not None:
         scale = jnp.clip(as_float(mean_confidence), 0.0, 1.0)

@@ -27,7 +27,7 @@ from ava_jax.losses.policy_tokens import (
     read_policy_tokens,
     values_of,
 )
-from ava_jax.reduce import as_float, safe_divide, weighted_mean
+from ava_jax.reduce import as_float, centered, safe_divide, weighted_mean
 
 _KINDS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _MEANS_OF_ROWS = ("grpo", "dr_grpo", "luspo", "sapo")
@@ -99,7 +99,8 @@ def policy_loss(
         `"sequence"` for `"luspo"`, else `"token"`.
       kl_weight: weight of the divergence from the reference.
       kl_estimator: with `d = ref_log_probs − log_probs`, `"k1"`: `−d`, `"k2"`: `d²/2`,
-        `"k3"`: `e^d − d − 1`; `"k3"` if None.
+        `"k3"`: `e^d − d − 1`; `"k3"` if None. The gradient of `"k1"` does not depend
+        on the reference: in the loss it needs `kl_importance_weighting`.
       kl_importance_weighting: whether to multiply the divergence by r.
       entropy_weight: weight of the entropy, which the loss increases.
       sapo_temperatures: τ for A > 0 and for the others; (1, 1.05) if None.
@@ -284,7 +285,7 @@ def group_advantages(
       eps: what is added to it; without `scale` nothing.
 
     Returns:
-      The advantages [B]; 0 where all rewards of a group are equal.
+      The advantages [B]; exactly 0 where all rewards of a group are equal.
 
     Raises:
       ValueError: `group_size` is below 2 or does not divide B, or `eps` is below 0.
@@ -300,18 +301,18 @@ def group_advantages(
       Shao et al., DeepSeekMath, 2024.
       Liu et al., Understanding R1-Zero-Like Training, 2025.
     """
+    check_range("group_size", group_size, whole=True)
     if rewards.ndim != 1 or group_size < 2 or rewards.shape[0] % group_size:
         raise ValueError(
             "group_size must be at least 2 and divide the number of rewards [B], got "
             f"{group_size} and {rewards.shape}"
         )
     check_range("eps", eps, 0)
-    groups = as_float(rewards).reshape(-1, group_size)
-    centered = groups - jnp.mean(groups, axis=-1, keepdims=True)
+    apart = centered(as_float(rewards).reshape(-1, group_size))
     if scale:
-        deviation = jnp.std(groups, axis=-1, ddof=1, keepdims=True)
-        centered = safe_divide(centered, deviation + eps)
-    return centered.reshape(-1)
+        squares = jnp.sum(apart**2, axis=-1, keepdims=True)
+        apart = safe_divide(apart, jnp.sqrt(squares / (group_size - 1)) + eps)
+    return apart.reshape(-1)
 
 
 def sampler_weights(

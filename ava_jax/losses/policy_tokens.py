@@ -132,14 +132,7 @@ def check_policy_options(
     options: PolicyOptions, tokens: PolicyTokens, kinds: tuple[str, ...]
 ) -> None:
     """Raises on options that are unread, out of range, or lack their array."""
-    check_choice("kind", options.kind, kinds)
-    check_read(options.kind, _READERS, vars(options))
-    check_choice("kl_estimator", options.kl_estimator or "k3", ("k1", "k2", "k3"))
-    check_range("clip_low", options.clip_low, 0)
-    check_range("clip_high", options.clip_high, 0)
-    check_range("ratio_cap", options.ratio_cap, 0, inclusive=False)
-    for temperature in options.sapo_temperatures or ():
-        check_range("sapo_temperatures", temperature, 0, inclusive=False)
+    check_policy_numbers(options, kinds)
     needed = {
         "kl_weight": is_on(options.kl_weight),
         "kl_estimator": options.kl_estimator is not None,
@@ -155,6 +148,28 @@ def check_policy_options(
         raise ValueError(
             "entropy_weight needs entropy, that of the policy at each token, "
             f"{tokens.log_probs.shape}"
+        )
+
+
+def check_policy_numbers(options: PolicyOptions, kinds: tuple[str, ...]) -> None:
+    """Raises on options that are unread, out of range or contradict each other."""
+    check_choice("kind", options.kind, kinds)
+    check_read(options.kind, _READERS, vars(options))
+    check_choice("kl_estimator", options.kl_estimator or "k3", ("k1", "k2", "k3"))
+    check_range("clip_low", options.clip_low, 0, 1, through=True)
+    is_bound = options.kind != "cispo"
+    check_range("clip_high", options.clip_high, 0, inclusive=is_bound)
+    check_range("ratio_cap", options.ratio_cap, 0, inclusive=False)
+    for temperature in options.sapo_temperatures or ():
+        check_range("sapo_temperatures", temperature, 0, inclusive=False)
+    check_range("kl_weight", options.kl_weight, 0)
+    check_range("entropy_weight", options.entropy_weight)
+    is_plain_k1 = options.kl_estimator == "k1" and not options.kl_importance_weighting
+    if is_plain_k1 and is_on(options.kl_weight):
+        raise ValueError(
+            'kl_estimator="k1" with kl_weight has a gradient that does not depend on '
+            'the reference: use "k2", whose gradient is that of the divergence, or '
+            "kl_importance_weighting=True; kl_weight=0 only reports k1"
         )
 
 

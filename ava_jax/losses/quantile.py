@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ava_jax.kernel.sharding import with_auto_axes
 from ava_jax.losses.router import unmasked_tokens, zero_masked
+from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float, safe_divide
 
 
@@ -58,8 +59,7 @@ def cutoff_histogram(
     """
     experts = scores.shape[-1]
     _check(experts, bias, k)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    check_range("bins", bins, 1, whole=True)
     unmasked = unmasked_tokens(token_weights, scores)
     exact = lax.stop_gradient(zero_masked(scores, unmasked))
     # XLA would gather sharded tokens for a top_k.
@@ -114,8 +114,7 @@ def quantile_bias(
     """
     experts, bins = histogram.shape
     _check(experts, bias, k)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    check_range("momentum", momentum, 0, 1)
     counts = lax.stop_gradient(as_float(histogram))
     total = jnp.sum(counts, -1)
     sums = jnp.cumsum(counts, -1)
@@ -135,6 +134,7 @@ def quantile_bias(
 
 
 def _check(experts: int, bias: Float[Array, "_"], k: int) -> None:
+    check_range("k", k, whole=True)
     if not 1 <= k < experts:
         raise ValueError(
             f"k must be in [1, {experts}), got {k}: with all {experts} experts chosen "

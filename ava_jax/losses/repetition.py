@@ -1,5 +1,7 @@
 """Repetition losses: unlikelihood, contrastive tokens, decay and anti-repetition."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
@@ -10,6 +12,7 @@ from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
 from ava_jax.kernel.stats import Query, Vocabulary
 from ava_jax.losses.likelihood import read_logits
+from ava_jax.ranges import check_all, check_range, check_weight
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 from ava_jax.tokens import (
     count_ngrams,
@@ -180,7 +183,7 @@ def repetition_decay_loss(
       logits: [B, S, V].
       targets: rows that repeat one span, [B, S].
       mask: weight per token [B, S]; ones if None.
-      span_length: ℓ, one for all rows or one per row [B].
+      span_length: ℓ ≥ 1, one for all rows or one per row [B].
       decay: λ in [0, 1].
       implementation: of the statistics; None lets the platform choose, and
         `"reference"` can be differentiated in any mode.
@@ -189,7 +192,8 @@ def repetition_decay_loss(
       The mean over w, a scalar; 0 if all tokens are masked.
 
     Raises:
-      ValueError: `decay` is out of its range, or shapes do not match.
+      ValueError: `decay` or `span_length` is out of its range, or shapes do not
+        match.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -203,9 +207,9 @@ def repetition_decay_loss(
     References:
       Xu et al., Learning to Break the Loop (DITTO), 2022.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    check_range("decay", decay, 0, 1, through=True)
     _check_logits(logits, targets)
+    _check_spans(span_length, targets.shape[:1])
     length = targets.shape[1]
     index = jnp.arange(length)[None, :]
     span = jnp.broadcast_to(as_ids(span_length), targets.shape[:1])[:, None]
@@ -231,6 +235,16 @@ def repetition_decay_loss(
     return weighted_mean(value, tokens.weights)
 
 
+def _check_spans(span_length: Any, rows: tuple[int, ...]) -> None:
+    shape, dtype = jnp.shape(span_length), jnp.result_type(span_length)
+    if shape not in ((), rows) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"span_length must be an integer, or integers {rows}, one per row, got "
+            f"{dtype} {shape}"
+        )
+    check_all("span_length", span_length, 1)
+
+
 def _decay(stats, log_earlier, decay):
     """Computes `−log(1 − |p − λp'|)`, exact even where p rounds to 1 and p' to 0."""
     goal = decay * jnp.exp(log_earlier)
@@ -253,7 +267,7 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
       The rows [B, S]; the last repeat is cut.
 
     Raises:
-      ValueError: `length` is below 1.
+      ValueError: `length` or L is below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -264,8 +278,9 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
     References:
       Xu et al., Learning to Break the Loop (DITTO), 2022.
     """
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
+    check_range("length", length, 1, whole=True)
+    if spans.ndim != 2 or not spans.shape[1]:
+        raise ValueError(f"spans must be [B, L] with L of 1 or more, got {spans.shape}")
     return as_ids(spans)[:, jnp.arange(length) % spans.shape[1]]
 
 
@@ -321,16 +336,22 @@ def anti_repetition_loss(
       0.3333
     """
     _check_logits(logits, labels)
+    check_range("ngram_size", ngram_size, 1, whole=True)
+    check_range("step", step, 0, whole=True)
     labels = as_labels("labels", labels)
-    stats, weights, _ = read_logits(logits, labels, implementation=implementation)
-    base = weighted_mean(stats.nll, weights)
+    stats, kept, _ = read_logits(logits, labels, implementation=implementation)
+    base = weighted_mean(stats.nll, kept)
     scores = _row_scores(labels, attention_mask, eos_token_id, pad_token_id, ngram_size)
     rows = max(labels.shape[0], 1)
     repetition, misuse, diversity = (jnp.sum(s) / rows for s in scores)
-    a, b, c = (
-        weight_at(w, jnp.asarray(step))
-        for w in (repetition_penalty_weight, eos_penalty_weight, diversity_bonus_weight)
-    )
+    weights = {
+        "repetition_penalty_weight": repetition_penalty_weight,
+        "eos_penalty_weight": eos_penalty_weight,
+        "diversity_bonus_weight": diversity_bonus_weight,
+    }
+    for name, weight in weights.items():
+        check_weight(name, weight, 0)
+    a, b, c = (weight_at(w, jnp.asarray(step)) for w in weights.values())
     loss = base + a * repetition + b * misuse - c * diversity
     return loss, {
         "base_loss": base,

@@ -9,11 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ava_jax.config import Settings, Weight, weight_at
-from ava_jax.inputs import LossInputs, array, check_float, heads_of
+from ava_jax.inputs import (
+    LossInputs,
+    Normalizers,
+    array,
+    check_float,
+    heads_of,
+    tokens_of,
+)
 from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.stats import TokenStats
 from ava_jax.losses.mtp import confidence_regularizer, effective_mtp_weight
+from ava_jax.ranges import check_all
 from ava_jax.reduce import as_float, float_dtype, safe_divide, weighted_mean
 from ava_jax.terms.base import (
     Aux,
@@ -128,6 +136,9 @@ class AdaptiveHeads:
                 f"confidence_scores must have one of the shapes {allowed}, "
                 f"got {scores.shape}"
             )
+        if scores is not None:
+            read = confidences(scores, tokens_of(settings, inputs))
+            check_all("confidence_scores", read.values, 0, 1)
 
     def counts(self, tokens: Tokens, inputs: LossInputs) -> dict[str, Array]:
         """Returns the heads' denominators."""
@@ -140,10 +151,10 @@ class AdaptiveHeads:
         confidence = regularizer = zero
         scale = None
         if (given := call.inputs.get("confidence_scores")) is not None:
-            scores = _read_scores(given, call)
-            confidence = scores.share_of_mean(scores.values)
+            scores, counts = confidences(given, call.tokens), call.normalizers
+            confidence = scores.share_of_mean(scores.values, counts)
             regularizer = self.confidence_reg_strength * scores.share_of_mean(
-                confidence_regularizer(scores.values)
+                confidence_regularizer(scores.values), counts
             )
             if self.use_confidence_weighting:
                 scale = weighted_mean(scores.values, scores.weights)
@@ -192,7 +203,7 @@ class AdaptiveHeads:
 
 
 @flax.struct.dataclass
-class _Scores:
+class Confidences:
     """Confidence scores and their weights.
 
     A score per row is weighted by whether the row has an unmasked token; a score per
@@ -201,29 +212,26 @@ class _Scores:
     Attributes:
       values: the scores; 1 where the weight is 0.
       weights: their weights.
-      normalizer: `Σ weights` over the optimizer step.
     """
 
     values: Float[Array, "*n"]
     weights: Float[Array, "*n"]
-    normalizer: Float[Array, ""]
 
-    def share_of_mean(self, values: Float[Array, "*n"]) -> Scalar:
+    def share_of_mean(self, values: Float[Array, "*n"], counts: Normalizers) -> Scalar:
         """Returns this batch's share of the step's mean of one value per score."""
-        return weighted_mean(values, self.weights, self.normalizer)
+        per_row = self.weights.ndim == 1
+        total = counts.active_rows if per_row else counts.tokens
+        return weighted_mean(values, self.weights, total)
 
 
-def _read_scores(scores: Float[Array, "B ..."], call: Call) -> _Scores:
-    tokens, normalizers = call.tokens, call.normalizers
+def confidences(scores: Float[Array, "B ..."], tokens: Tokens) -> Confidences:
+    """Returns confidence scores with their weights."""
     shape = tokens.targets.shape
     per_row = scores.shape in (shape[:1], (shape[0], 1))
     weights = as_float(jnp.any(tokens.active, 1)) if per_row else tokens.weights
     given = as_float(scores).reshape(weights.shape)
-    return _Scores(
-        values=jnp.where(weights != 0, given, jnp.ones_like(given)),
-        weights=weights,
-        normalizer=normalizers.active_rows if per_row else normalizers.tokens,
-    )
+    values = jnp.where(weights != 0, given, jnp.ones_like(given))
+    return Confidences(values, weights)
 
 
 class _Adaptive(Term):
@@ -284,6 +292,10 @@ class AdaptivePrimary(_Adaptive, TokenTerm):
     option = 'primary_loss_type="adaptive_mtp"'
     accepts = ("primary_logits", "additional_logits", "confidence_scores", "mtp_active")
     keys = _adaptive_keys("main")
+
+    def check(self, inputs: LossInputs, settings: Settings) -> None:
+        self.primary.check(inputs, settings)
+        super().check(inputs, settings)
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return self.primary(stats, inputs)

@@ -1,7 +1,6 @@
 """Distillation from a teacher as terms: student and teacher in one pass."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jax.lax import PrecisionLike, stop_gradient
@@ -19,6 +18,7 @@ from ava_jax.losses.distillation import (
     log_one_minus_sum,
     top_k_divergence,
 )
+from ava_jax.ranges import check_fields
 from ava_jax.reduce import as_float, float_dtype
 from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
 
@@ -66,11 +66,7 @@ class Distillation(LogitsTerm):
     columns_extra = ("teacher_logits",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
-        _check_positive("logits_temperature", self.logits_temperature)
-        if self.teacher_logit_soft_cap is not None:
-            _check_positive("teacher_logit_soft_cap", self.teacher_logit_soft_cap)
+        check_fields(self)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         targets = inputs.get("targets")
@@ -192,7 +188,7 @@ class TopKDistillation(TokenTerm):
     accepts_extra = ()
 
     def __post_init__(self) -> None:
-        _check_positive("logits_temperature", self.logits_temperature)
+        check_fields(self)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         targets = inputs.get("targets")
@@ -245,8 +241,3 @@ class TopKDistillation(TokenTerm):
         relative = stats.candidates[self.name] - whole[..., None]
         shares = jnp.where(known & ~is_top, relative, -jnp.inf)
         return whole - stats.log_sum + log_one_minus_sum(shares)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be above 0 and finite, got {value}")

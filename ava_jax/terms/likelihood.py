@@ -4,7 +4,8 @@ import dataclasses
 
 from jaxtyping import Array, Float
 
-from ava_jax.config import Weight
+from ava_jax.config import Settings, Weight
+from ava_jax.inputs import LossInputs
 from ava_jax.kernel.stats import TokenStats
 from ava_jax.losses import likelihood
 from ava_jax.terms.base import Call, Output, Scalar, TokenInputs, TokenTerm
@@ -47,6 +48,14 @@ class FocalLoss(TokenTerm):
     name: str = "focal_loss"
     part = "main_loss"
     keys = ("focal_loss",)
+
+    def check(self, inputs: LossInputs, settings: Settings) -> None:
+        size = settings.vocab_size
+        if isinstance(self.alpha, tuple) and len(self.alpha) != size:
+            raise ValueError(
+                f"the term {self.name!r}: alpha must be a number or one per class "
+                f"(vocab_size={size}), got {len(self.alpha)} numbers"
+            )
 
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> Float[Array, "B S"]:
         return likelihood.focal_cross_entropy(

@@ -9,7 +9,12 @@ from ava_jax.config import Settings, Weight
 from ava_jax.inputs import LossInputs, Normalizers
 from ava_jax.kernel.stats import TokenStats
 from ava_jax.losses.arguments import check_choice, check_range
-from ava_jax.losses.policy_tokens import PolicyValues, policy_values
+from ava_jax.losses.policy_tokens import (
+    PolicyOptions,
+    PolicyValues,
+    check_policy_numbers,
+    policy_values,
+)
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.base import Aux, Scalar, TokenInputs, TokenTerm
 from ava_jax.tokens import Tokens
@@ -86,7 +91,11 @@ class PolicyTerm(TokenTerm):
                 'max_length, the longest completion, is for kind="dr_grpo", which '
                 f"needs it; got kind={self.kind!r}, max_length={self.max_length}"
             )
+        check_range("max_length", self.max_length, 0, inclusive=False)
         check_range("logits_temperature", self.logits_temperature, 0, inclusive=False)
+        names = (field.name for field in dataclasses.fields(PolicyOptions))
+        options = {name: getattr(self, name) for name in names}
+        check_policy_numbers(PolicyOptions(**options), _KINDS)
 
     def check(self, inputs: LossInputs, settings: Settings) -> None:
         targets = inputs.get("targets")

@@ -111,6 +111,8 @@ def as_term(term: TermLike) -> Term:
     name = getattr(term, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"term {term!r} needs a name, its key in aux; got {name!r}")
+    if not is_own(term):
+        check_fields(term, f"term {name!r}: ")
     try:
         hash(term)
     except TypeError as error:
@@ -154,8 +156,6 @@ def _check_attributes(term: Term) -> None:
             f"term {term.name!r}: part must be a key of aux or None, got {term.part!r}"
         )
     check_weight(f"term {term.name!r}: weight", term.weight)
-    if not is_own(term):
-        check_fields(term, f"term {term.name!r}: ")
     if not isinstance(term, TokenTerm):
         return
     if term.source not in known:

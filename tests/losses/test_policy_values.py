@@ -14,7 +14,7 @@ from support.post_training_oracles import (
     sampler_weights,
 )
 
-from ava_jax import losses
+from ava_jax import losses, terms
 
 policy_values = jax.jit(losses.policy_values, static_argnames="kind")
 
@@ -74,6 +74,57 @@ def test_group_advantages(scale: bool) -> None:
     whole = of_groups(certain, group_size=2, scale=scale, eps=0)
     assert whole[0] == whole[1] == 0
     assert np.isfinite(whole).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("eps", [1e-4, 1e-6, 0.0])
+def test_equal_rewards_have_no_advantage(dtype: jnp.dtype, eps: float) -> None:
+    """Numbers that a float cannot represent, in groups whose mean is rounded."""
+    of_groups = jax.jit(losses.group_advantages, static_argnames=("group_size", "eps"))
+    for size in (2, 3, 6, 7, 12):
+        values = np.array([0.1, 3.3, 1000.1, -512.3, 0.35, 1e30, 1e-30])
+        equal = jnp.asarray(np.repeat(values, size), dtype)
+        assert not np.any(of_groups(equal, group_size=size, eps=eps))
+        assert not np.any(losses.group_advantages(equal, size, scale=False))
+
+
+def test_nearly_equal_rewards() -> None:
+    """Rewards one float apart: what is left of them is exact."""
+    low = np.float32(1000.1)
+    high = np.nextafter(low, np.float32(2000))
+    rewards = np.array([low, high, high, low, low, low], np.float32)
+    exact = rewards.astype(np.float64)
+    apart = exact - exact.mean()
+    for eps in (1e-4, 0.0):
+        got = losses.group_advantages(jnp.asarray(rewards), 6, eps=eps)
+        want = apart / (exact.std(ddof=1) + eps)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    got = losses.group_advantages(jnp.asarray(rewards), 6, scale=False)
+    np.testing.assert_allclose(got, apart, rtol=1e-5)
+
+
+def test_k1_as_a_loss_is_refused() -> None:
+    """Its gradient does not depend on the reference; that of k2 is d."""
+    x = np.array([[-1.0, -2.0]], np.float32), np.zeros(1), np.ones((1, 2))
+    log_probs, advantages, mask = map(jnp.asarray, x)
+    reference = {"ref_log_probs": log_probs - 0.5, "kl_weight": 1.0}
+
+    def loss(log_probs, **options):
+        return losses.policy_loss(log_probs, advantages, mask, **reference | options)[0]
+
+    with pytest.raises(ValueError, match=r'kl_estimator="k1".*"k2".*importance'):
+        loss(log_probs, kl_estimator="k1")
+    with pytest.raises(ValueError, match='kl_estimator="k1"'):
+        jax.eval_shape(lambda w: loss(log_probs, kl_estimator="k1", kl_weight=w), 0.1)
+    with pytest.raises(ValueError, match='kl_estimator="k1"'):
+        terms.PolicyTerm(kl_estimator="k1", kl_weight=0.1)
+    loss(log_probs, kl_estimator="k1", kl_weight=0.0)
+    terms.PolicyTerm(kl_estimator="k1")
+    weighted = {"kl_estimator": "k1", "kl_importance_weighting": True}
+    for options in ({"kl_estimator": "k2"}, weighted):
+        slope = jax.grad(functools.partial(loss, **options))(log_probs)
+        extra = 0.5 if options is weighted else 0.0
+        np.testing.assert_allclose(slope, np.full((1, 2), (0.5 + 2 * extra) / 2))
 
 
 def test_group_advantages_errors() -> None:

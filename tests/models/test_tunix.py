@@ -234,10 +234,6 @@ SAME = {
         {"beta": 0.1, "kl_loss_mode": "mse_kl"},
         {"kl_weight": 0.1, "kl_estimator": "k2"},
     ),
-    "k1": (
-        {"beta": 0.1, "kl_loss_mode": "kl"},
-        {"kl_weight": 0.1, "kl_estimator": "k1"},
-    ),
     "dapo": (
         {"loss_agg_mode": "token-mean", "epsilon_high": 0.28},
         {"kind": "dapo", "clip_high": 0.28},

@@ -114,7 +114,7 @@ def grpo_arguments(model: Any, train_example: Any, pad_id: int) -> dict[str, Any
 
 def grpo_options(algo_config: Any) -> dict[str, Any]:
     """The learner's settings, under our names."""
-    estimators = {"kl": "k1", "mse_kl": "k2", "low_var_kl": "k3"}
+    estimators = {"mse_kl": "k2", "low_var_kl": "k3"}
     return {
         "kind": "grpo",
         "clip_low": algo_config.epsilon,
@@ -162,7 +162,7 @@ def one_pass(
     return loss, {"kl": aux["policy_kl"], "pg_clipfrac": aux["clip_fraction"]}
 
 
-MODES = ("kl", "low_var_kl")
+MODES = ("mse_kl", "low_var_kl")
 
 
 def settings(mode: str) -> dict[str, Any]:
@@ -183,5 +183,5 @@ def test_grpo_of_other_settings_is_apart() -> None:
     """Another estimator of the divergence, or another bound, is far off."""
     first, second = (reinforce("grpo", **settings(mode)) for mode in MODES)
     assert differences(second, first)[0] > 1e-2
-    wide = reinforce("ava_two_calls", **settings("kl") | {"epsilon": 0.2})
+    wide = reinforce("ava_two_calls", **settings("mse_kl") | {"epsilon": 0.2})
     assert differences(wide, first)[0] > 1e-2

@@ -22,10 +22,11 @@ from ava_jax.config import Weight
 B, S, D, V = 4, 6, 5, 13
 CONSTANTS = ("old_log_probs", "ref_log_probs", "sampler_weights")
 KL = {"kl_weight": 0.3}
+K1 = {"kl_estimator": "k1", "kl_importance_weighting": True}
 CASES: list[dict[str, Any]] = [
     {"kind": "grpo"},
     {"kind": "grpo", "clip_low": 0.1, "clip_high": 0.3, **KL, "entropy_weight": 0.2},
-    {"kind": "grpo", "ratio_cap": 1.5, **KL, "kl_estimator": "k1"},
+    {"kind": "grpo", "ratio_cap": 1.5, **KL, **K1},
     {"kind": "bnpo", **KL, "kl_estimator": "k2", "kl_importance_weighting": True},
     {"kind": "dapo", "entropy_weight": 0.2},
     {"kind": "dr_grpo", "max_length": 9, **KL},
