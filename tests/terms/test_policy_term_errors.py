@@ -70,9 +70,9 @@ def without(name):
 )
 def test_what_does_not_fit_is_an_error(options, change, words):
     extra = dict.fromkeys(("advantages", *CONSTANTS), np.ones((B, S), np.float32))
-    loss_fn = ava_jax.compose([terms.PolicyTerm(**options)], vocab_size=V)
 
     def call(extra):
+        loss_fn = ava_jax.compose([terms.PolicyTerm(**options)], vocab_size=V)
         return loss_fn(
             loss_fn.init(),
             targets=jnp.ones((B, S), jnp.int32),
