@@ -1,7 +1,7 @@
 """A wrapper of the loss that raises on bad inputs."""
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax.experimental import checkify
@@ -81,7 +81,8 @@ def _check_weights(loss_fn: UnifiedLoss, state: LossState) -> None:
     """Checks what schedules return at this step; built-in terms take no negatives."""
     for term in loss_fn.terms:
         for field in ("weight", "rate"):
-            if not callable(schedule := getattr(term, field, None)):
+            schedule: Any = getattr(term, field, None)
+            if not callable(schedule):
                 continue
             value = weight_at(schedule, state.step)
             fine = jnp.isfinite(value) & (is_own(term) | (value >= 0))

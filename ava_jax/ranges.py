@@ -125,7 +125,8 @@ def check_all(
     known = np.asarray(values, np.float64)
     wrong = ~(np.isfinite(known) & (known >= low) & (known <= high))
     if wrong.any():
-        check_range(name, float(known[wrong][0]), low, high, through=high < math.inf)
+        first = np.asarray(values)[wrong][0].item()
+        check_range(name, first, low, high, through=high < math.inf)
 
 
 def check_fields(owner: Any, prefix: str = "") -> None:

@@ -27,6 +27,8 @@ LOG_PROBS = jnp.full((2, 6), -1.0)
 EMBEDDINGS, LABELS = jnp.ones((4, 3)), jnp.zeros((4,), jnp.int32)
 GATES, HISTOGRAM = jnp.zeros((4, 3)), jnp.ones((3, 5))
 BALANCE = GradientBalanceState(jnp.ones(3), jnp.ones(3), jnp.ones(()))
+# Concrete while a function is traced.
+ARRAY: Any = np.asarray
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 NO_NUMBERS = (True, "1", [1.0], Fraction(1, 3), np.ones(2))
 NEGATIVE = (*NOT_FINITE, -1e-3)
@@ -234,17 +236,17 @@ FUNCTIONS: dict[str, tuple[str, Call, tuple[Any, ...]]] = {
     ),
     "confidence": (
         "confidence",
-        lambda x: losses.confidence_regularizer(np.array([0.5, x], np.float32)),
+        lambda x: losses.confidence_regularizer(ARRAY([0.5, x])),
         (*NEGATIVE, 1.1),
     ),
     "mean confidence": (
         "mean_confidence",
-        lambda x: losses.effective_mtp_weight(0.1, np.float32(x)),
+        lambda x: losses.effective_mtp_weight(ARRAY(0.1), ARRAY(x)),
         (*NEGATIVE, 1.1),
     ),
     "heads' weight": (
         "weight",
-        lambda x: losses.effective_mtp_weight(np.float32(x)),
+        lambda x: losses.effective_mtp_weight(ARRAY(x)),
         NEGATIVE,
     ),
     "calibration": (
@@ -453,7 +455,7 @@ def test_confidences_outside_of_0_and_1(shape, wrong):
     error, _ = jax.jit(checkify.checkify(call))(inputs)
     with pytest.raises(ValueError, match=r"confidence score .*not in \[0, 1\]"):
         error.throw()
-    masked = inputs | {"attention_mask": jnp.array([[1] * 6, [0] * 6])}
+    masked: dict[str, Any] = inputs | {"attention_mask": jnp.array([[1] * 6, [0] * 6])}
     jax.eval_shape(lambda: loss_fn(state, **masked))
     error, _ = jax.jit(checkify.checkify(call))(masked)
     error.throw()
@@ -461,7 +463,8 @@ def test_confidences_outside_of_0_and_1(shape, wrong):
 
 @pytest.mark.usefixtures("unannotated")
 def test_concrete_arrays_are_checked_and_traced_ones_are_not():
-    for value in (np.float32(-1), np.array(-1.0), jnp.float32(-1), -1, -1.0):
+    wrong: list[Any] = [np.float32(-1), np.array(-1.0), jnp.float32(-1), -1, -1.0]
+    for value in wrong:
         with pytest.raises(ValueError, match=r"x must be in \[0, inf\), got -1"):
             check_range("x", value, 0)
     jax.eval_shape(lambda x: check_range("x", x, 0), jnp.float32(-1))
