@@ -81,9 +81,9 @@ def _check_weights(loss_fn: UnifiedLoss, state: LossState) -> None:
     """Checks what schedules return at this step; built-in terms take no negatives."""
     for term in loss_fn.terms:
         for field in ("weight", "rate"):
-            schedule: Any = getattr(term, field, None)
-            if not callable(schedule):
+            if not callable(getattr(term, field, None)):
                 continue
+            schedule: Any = getattr(term, field)
             value = weight_at(schedule, state.step)
             fine = jnp.isfinite(value) & (is_own(term) | (value >= 0))
             name = f"the {field} of the term {term.name!r}"
