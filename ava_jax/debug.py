@@ -32,10 +32,10 @@ LossCall = Callable[..., tuple[Float[Array, ""], Aux, LossState]]
 def checked(loss_fn: UnifiedLoss) -> LossCall:
     """Wraps a loss so that a bad input raises, with its position and its value.
 
-    It checks that `attention_mask` and `router_mask` hold weights. At unmasked positions
-    it checks targets against the vocabulary, expert indices against the number of
-    experts, confidence scores against [0, 1], and logits (or hidden states and
-    `lm_head`) and router logits for NaN and infinities. A logit of −inf is valid, a
+    It checks that `attention_mask` and `router_mask` hold weights. At unmasked
+    positions it checks targets against the vocabulary, expert indices against the
+    number of experts, confidence scores against [0, 1], and logits (or hidden states
+    and `lm_head`) and router logits for NaN and infinities. A logit of −inf is valid, a
     masked vocabulary entry, unless it is the target's. Schedules may not return a
     weight that is negative or not finite.
 

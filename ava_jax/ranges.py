@@ -32,7 +32,7 @@ RANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("balancing_bins", "bins", "chunk_size", "block_size"), _COUNT),
     **dict.fromkeys(("min_sequence_length", "min_length"), _FROM_ZERO),
     **dict.fromkeys(("eos_token_id", "pad_token_id"), _FROM_ZERO),
-    "ignore_index": {"low": -_INT, "high": _INT, "whole": True},
+    "ignore_index": {"low": 1 - _INT, "high": _INT, "whole": True},
     **dict.fromkeys(("initial_temperature", "initial"), _POSITIVE),
     **dict.fromkeys(("min_temperature", "low", "max_temperature", "high"), _POSITIVE),
     **dict.fromkeys(("contrastive_temperature", "temperature"), _POSITIVE),

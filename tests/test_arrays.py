@@ -228,7 +228,7 @@ def test_labels_of_64_bits_never_merge(name):
 
 @pytest.mark.parametrize("name", ["ignore_index", "min_sequence_length", "chunk_size"])
 def test_integers_of_a_config_fit_32_bits(name):
-    with pytest.raises(ValueError, match=f"{name} must fit 32 bits, got {2**31}"):
+    with pytest.raises(ValueError, match=f"{name} must be in .* got {2**31}"):
         ava_jax.create_unified_loss({"vocab_size": V, name: 2**31})
 
 
