@@ -103,8 +103,8 @@ def usable_weights(weights: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.where((given >= 0) & (given < jnp.inf), given, jnp.zeros_like(given))
 
 
-def as_arrays(inputs: Mapping[str, Any], ids: tuple[str, ...]) -> dict[str, Any]:
-    """Returns arguments whose NumPy arrays are JAX's, with no integer cut short.
+def read_named(inputs: Mapping[str, Any], ids: tuple[str, ...]) -> dict[str, Any]:
+    """Returns arguments as JAX's arrays, with no integer of 64 bits cut short.
 
     Args:
       inputs: arguments by name: arrays, pytrees of them, numbers and None.
@@ -115,9 +115,9 @@ def as_arrays(inputs: Mapping[str, Any], ids: tuple[str, ...]) -> dict[str, Any]
     """
 
     def read(name: str, value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, Given):
             return value
-        if value.dtype.kind not in "iu":
+        if value.dtype.kind not in "iu" or value.dtype.itemsize < 8:
             return jnp.asarray(value)
         return as_ids(value) if name in ids else as_labels(name, value)
 

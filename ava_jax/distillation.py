@@ -1,6 +1,5 @@
 """Distillation from a teacher, without the logits of either model."""
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,9 +15,9 @@ from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, read_arrays, tokens_of
 from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
-from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
+from ava_jax.kernel.sharding import Layout, make_layout, run_whole
 from ava_jax.log_probs import given, pass_settings, token_operands
-from ava_jax.losses.arguments import check_range
+from ava_jax.losses.arguments import check_known, check_range
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.distillation import Distillation, TopKDistillation
 from ava_jax.terms.objective import Shared, TokenObjective, token_inputs
@@ -150,10 +149,9 @@ def distillation_loss(
     term = _term(extra, settings.vocab_size, beta, temperature, tail, soft_cap)
     check_inputs(settings, (term,), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    compute = functools.partial(_compute, settings, layout, term)
     count = None if num_tokens is None else as_float(num_tokens)
     arrays = read_arrays(cast(LossInputs, given(**inputs)))
-    return with_auto_axes(compute, arrays, count)
+    return run_whole(_compute, (settings, layout, term), arrays, count)
 
 
 def _term(
@@ -165,6 +163,8 @@ def _term(
     soft_cap: float | None,
 ) -> Distillation | TopKDistillation:
     """Returns the term for the arrays of the teacher that are given."""
+    check_known("temperature", temperature)
+    check_known("beta", beta)
     check_range("temperature", temperature, 0, inclusive=False)
     top_k = [name for name in TopKDistillation.requires_extra if name in extra]
     if not top_k:

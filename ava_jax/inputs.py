@@ -8,7 +8,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-from ava_jax.arrays import as_arrays, usable_weights
+from ava_jax.arrays import read_named, usable_weights
 from ava_jax.config import Settings
 from ava_jax.tokens import Tokens, read_tokens
 
@@ -170,4 +170,4 @@ def tokens_of(settings: Settings, inputs: LossInputs) -> Tokens:
 
 def read_arrays(inputs: LossInputs) -> LossInputs:
     """Returns the arguments with JAX arrays in place of NumPy's."""
-    return cast(LossInputs, as_arrays(inputs, ids=("targets", "expert_indices")))
+    return cast(LossInputs, read_named(inputs, ids=("targets", "expert_indices")))

@@ -1,7 +1,6 @@
 """Log-probabilities of tokens, from logits or from hidden states, differentiable."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from ava_jax.kernel.fused import token_values
 from ava_jax.kernel.passes import Operands
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.product import Product
-from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
+from ava_jax.kernel.sharding import Layout, make_layout, run_whole
 from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query
 from ava_jax.ranges import check_range
@@ -136,13 +135,13 @@ def token_log_probs(
     )
     check_inputs(settings, (), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
-    compute = functools.partial(_compute, settings, layout)
     # Without a layout, under Explicit axes, the values are where the targets are.
     spec = (
         jax.typeof(targets).sharding.spec if layout is None else layout.token_arrays()
     )
-    values, num_invalid = with_auto_axes(
-        compute,
+    values, num_invalid = run_whole(
+        _compute,
+        (settings, layout),
         read_arrays(cast(LossInputs, given(**inputs))),
         read_temperature(temperature),
         out_specs=(dict.fromkeys(_LogProbs.names, spec), P()),

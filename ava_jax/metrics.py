@@ -8,9 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.arrays import as_labels, as_weights
+from ava_jax.kernel.sharding import in_one_program
 from ava_jax.losses.moe import max_violation as max_violation
 from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
@@ -130,6 +131,13 @@ def longest_loop(
     """
     _check_at_least_one("max_period", max_period)
     tokens = _read_ids(ids, mask)
+    # A longer period does not fit into a row twice.
+    last = min(max_period, ids.shape[1] // 2)
+    return in_one_program(_longest_loop, (last,), tokens)
+
+
+def _longest_loop(last: int, tokens: Tokens) -> Int[Array, "B"]:
+    ids = tokens.raw
     index = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
     stretch = stretch_lengths(tokens)
 
@@ -140,8 +148,6 @@ def longest_loop(
         loops = jnp.where(run >= period, period + run, 0)
         return jnp.maximum(longest, jnp.max(loops, axis=1, initial=0))
 
-    # A longer period does not fit into a row twice.
-    last = min(max_period, ids.shape[1] // 2)
     nothing = jnp.zeros(ids.shape[:1], jnp.int32)
     return lax.fori_loop(jnp.int32(1), jnp.int32(last + 1), lengthen, nothing)
 
@@ -234,6 +240,15 @@ def calibration_bins(
             f"{correct.shape}"
         )
     given = _read_weights(weights, confidence.shape)
+    return in_one_program(_bins, (num_bins,), confidence, correct, given)
+
+
+def _bins(
+    num_bins: int,
+    confidence: Float[Array, "*n"],
+    correct: Bool[Array, "*n"],
+    given: Float[Array, "*n"],
+) -> CalibrationBins:
     level = as_float(confidence)
     unmasked = given != 0
     known = unmasked & (level >= 0) & (level <= 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
 
@@ -20,6 +21,35 @@ def float_dtype() -> jnp.dtype:
 def as_float(x: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
     """Converts any array or number to the arithmetic dtype, strongly typed."""
     return jnp.asarray(x).astype(float_dtype())
+
+
+def wider(one: jnp.dtype, other: jnp.dtype) -> jnp.dtype:
+    """Returns the wider of two floating-point dtypes, under strict promotion too.
+
+    JAX promotes no float of 8 bits or fewer by itself: it counts as bfloat16, which
+    holds the values of each, unless both are the same.
+    """
+    if one == other:
+        return one
+    short = [jnp.bfloat16 if x.itemsize < 2 else x for x in (one, other)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(*short)
+
+
+def along_axis(
+    x: Shaped[Array, "W"], ndim: int, axis: int = -1
+) -> Shaped[Array, "..."]:
+    """Returns a row with as many axes as what it is added to, along one of them."""
+    return jnp.expand_dims(x, [n for n in range(ndim) if n != axis % ndim])
+
+
+def as_arrays(tree: Any) -> Any:
+    """Converts the NumPy arrays of a pytree to JAX's; other leaves stay."""
+
+    def convert(x: Any) -> Any:
+        return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+
+    return jax.tree.map(convert, tree)
 
 
 def float_zeros(shapes: Any) -> Any:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from ava_jax.arrays import as_ids, as_labels, usable_weights
+from ava_jax.kernel.sharding import in_one_program
 from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float
 
@@ -242,6 +243,10 @@ def _sort_windows(tokens: Tokens, size: int, compared: int) -> SortedWindows:
       size: targets per window.
       compared: the number of targets, from the first, that windows are compared by.
     """
+    return in_one_program(_sorted, (size, compared), tokens)
+
+
+def _sorted(size: int, compared: int, tokens: Tokens) -> SortedWindows:
     whole = whole_windows(tokens, size)
     # Incomplete windows become segment 0, which holds no complete one.
     segments = jnp.where(whole, tokens.segments, 0)
@@ -337,7 +342,7 @@ def earlier_continuations(
     follows = jnp.stack(_ending_at(windows.targets, max_matches, 1)[::-1], -1)
     back = jnp.arange(1, max_matches + 1, dtype=jnp.int32)
     rank = _streaks(~windows.is_first, max_matches)
-    found = windows.whole[..., None] & (rank[..., None] >= back)
+    found = windows.whole[..., None] & (rank[..., None] >= back[None, None])
     # No id is −1, which marks missing ones in the same array.
     ids = windows.in_row_order(jnp.where(found, follows, -1))
     return jnp.maximum(ids, 0), ids >= 0

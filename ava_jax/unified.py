@@ -5,7 +5,6 @@ stats add up in between.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -20,9 +19,9 @@ from ava_jax.arrays import check_weights
 from ava_jax.assemble import StepStats, assemble, count_normalizers, plan_of
 from ava_jax.checks import check_inputs, only_read
 from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
-from ava_jax.inputs import LossInputs, Normalizers, read_arrays, tokens_of
+from ava_jax.inputs import LossInputs, Normalizers, array, read_arrays, tokens_of
 from ava_jax.kernel.platforms import Implementation
-from ava_jax.kernel.sharding import Layout, make_layout, with_auto_axes
+from ava_jax.kernel.sharding import Layout, make_layout, run_whole
 from ava_jax.state import LossState, states_of, with_states
 from ava_jax.terms.base import Aux, Call, Step, Term, aux_of, first_state, new_state
 from ava_jax.terms.listing import built_in, distinct, not_reserved, terms_of
@@ -173,12 +172,7 @@ class UnifiedLoss:
         }
         check_weights(attention_mask=attention_mask, router_mask=router_mask)
 
-        def count(window: LossInputs) -> Normalizers:
-            width = targets.shape[-1]
-            rows = jax.tree.map(lambda x: x.reshape(-1, width), window)
-            return count_normalizers(self.terms, tokens_of(self.settings, rows), rows)
-
-        return with_auto_axes(count, read_arrays(window))
+        return run_whole(_count_window, (self,), read_arrays(window))
 
     def accumulate(
         self,
@@ -225,8 +219,8 @@ class UnifiedLoss:
           (2.0794, 1)
         """
         check_inputs(self.settings, self.terms, inputs)
-        share = functools.partial(self._share, train)
-        loss, stats = with_auto_axes(share, state, normalizers, read_arrays(inputs))
+        arrays = state, normalizers, read_arrays(inputs)
+        loss, stats = run_whole(UnifiedLoss._share, (self, train), *arrays)
         return loss, self.summary(state, stats), stats
 
     def _share(
@@ -293,6 +287,13 @@ class UnifiedLoss:
             report = term.report(states[term.name], stats.terms.get(term.name))
             aux |= aux_of(term, "report", report)
         return aux
+
+
+def _count_window(loss_fn: UnifiedLoss, window: LossInputs) -> Normalizers:
+    width = array(window, "targets").shape[-1]
+    rows = jax.tree.map(lambda x: x.reshape(-1, width), window)
+    tokens = tokens_of(loss_fn.settings, rows)
+    return count_normalizers(loss_fn.terms, tokens, rows)
 
 
 def unified_loss(

@@ -149,26 +149,34 @@ def _plain_sums(vocabulary: Vocabulary, z, relative, e) -> dict[str, Array]:
     Masks of −inf entries take as long as the sums. They are left out of a block that
     has none, which its sums show.
     """
-
-    def sums(is_all: bool, z, relative, e) -> dict[str, Array]:
-        count = count_possible(is_all, z)
-        return plain_sums(is_all, z, relative, e, -1) | {"count": count}
-
-    def row_by_row(relative, e) -> dict[str, Array]:
-        # Otherwise the masks, which few blocks need, would double the memory.
-        rows = [x.reshape(-1, x.shape[-1]) for x in (relative, relative, e)]
-        found = lax.map(lambda row: sums(False, *row), tuple(rows))
-        return jax.tree.map(lambda x: x.reshape(relative.shape[:-1]), found)
-
     is_padded = has_padding(vocabulary, z.shape[-1])
     if vocabulary.finite or is_padded:
-        return sums(not is_padded, z, relative, e)
+        return _sums_of(not is_padded, z, relative, e)
     total = jnp.sum(relative, -1)
+    is_all = jnp.all(total > -jnp.inf)
+    return lax.cond(is_all, _sums_of_all, _sums_by_rows, relative, e, total)
 
-    def of_all(relative, e) -> dict[str, Array]:
-        return sums(True, relative, relative, e) | {"total": total}
 
-    return lax.cond(jnp.all(total > -jnp.inf), of_all, row_by_row, relative, e)
+# Of the module, so that outside of jit one program of them serves all calls.
+def _sums_of(is_all: bool, z, relative, e) -> dict[str, Array]:
+    count = count_possible(is_all, z)
+    return plain_sums(is_all, z, relative, e, -1) | {"count": count}
+
+
+def _sums_of_all(relative, e, total) -> dict[str, Array]:
+    return _sums_of(True, relative, relative, e) | {"total": total}
+
+
+def _sums_of_row(row) -> dict[str, Array]:
+    relative, e = row
+    return _sums_of(False, relative, relative, e)
+
+
+def _sums_by_rows(relative, e, _) -> dict[str, Array]:
+    # Otherwise the masks, which few blocks need, would double the memory.
+    rows = [x.reshape(-1, x.shape[-1]) for x in (relative, e)]
+    found = lax.map(_sums_of_row, tuple(rows))
+    return jax.tree.map(lambda x: x.reshape(relative.shape[:-1]), found)
 
 
 def _local_max(z, *, needs_second: bool) -> _LocalMax:

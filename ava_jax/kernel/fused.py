@@ -34,7 +34,7 @@ from ava_jax.kernel.passes import (
     refill,
 )
 from ava_jax.kernel.projections import all_gradients, all_sums
-from ava_jax.reduce import as_float, float_dtype, weighted_sum
+from ava_jax.reduce import as_float, float_dtype, weighted_sum, wider
 
 
 def token_sums(
@@ -107,9 +107,7 @@ def _ready(plan: Plan, operands: Operands) -> Operands:
     kernel = operands.kernel
     if kernel is None:
         return operands
-    # The wider dtype is what the documentation promises, under strict promotion too.
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(operands.sources[0].dtype, kernel.dtype)
+    dtype = wider(operands.sources[0].dtype, kernel.dtype)
     return dataclasses.replace(
         operands,
         sources=tuple(h.astype(dtype) for h in operands.sources),

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import along_axis, as_float, float_dtype
 
 # The number of columns that estimate a token's row max, and of the runs they lie in.
 _MOST_SAMPLED = 128
@@ -144,7 +144,7 @@ def finished(
 ) -> Float[Array, "..."]:
     """Adds a bias to a product, and multiplies by a scale."""
     if bias is not None:
-        made = made + jnp.expand_dims(as_float(bias), (class_axis + 1) % made.ndim)
+        made = made + along_axis(as_float(bias), made.ndim, class_axis)
     return made if scale is None else made * scale
 
 
@@ -212,5 +212,5 @@ def near_largest(hidden: Float[Array, "*n D"], sample: Sample) -> Float[Array, "
     )
     if sample.bias is None:
         return jnp.max(z, -1)
-    near = jnp.max(z + as_float(sample.bias), -1)
+    near = jnp.max(z + along_axis(as_float(sample.bias), z.ndim), -1)
     return jnp.where(near != -jnp.inf, near, jnp.zeros_like(near))

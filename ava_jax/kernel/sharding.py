@@ -6,16 +6,21 @@ columns (`Layout.run`), with explicit collectives.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import jit, lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from ava_jax.reduce import as_arrays
 
 Result = TypeVar("Result")
 
@@ -40,6 +45,15 @@ class Layout:
     batch_axes: tuple[str, ...]
     sequence_axis: str | None
     vocab_axis: str | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies the mesh as the ids of its devices, which cannot be."""
+        mesh = self.mesh
+        names, types = mesh.axis_names, mesh.axis_types
+        ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)
+        platform = mesh.devices.flat[0].platform
+        axes = self.batch_axes, self.sequence_axis, self.vocab_axis
+        return _layout_of, (platform, ids, names, types, axes)
 
     def over_tokens(self, sums: Result) -> Result:
         """Sums over the shards of the tokens, inside `run`."""
@@ -155,6 +169,18 @@ class Layout:
         return 1 if axis is None else self.mesh.shape[axis]
 
 
+def _layout_of(platform: str, ids: Any, names: Any, types: Any, axes: Any) -> Layout:
+    """Returns a layout over the devices of this process that have the ids."""
+    here = {device.id: device for device in jax.devices(platform)}
+    if missing := sorted(set(ids.flat) - set(here)):
+        raise ValueError(
+            f"the mesh of this loss has the {platform} devices {missing}, which do not "
+            "exist here: make the loss anew with a mesh of this machine's"
+        )
+    devices = np.vectorize(here.__getitem__, otypes=[object])(ids)
+    return Layout(Mesh(devices, names, axis_types=types), *axes)
+
+
 def make_layout(
     mesh: Mesh | None,
     batch_axes: str | Sequence[str],
@@ -196,20 +222,85 @@ def make_layout(
     return Layout(mesh, rows, tokens, columns)
 
 
-def with_auto_axes(
-    function: Callable[..., Result], *args: Any, out_specs: Any = None
+def run_whole(
+    function: Callable[..., Result],
+    static: tuple[Any, ...],
+    *args: Any,
+    out_specs: Any = None,
 ) -> Result:
-    """Calls a function whose sharding XLA chooses, under Explicit axes as well.
+    """Calls `function(*static, *args)` on whole arrays, which XLA shards.
+
+    Every public function that runs a pass enters here. Outside of jit the call is one
+    program, compiled once for all calls with the same shapes: its loops, as operations
+    of their own, would be compiled anew at each call.
 
     Args:
-      function: returns small arrays.
-      *args: pytrees of arrays.
+      function: of a module, not a closure; it returns small arrays.
+      static: its first arguments, hashable.
+      *args: pytrees of arrays, NumPy's among them, and of Python's numbers, which stay
+        what they are.
       out_specs: how the results are sharded over Explicit axes; None replicates them.
         Other axes in it are left to XLA.
     """
+    leaves, tree = jax.tree.flatten(out_specs, is_leaf=lambda x: isinstance(x, P))
+    specs = tuple(leaves), tree
+    return in_one_program(_with_auto_axes, (function, static, specs), *args)
+
+
+def in_one_program(
+    function: Callable[..., Result], static: tuple[Any, ...], *args: Any
+) -> Result:
+    """Calls `function(*static, *args)`, outside of jit as one program.
+
+    That program is found again by the function and `static`. A loop or a `lax.cond`
+    with a closure, as an operation of its own, would be compiled anew at each call.
+
+    Args:
+      function: of a module, not a closure.
+      static: its first arguments, hashable.
+      *args: as for `run_whole`.
+    """
+    leaves, tree = jax.tree.flatten(as_arrays(args))
+    is_array = [isinstance(x, jax.Array) for x in leaves]
+    numbers = [None if found else x for x, found in zip(leaves, is_array, strict=True)]
+    arrays = [x for x, found in zip(leaves, is_array, strict=True) if found]
+    call = _Call(function, static, tree, tuple(numbers))
+    # An operation is staged wherever a trace, of jit or of a loop, is under way.
+    is_staged = isinstance(jnp.zeros(()), Tracer)
+    return call.run(arrays) if is_staged else _run_compiled(call, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call but for its arrays: hashable, so that its program is found again."""
+
+    function: Callable[..., Any]
+    static: tuple[Any, ...]
+    tree: Any
+    numbers: tuple[Any, ...]
+
+    def run(self, arrays: list[Array]) -> Any:
+        rest = iter(arrays)
+        leaves = [next(rest) if x is None else x for x in self.numbers]
+        return self.function(*self.static, *self.tree.unflatten(leaves))
+
+
+@functools.partial(jit, static_argnums=0, inline=True)
+def _run_compiled(call: _Call, arrays: list[Array]) -> Any:
+    return call.run(arrays)
+
+
+def _with_auto_axes(
+    function: Callable[..., Result],
+    static: tuple[Any, ...],
+    out_specs: tuple[Any, Any],
+    *args: Any,
+) -> Result:
+    """Calls a function whose sharding XLA chooses, under Explicit axes as well."""
+    specs = out_specs[1].unflatten(out_specs[0])
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
-        return function(*args)
+        return function(*static, *args)
 
     def keep(entry):
         if isinstance(entry, tuple):
@@ -218,8 +309,9 @@ def with_auto_axes(
 
     specs = jax.tree.map(
         lambda spec: P(*map(keep, spec)),
-        P() if out_specs is None else out_specs,
+        P() if specs is None else specs,
         is_leaf=lambda x: isinstance(x, P),
     )
+    function = functools.partial(function, *static)
     automatic = jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)
     return cast(Result, automatic(*args))

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from jax.export import is_symbolic_dim
+
 from ava_jax.kernel.platforms import Target
 
 MIB = 2**20
@@ -137,6 +139,7 @@ def choose_sizes(
     Returns:
       Sizes of at most S; those chosen here divide the row into equal parts.
     """
+    chunk = _known_chunk(batch, length, features, chunk, block)
     if target.implementation == "cpu":
         of_logit = 8 if itemsize >= 4 else 8 + itemsize
         most = _CPU_BYTES_PER_CHUNK // (width * of_logit)
@@ -178,6 +181,27 @@ def parts_of_row(target: Target, width: int) -> int:
     fewest = -(-width // _GPU_LONGEST_ROW)
     fitting = (n for n in range(fewest, 4 * fewest) if width % n == 0)
     return next(fitting, 1)
+
+
+def _known_chunk(
+    batch: int, length: int, features: int | None, chunk: int | None, block: int | None
+) -> int | None:
+    """Returns the user's choice of a chunk, which symbolic dimensions need.
+
+    Raises:
+      ValueError: a dimension is symbolic and a size is not given.
+    """
+    if not (is_symbolic_dim(batch) or is_symbolic_dim(length)):
+        return chunk
+    if features is None:
+        # Chunks are for the product: without one, blocks alone divide the rows.
+        chunk = chunk or block
+    if chunk is None or block is None:
+        raise ValueError(
+            f"sizes cannot be chosen for the symbolic shape ({batch}, {length}) of "
+            f"targets: pass chunk_size, got {chunk}, and block_size, got {block}"
+        )
+    return chunk
 
 
 def _even(length: int, most: int) -> int:

@@ -230,8 +230,10 @@ def first_of(ids: Int[Array, "*n Q"], chosen: Bool[Array, "*n Q"]):
 def is_first(ids: Int[Array, "*n Q"]) -> Bool[Array, "*n Q"]:
     """Marks the first occurrence of every id."""
     index = jnp.arange(ids.shape[-1])
-    is_earlier = index[:, None] > index
-    return ~jnp.any((ids[..., None] == ids[..., None, :]) & is_earlier, -1)
+    is_earlier = index[:, None] > index[None]
+    is_same = ids[..., None] == ids[..., None, :]
+    is_earlier = jnp.expand_dims(is_earlier, range(ids.ndim - 1))
+    return ~jnp.any(is_same & is_earlier, -1)
 
 
 def _exp_where(mask, x):

@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Iterable, Mapping
 
+import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped
 
 from ava_jax.ranges import Number as Number
@@ -36,6 +38,16 @@ def check_same_shape(
             raise ValueError(
                 f"{name} must have the shape {shape} of {like}, got {value.shape}"
             )
+
+
+def check_known(name: str, value: Number) -> None:
+    """Raises on a number that only the run of a program knows."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be a Python number, got the traced {jax.typeof(value)}: it "
+            "is a constant of the program, so make it a static argument of jit "
+            f"(static_argnames={name!r}) or close over its value"
+        )
 
 
 def check_read(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ava_jax.arrays import as_ids, as_labels, as_weights
+from ava_jax.kernel.sharding import in_one_program
 from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
@@ -62,6 +63,7 @@ def _same_label(
 def _pairs_of(unmasked: Bool[Array, "*B N"]) -> Bool[Array, "*B N N"]:
     """Marks the ordered pairs of different unmasked rows."""
     different = ~jnp.eye(unmasked.shape[-1], dtype=bool)
+    different = jnp.expand_dims(different, range(unmasked.ndim - 1))
     return unmasked[..., :, None] & unmasked[..., None, :] & different
 
 
@@ -89,11 +91,14 @@ def _check_exclusive(
 
 def _distances(x: Float[Array, "N D"]) -> Float[Array, "N N"]:
     """Computes Euclidean distances from differences, exact also for close rows."""
+    return in_one_program(_distances_of_each, (), x)
 
+
+def _distances_of_each(x: Float[Array, "N D"]) -> Float[Array, "N N"]:
     # A few rows at a time, recomputed in the backward pass: no [N, N, D] array.
     @jax.checkpoint
     def from_one(row: Float[Array, "D"]) -> Float[Array, "N"]:
-        return optax.safe_norm(row - x, 0.0, axis=-1)
+        return optax.safe_norm(row[None] - x, 0.0, axis=-1)
 
     return jax.lax.map(from_one, x, batch_size=8)
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ava_jax.kernel.sharding import in_one_program
 from ava_jax.losses.contrastive import unit_vectors
 from ava_jax.losses.router import RouterLoad, unmasked_tokens, zero_masked
 from ava_jax.ranges import check_range
-from ava_jax.reduce import as_float, centered, safe_divide, weighted_mean
+from ava_jax.reduce import along_axis, as_float, centered, safe_divide, weighted_mean
 
 
 @flax.struct.dataclass
@@ -140,6 +141,7 @@ def gradient_balance_loss(
     gate = jnp.where(gate == -jnp.inf, 0, gate)
     excess = as_float(balance.counts) - as_float(balance.tokens) / experts
     pull = -as_float(weight) * safe_divide(excess, balance.tokens)
+    pull = along_axis(pull, gate.ndim)
     # g − (g + a) would lose a to rounding if g is large.
     error = (gate - jax.lax.stop_gradient(gate)) - jax.lax.stop_gradient(pull)
     per_token = jnp.mean(jnp.square(error), axis=-1)
@@ -301,9 +303,11 @@ def route(
     if bias.shape != (experts,):
         raise ValueError(f"bias must have shape ({experts},), got {bias.shape}")
     exact = as_float(scores)
-    biased = jax.lax.stop_gradient(exact + as_float(bias))
+    biased = jax.lax.stop_gradient(exact + along_axis(as_float(bias), exact.ndim))
     _, indices = jax.lax.top_k(biased, k)
-    chosen = indices[..., None] == jnp.arange(experts, dtype=indices.dtype)
+    chosen = indices[..., None] == along_axis(
+        jnp.arange(experts, dtype=indices.dtype), indices.ndim + 1
+    )
     weights = jnp.sum(jnp.where(chosen, exact[..., None, :], 0), axis=-1)
     if normalize:
         weights = safe_divide(weights, jnp.sum(weights, axis=-1, keepdims=True))
@@ -313,12 +317,18 @@ def route(
 def _l2_similarity(
     x: Float[Array, "E *N D"], unmasked: Bool[Array, "*N"]
 ) -> Float[Array, "E E"]:
+    return in_one_program(_l2_of_each, (), x, unmasked)
+
+
+def _l2_of_each(
+    x: Float[Array, "E *N D"], unmasked: Bool[Array, "*N"]
+) -> Float[Array, "E E"]:
     weights = as_float(unmasked)
 
     # One expert at a time, recomputed in the backward pass: no [E, E, N, D] array.
     @jax.checkpoint
     def distances(one: Float[Array, "*N D"]) -> Float[Array, "E"]:
-        apart = optax.safe_norm(one - x, 0.0, axis=-1)
+        apart = optax.safe_norm(one[None] - x, 0.0, axis=-1)
         return jax.vmap(lambda row: weighted_mean(row, weights))(apart)
 
     empty = jnp.sum(weights) == 0

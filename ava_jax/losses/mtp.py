@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ava_jax.ranges import check_all, check_range
-from ava_jax.reduce import as_float
+from ava_jax.reduce import along_axis, as_float
 
 _MARGIN_FLOOR = 1e-7
 
@@ -39,7 +39,8 @@ def layer_norm(
     centred = wide - jnp.mean(wide, -1, keepdims=True)
     variance = jnp.mean(centred**2, -1, keepdims=True)
     normed = centred * lax.rsqrt(variance + 1e-5)
-    return (normed * as_float(scale) + as_float(bias)).astype(x.dtype)
+    scale, bias = (along_axis(as_float(p), x.ndim) for p in (scale, bias))
+    return (normed * scale + bias).astype(x.dtype)
 
 
 def confidence_regularizer(confidence: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -10,12 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from ava_jax.kernel.sharding import with_auto_axes
+from ava_jax.kernel.sharding import run_whole
 from ava_jax.losses.router import unmasked_tokens, zero_masked
 from ava_jax.ranges import check_range
-from ava_jax.reduce import as_float, safe_divide
+from ava_jax.reduce import along_axis, as_float, safe_divide
 
 
 def cutoff_histogram(
@@ -63,16 +63,21 @@ def cutoff_histogram(
     unmasked = unmasked_tokens(token_weights, scores)
     exact = lax.stop_gradient(zero_masked(scores, unmasked))
     # XLA would gather sharded tokens for a top_k.
-    biased = jnp.sort(exact + as_float(bias), axis=-1)
+    biased = jnp.sort(exact + along_axis(as_float(bias), exact.ndim), axis=-1)
     cutoffs = biased[:, experts - 1 - k, None]
     # −inf − (−inf) would be no number.
     wanted = jnp.where(exact == -jnp.inf, jnp.inf, cutoffs - exact)
     low, high = _range(bias)
     places = (wanted - low) * bins / (high - low)
     places = jnp.clip(jnp.floor(places), 0, bins - 1).astype(jnp.int32)
+    return run_whole(_count, (bins,), places, as_float(unmasked))
+
+
+def _count(
+    bins: int, places: Int[Array, "N E"], weights: Float[Array, "N"]
+) -> Float[Array, "E bins"]:
     count = functools.partial(jnp.bincount, length=bins)
-    count = jax.vmap(count, in_axes=(1, None))
-    return with_auto_axes(count, places, as_float(unmasked))
+    return jax.vmap(count, in_axes=(1, None))(places, weights)
 
 
 def quantile_bias(

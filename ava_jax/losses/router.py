@@ -65,7 +65,9 @@ def _assignments(
             f"expert_indices must be integers of shape {(*unmasked.shape, 'k')}, got "
             f"{expert_indices.dtype} of shape {expert_indices.shape}"
         )
-    chosen = as_ids(expert_indices)[..., None] == jnp.arange(experts, dtype=jnp.int32)
+    shape = (*expert_indices.shape, experts)
+    every = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    chosen = as_ids(expert_indices)[..., None] == every
     return jnp.sum(as_float(chosen & unmasked[..., None, None]), axis=-2)
 
 

@@ -19,7 +19,7 @@ from ava_jax.losses.distillation import (
     top_k_divergence,
 )
 from ava_jax.ranges import check_fields
-from ava_jax.reduce import as_float, float_dtype
+from ava_jax.reduce import along_axis, as_float, float_dtype, wider
 from ava_jax.terms.base import LogitsTerm, TokenInputs, TokenTerm
 
 _FORMS = ("teacher_hidden_states", "teacher_logits")
@@ -149,7 +149,7 @@ class Distillation(LogitsTerm):
             return stop_gradient(given.value)
         hidden = stop_gradient(inputs.extra["teacher_hidden_states"])
         head = inputs.whole["head"].value
-        dtype = jnp.promote_types(hidden.dtype, head.dtype)
+        dtype = wider(hidden.dtype, head.dtype)
         z = jnp.einsum(
             "bsd,dv->bsv",
             hidden.astype(dtype),
@@ -158,7 +158,7 @@ class Distillation(LogitsTerm):
             preferred_element_type=float_dtype(),
         )
         bias = inputs.whole.get("bias")
-        return z if bias is None else z + as_float(bias.value)
+        return z if bias is None else z + along_axis(as_float(bias.value), z.ndim)
 
 
 @dataclasses.dataclass(frozen=True)

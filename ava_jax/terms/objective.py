@@ -15,7 +15,7 @@ from ava_jax.kernel.product import Product
 from ava_jax.kernel.statistics import cooled, token_statistics
 from ava_jax.kernel.stats import Kernel, Query, TokenStats
 from ava_jax.losses.likelihood import smoothed_cross_entropy
-from ava_jax.reduce import as_float, weighted_sum
+from ava_jax.reduce import along_axis, as_float, weighted_sum
 from ava_jax.terms.base import (
     LogitsTerm,
     TokenInputs,
@@ -419,7 +419,7 @@ class HeadObjective:
         stats = token_statistics(logits, query, vocabulary)
         values = smoothed_cross_entropy(stats, self.label_smoothing)
         heads = jnp.arange(self.num_heads, dtype=jnp.int32)
-        mine = inputs.prepared[..., None] == heads
+        mine = inputs.prepared[..., None] == along_axis(heads, active.ndim + 1)
         weights = jnp.where(mine, inputs.weights[..., None], 0.0)
         spread = jnp.broadcast_to(values[..., None], weights.shape)
         kept = jnp.where(weights != 0, spread, jnp.zeros_like(spread))
