@@ -6,8 +6,8 @@
 It reads from top to bottom: the step, the run, the loop. The same file runs on a
 laptop's CPU, on GPUs and on a TPU pod, where it is started once per host;
 `python -m trainer.run.launch_local` starts several processes on one machine. Exit code
-0: done, or stopped by Ctrl-C or SIGTERM with everything saved. 1: an error, explained
-on stderr. 130: Ctrl-C outside of training, or a second one during it.
+0: done, or stopped by Ctrl-C, SIGTERM or SIGHUP with everything saved. 1: an error,
+explained on stderr. 130: Ctrl-C outside of training, or a second one during it.
 """
 
 import sys
@@ -44,7 +44,7 @@ from trainer.run.devices import (
     use_deterministic_operations,
 )
 from trainer.run.evaluate import evaluate, routing_bias
-from trainer.run.folder import open_run, refuse_other_data
+from trainer.run.folder import only_trainer, open_run, refuse_other_data
 from trainer.run.guard import choose, is_finite
 from trainer.run.optimizer import make_optimizer
 from trainer.run.processes import (
@@ -264,13 +264,14 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
             return 0
         if settings.deterministic:
             use_deterministic_operations()
-        run = Run(settings, fields, console or Console(quiet=not is_first()))
-        if run.step == 0:
-            run.evaluate()
-        is_done = run.train()
-        if is_done:
-            run.evaluate()
-        finish(run.settings, run.model, run.state, run.text, run.console)
+        with only_trainer(settings.out):
+            run = Run(settings, fields, console or Console(quiet=not is_first()))
+            if run.step == 0:
+                run.evaluate()
+            is_done = run.train()
+            if is_done:
+                run.evaluate()
+            finish(run.settings, run.model, run.state, run.text, run.console)
     except (TrainingError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -48,13 +48,17 @@ def make_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a file lock; it is released when the process dies."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a file lock; it is released when the process dies.
+
+    Raises:
+      BlockingIOError: another process holds it, and `wait` is False.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(handle)

@@ -10,7 +10,7 @@ from run_helpers import count_lines, start, wait_until, with_flags
 from train_tpu import main
 from trainer.errors import TrainingError
 from trainer.report.metrics import MetricsLog, read_records
-from trainer.run import checkpoint
+from trainer.run import checkpoint, launch_local
 from trainer.run.checkpoint import DELETED, Checkpoints
 
 
@@ -19,7 +19,12 @@ def with_steps(tiny: list[str], steps: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_exits_cleanly(
     tiny: list[str], tmp_path: Path, programs: Path, number: signal.Signals
@@ -39,6 +44,45 @@ def test_a_signal_saves_and_exits_cleanly(
     assert main([*with_steps(tiny, step + 1), "--out", str(tmp_path)]) == 0
     steps = [record["step"] for record in read_records(log)]
     assert steps == list(range(1, step + 2))
+
+
+def test_a_second_trainer_is_refused_and_the_first_goes_on(
+    tiny: list[str],
+    tmp_path: Path,
+    programs: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*with_steps(tiny, 1_000_000), "--out", str(tmp_path)]
+    first = start(arguments, programs)
+    log = tmp_path / "metrics.jsonl"
+    wait_until(lambda: count_lines(log) >= 3, first)
+    assert main(arguments) == 1
+    assert f"another trainer is at work on --out {tmp_path}" in capsys.readouterr().err
+    lines = count_lines(log)
+    wait_until(lambda: count_lines(log) >= lines + 3, first)
+    assert first.poll() is None, "the first was ended"
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, out
+    # Nothing of a process that was killed stands in the way of the next one.
+    step = int(read_records(log)[-1]["step"])
+    first = start(with_flags(arguments, "--checkpoint-every", "1"), programs)
+    wait_until(lambda: count_lines(log) >= step + 3, first)
+    first.kill()
+    first.communicate(timeout=60)
+    latest = Checkpoints(tmp_path / "checkpoints", keep=2).latest()
+    assert latest is not None
+    assert main(with_flags(arguments, "--steps", str(latest + 1))) == 0
+
+
+def test_the_launcher_names_process_0_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_local, "start", lambda *given: [])
+    monkeypatch.setattr(launch_local, "wait", lambda processes: (0, 137))
+    monkeypatch.setattr(launch_local.signal, "signal", lambda *given: None)
+    assert launch_local.main(["2"]) == 137
+    assert "process 0 failed (exit code 137)" in capsys.readouterr().out
 
 
 def flip_a_bit(path: Path) -> None:

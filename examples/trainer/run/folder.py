@@ -1,8 +1,10 @@
 """The record of a run, `config.json`, and the refusal to resume it as another run."""
 
+import contextlib
 import dataclasses
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import jax
 import ava_jax
 from trainer.data.corpus import Corpus
 from trainer.errors import TrainingError
-from trainer.files import write_whole, writing
+from trainer.files import locked, write_whole, writing
 from trainer.model.layers import ModelConfig
 from trainer.run.processes import check_same, from_first
 from trainer.run.settings import Settings
@@ -36,8 +38,42 @@ FREE = {
 }
 
 
+LOCK = "lock"
+
 # What may differ between processes: folders of their own machine.
 LOCAL = {"cache", "data", "loss_config"}
+
+
+@contextlib.contextmanager
+def only_trainer(out: Path) -> Iterator[None]:
+    """Holds the lock of a run's folder, which the first process takes for all.
+
+    Raises:
+      TrainingError: another trainer is at work there, or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        from_first(lambda: _lock(stack, out))
+        yield
+
+
+def _remove_empty(out: Path) -> None:
+    """Removes a folder of a run that never began, which holds nothing but the lock."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in out.iterdir()] == [LOCK]:
+            (out / LOCK).unlink()
+            out.rmdir()
+
+
+def _lock(stack: contextlib.ExitStack, out: Path) -> int:
+    try:
+        stack.enter_context(locked(out / LOCK, wait=False))
+        stack.callback(_remove_empty, out)
+    except BlockingIOError as error:
+        raise TrainingError(
+            f"another trainer is at work on --out {out}: wait until it has ended, end "
+            "it, or choose another --out"
+        ) from error
+    return 0
 
 
 def open_run(

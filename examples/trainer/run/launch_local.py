@@ -4,8 +4,8 @@
 
 The first argument is the number of processes, the others go to train_tpu.py. Process 0
 writes to the terminal; what the others say is kept, and shown if one of them is the
-first to fail. Ctrl-C and SIGTERM are passed on. Exit code: that of the first process
-that fails, which ends the others too.
+first to fail. Ctrl-C, SIGTERM and SIGHUP are passed on. Exit code: that of the first
+process that fails, which ends the others too.
 """
 
 import os
@@ -95,8 +95,10 @@ def main(arguments: Sequence[str]) -> int:
             for process in processes:
                 process.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # `nohup` has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
         try:
             first, code = wait(processes)
         finally:
@@ -104,6 +106,8 @@ def main(arguments: Sequence[str]) -> int:
         if code and first > 0:
             lines = log_of(logs, first).read_text(errors="replace").splitlines()
             print(f"process {first} failed:", *lines[-SHOWN_LINES:], sep="\n  ")
+        elif code:
+            print(f"process 0 failed (exit code {code}): what it said is above")
     return code
 
 

@@ -1,6 +1,8 @@
-"""Ctrl-C and SIGTERM end training after the step under way, so that it can be saved."""
+"""Ctrl-C, SIGTERM and SIGHUP end training after a step, so that it can be saved."""
 
+import os
 import signal
+import stat
 import types
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 Handler = Callable[[int, types.FrameType | None], object] | int | None
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONTINUE, STOP, FAILED = range(3)
 
 
@@ -29,7 +31,7 @@ class StopRequest:
         self._outcome: Int[Array, ""] | int = CONTINUE
 
     def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
+        self._before = {s: signal.signal(s, self._receive) for s in signals_to_stop()}
         return self
 
     def __exit__(
@@ -43,6 +45,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         self._asked = True
+        if number == signal.SIGHUP:
+            _leave_terminal()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -60,6 +64,21 @@ class StopRequest:
         if jax.process_count() == 1 and self._asked:
             return True
         return int(self._outcome) != CONTINUE
+
+
+def signals_to_stop() -> tuple[signal.Signals, ...]:
+    """The signals that end training; not SIGHUP where `nohup` has switched it off."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return SIGNALS[:-1] if ignored else SIGNALS
+
+
+def _leave_terminal() -> None:
+    """Writes no more to a terminal, which may be gone: that would be an error."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nothing, output)
+    os.close(nothing)
 
 
 def _gather(vote: int) -> Int[Array, ""]:
