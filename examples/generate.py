@@ -126,7 +126,7 @@ def _prompt(options: argparse.Namespace) -> str:
         if options.prompt:
             raise TrainingError("pass --prompt or --prompt-file, not both")
         try:
-            return options.prompt_file.read_text()
+            return options.prompt_file.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise TrainingError(
                 f"cannot read --prompt-file {options.prompt_file}: {error}"

@@ -1,6 +1,7 @@
 """Files that are whole or absent, manifests of checksums, errors that name the file."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -47,6 +48,61 @@ def make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
 
 
+def read_raw(path: Path) -> bytes:
+    """Reads a file.
+
+    Raises:
+      OSError: it cannot be read, or is a FIFO, a socket or a device, which could keep
+        the reader waiting for ever.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        kind = "it is a FIFO, a socket or a device: put a regular file there"
+        raise OSError(errno.EINVAL, kind, str(path))
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """Reads a file of UTF-8, with a byte order mark or without.
+
+    Raises:
+      OSError: as `read_raw` does.
+      TrainingError: it is not UTF-8.
+    """
+    try:
+        return read_raw(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def parse_json(text: str, where: object) -> object:
+    """Parses JSON.
+
+    Raises:
+      TrainingError: it is none, or nested too deeply, and where.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"{where}: not JSON ({error})") from error
+
+
+def whole_characters(text: str, where: object) -> str:
+    """Returns the text.
+
+    Raises:
+      TrainingError: it holds half a character (a lone surrogate), and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TrainingError(
+            f"{where}: {half} is half a character (a lone surrogate): write both "
+            "halves, or leave it out"
+        ) from error
+    return text
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds a file lock; it is released when the process dies.
@@ -73,9 +129,13 @@ def write_manifest(folder: Path, ignored: Collection[str] = ()) -> None:
 def find_corrupt(folder: Path, ignored: Collection[str] = ()) -> list[str]:
     """Returns the names of the files that do not match the folder's manifest."""
     try:
-        expected = dict(json.loads((folder / MANIFEST).read_text()))
-        found = _checksums(folder, ignored)
-    except (OSError, ValueError, TypeError) as error:
+        manifest = folder / MANIFEST
+        match parse_json(read_text(manifest), manifest):
+            case dict(expected):
+                found = _checksums(folder, ignored)
+            case _:
+                return [f"{MANIFEST}: not an object"]
+    except (OSError, TrainingError) as error:
         return [f"{MANIFEST}: {error}"]
     names = sorted(set(expected) | set(found))
     return [name for name in names if expected.get(name) != found.get(name)]

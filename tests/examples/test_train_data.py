@@ -2,17 +2,23 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.data.corpus import Corpus, load_corpus
-from trainer.data.text import Feed, PackedRows, TextData, prepare_data
+from trainer.data.text import Feed, PackedRows, TextData, load_tokenizer, prepare_data
 from trainer.data.tokens import TokenFile
 from trainer.errors import TrainingError
+from trainer.files import find_corrupt, read_raw, read_text
 
 EOS = 9
+FLIPPED = bytearray(gzip.compress(b"text of a file" * 99, mtime=0))
+FLIPPED[12] ^= 0xFF
+# What str.splitlines takes for the end of a line.
+BREAKS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 def stream(*documents: list[int]) -> np.ndarray:
@@ -221,6 +227,9 @@ def test_binary_files_of_a_folder_are_counted_not_hidden(tmp_path: Path) -> None
         ("a.jsonl", b"{", "line 1: not JSON"),
         ("a.txt.gz", b"not gzip", "whole gzip"),
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "whole gzip"),
+        ("a.txt.gz", FLIPPED, r"a\.txt\.gz is not a whole gzip"),
+        ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"line 2: .*half a char"),
     ],
 )
 def test_bad_files_are_named(
@@ -230,6 +239,47 @@ def test_bad_files_are_named(
     path.write_bytes(content)
     with pytest.raises(TrainingError, match=message):
         load_corpus(path)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_jsonl_ends_at_a_newline_only(
+    tmp_path: Path, mark: str, end: str
+) -> None:
+    texts = [f"before{character}after" for character in BREAKS]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    # JSON itself has control characters escaped, and these two are all else.
+    assert any("\u2028" in line for line in lines)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((mark + end.join(lines) + end).encode())
+    assert sorted(load_corpus(path).documents) == sorted(texts)
+
+
+def test_what_would_keep_a_reader_waiting_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (tmp_path, fifo):
+        with pytest.raises((TrainingError, OSError), match=str(fifo)):
+            load_corpus(path)
+    # Whatever the trainer reads, it reads through these.
+    for reader in (read_raw, read_text, load_tokenizer):
+        with pytest.raises((TrainingError, OSError), match=str(fifo)):
+            reader(fifo)
+
+
+def test_a_manifest_that_is_nested_deeply_is_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "sha256.json").write_text("[" * 200_000)
+    assert find_corrupt(tmp_path)
+    (tmp_path / "sha256.json").write_text("[]")
+    assert find_corrupt(tmp_path)
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(TrainingError, match=str(path)):
+        load_tokenizer(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

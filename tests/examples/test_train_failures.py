@@ -10,6 +10,7 @@ from run_helpers import count_lines, start, wait_until, with_flags
 from train_tpu import main
 from trainer.errors import TrainingError
 from trainer.report.metrics import MetricsLog, read_records
+from trainer.report.run_files import read_run
 from trainer.run import checkpoint, launch_local
 from trainer.run.checkpoint import DELETED, Checkpoints
 
@@ -194,3 +195,50 @@ def test_a_log_corrupt_in_its_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "seconds": 0.1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(TrainingError, match="line 2"):
         MetricsLog(path, 3, is_writer=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": 1}', "has no step"),
+        ('{"step": null, "seconds": 1}', "has no step"),
+        ('{"step": "x"}', "step must be a number"),
+        ('{"step": 1' + "0" * 400 + "}", "step must be a number"),
+        ('{"step": 1}', "has no seconds"),
+        ("[" * 200_000, "line 1: not JSON"),
+        ("5", "needs an object"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'\ufeff{line}\n{{"step": 2, "seconds": 3}}\n', "utf-8")
+    with pytest.raises(TrainingError, match=message) as caught:
+        MetricsLog(path, start=2, is_writer=True)
+    assert str(path) in str(caught.value)
+    if "seconds" not in message:
+        with pytest.raises(TrainingError, match=message):
+            read_records(path)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "[]", '{"settings": 1}'])
+def test_a_record_of_a_run_that_is_none_is_named(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert main([*tiny, "--out", str(tmp_path)]) == 1
+    assert f"{path} is corrupt" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match=str(path)):
+        read_run(tmp_path)
+
+
+def test_a_deeply_nested_loss_is_named(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("loss.json", "loss.yaml"):
+        path = tmp_path / name
+        path.write_text("[" * 20_000)
+        assert main(with_flags(tiny, "--loss-config", str(path))) == 1
+        assert f"--loss-config {path} does not parse" in capsys.readouterr().err

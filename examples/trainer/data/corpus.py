@@ -3,15 +3,16 @@
 import dataclasses
 import gzip
 import hashlib
-import json
 import os
 import platform
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.errors import TrainingError
+from trainer.files import parse_json, read_raw, whole_characters
 
 SKIPPED_FOLDERS = {
     "__pycache__",
@@ -96,8 +97,12 @@ def _standard_library() -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise TrainingError(f"no such file or folder: {path} (from --data)")
+    if not path.is_dir():
+        raise TrainingError(
+            f"--data {path} is neither a file nor a folder: write its text to a file"
+        )
     return _list_files(path, set())
 
 
@@ -112,27 +117,24 @@ def _list_files(root: Path, skipped: set[str]) -> list[Path]:
 
 def _read(file: Path) -> Iterator[str]:
     """Yields the documents of one file; .jsonl has one a line."""
-    raw, name = file.read_bytes(), file.name
+    raw, name = read_raw(file), file.name
     if name.endswith(".gz"):
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise TrainingError(f"{file} is not a whole gzip file: {error}") from error
         name = name.removesuffix(".gz")
-    text = raw.decode()
     if not name.endswith(".jsonl"):
-        yield text
+        yield raw.decode()
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): it also splits at characters that a string may hold.
+    for number, line in enumerate(raw.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             yield _text_of(line, f"{file}, line {number}")
 
 
 def _text_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TrainingError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise TrainingError(f'{where}: needs an object with a "text" string')
-    return record["text"]
+    match parse_json(line, where):
+        case {"text": str(text)}:
+            return whole_characters(text, where)
+    raise TrainingError(f'{where}: needs an object with a "text" string')

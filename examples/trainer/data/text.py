@@ -12,7 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.data.corpus import Corpus
 from trainer.data.tokens import TokenFile, Tokens, tokens_to_bytes
 from trainer.errors import TrainingError
-from trainer.files import find_corrupt, locked, make_empty, write_manifest, write_whole
+from trainer.files import (
+    find_corrupt,
+    locked,
+    make_empty,
+    read_text,
+    write_manifest,
+    write_whole,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
@@ -259,7 +266,10 @@ def tokenize(corpus: Corpus, folder: Path, vocab_size: int) -> None:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Returns a tokenizer that encodes a spelled-out end of text as ordinary text."""
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_str(read_text(path))
+    except Exception as error:  # the only class that tokenizers raises
+        raise TrainingError(f"{path} holds no tokenizer: {error}") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 

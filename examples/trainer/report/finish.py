@@ -27,7 +27,7 @@ def finish(
     Every process takes part in the sample; the first one writes and prints.
     """
     out, step = settings.out, int(state.step)
-    records = read_records(out / "metrics.jsonl")
+    records = read_records(out / "metrics.jsonl", "step", "seconds")
     heldout = read_records(out / "heldout.jsonl")
     if records and is_first():
         with writing(out / "losses.png"):

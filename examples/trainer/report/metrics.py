@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from trainer.errors import TrainingError
-from trainer.files import write_whole, writing
+from trainer.files import parse_json, read_text, write_whole, writing
 
 Record = dict[str, float]
 
@@ -66,7 +67,8 @@ class MetricsLog:
     def __init__(self, path: Path, start: int, is_writer: bool) -> None:
         self._path = path
         self._file = None
-        kept = [record for record in read_records(path) if record["step"] <= start]
+        records = read_records(path, "step", "seconds")
+        kept = [record for record in records if record["step"] <= start]
         self._base = kept[-1]["seconds"] if kept else 0.0
         self._begun = time.perf_counter()
         if is_writer:
@@ -94,21 +96,32 @@ class MetricsLog:
                 self._file.close()
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, *needed: str) -> list[Record]:
     """Reads a .jsonl of numbers; a last line cut short by a kill is left out.
 
     JSON knows no NaN and no infinity: both are written as null and read as NaN.
+
+    Raises:
+      TrainingError: something is no number, or a line lacks one that is `needed`, by
+        default its step.
     """
-    return [
+    records = [
         {name: _number(path, name, value) for name, value in line.items()}
         for line in read_lines(path)
     ]
+    for number, record in enumerate(records, start=1):
+        for name in needed or ("step",):
+            if not math.isfinite(record.get(name, math.nan)):
+                raise TrainingError(
+                    f"{path}, line {number} has no {name}: mend the line or remove it"
+                )
+    return records
 
 
 def _number(path: Path, name: str, value: object) -> float:
     if value is None:
         return math.nan
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
         raise TrainingError(f"{path}: {name} must be a number, got {value!r}")
     return value
 
@@ -117,14 +130,19 @@ def read_lines(path: Path) -> list[dict[str, object]]:
     """Reads a .jsonl of objects; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = read_text(path).rstrip("\n").split("\n")
     objects: list[dict[str, object]] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            objects.append(dict(json.loads(line).items()))
-        except (json.JSONDecodeError, AttributeError) as error:
+            match parse_json(line, where):
+                case dict(found):
+                    objects.append(found)
+                case _:
+                    raise TrainingError(f"{where}: needs an object")
+        except TrainingError:
             if number < len(lines):
-                raise TrainingError(f"{path}, line {number}: {error}") from error
+                raise
     return objects
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 import ava_jax
 from trainer.errors import TrainingError
+from trainer.files import parse_json, read_text
 from trainer.report.metrics import Record, read_records
 from trainer.report.samples import Sample, read_samples
 from trainer.run.settings import DERIVED, Settings
@@ -104,8 +105,8 @@ def read_run(folder: Path) -> RunFiles:
                 config=config,
                 planned=planned,
                 experts=experts,
-                records=_with_steps(folder / "metrics.jsonl"),
-                heldout=_with_steps(folder / "heldout.jsonl"),
+                records=read_records(folder / "metrics.jsonl"),
+                heldout=read_records(folder / "heldout.jsonl"),
                 samples=read_samples(folder / "samples.jsonl"),
             )
     raise TrainingError(f"{path} does not say how many steps and experts the run has")
@@ -113,13 +114,13 @@ def read_run(folder: Path) -> RunFiles:
 
 def _read_config(path: Path) -> Config:
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(read_text(path), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise TrainingError(
             f"{path.parent} is no run of the trainer: it has no config.json. Pass the "
             "folder that --out named"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise TrainingError(f"cannot read {path}: {error}") from error
     match config:
         case {"settings": dict(), "loss": dict(), "data": dict(), "versions": dict()}:
@@ -128,13 +129,6 @@ def _read_config(path: Path) -> Config:
         f"{path} was not written by the trainer: settings, loss, data "
         "or versions is missing"
     )
-
-
-def _with_steps(path: Path) -> list[Record]:
-    records = read_records(path)
-    if not all("step" in record for record in records):
-        raise TrainingError(f"{path} has a line without a step")
-    return records
 
 
 def _defaults() -> dict[str, object]:

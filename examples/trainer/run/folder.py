@@ -12,7 +12,7 @@ import jax
 import ava_jax
 from trainer.data.corpus import Corpus
 from trainer.errors import TrainingError
-from trainer.files import locked, write_whole, writing
+from trainer.files import locked, parse_json, read_text, write_whole, writing
 from trainer.model.layers import ModelConfig
 from trainer.run.processes import check_same, from_first
 from trainer.run.settings import Settings
@@ -123,9 +123,9 @@ def refuse_other_data(out: Path, corpus: Corpus) -> None:
       TrainingError: the text has changed since the run began.
     """
     try:
-        before = json.loads((out / "config.json").read_text())["data"]
-        same, size = before["sha256"] == corpus.sha256, before["size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = _stored(out / "config.json")["data"]
+        same, size = before["sha256"] == corpus.sha256, int(before["size"])
+    except (OSError, ValueError, KeyError, TypeError, TrainingError):
         # There is no run yet, or open_run says what is wrong with it.
         return
     if not same:
@@ -134,6 +134,14 @@ def refuse_other_data(out: Path, corpus: Corpus) -> None:
             f"{size:,} bytes and now has {corpus.size:,}. Bring it back to resume, or "
             "choose another --out; what was saved stays"
         )
+
+
+def _stored(path: Path) -> dict[str, dict[str, object]]:
+    """Reads a config.json."""
+    match parse_json(read_text(path), path):
+        case {"settings": dict(), "loss": dict(), "data": dict()} as record:
+            return record
+    raise TypeError("settings, loss or data is missing")
 
 
 def _record(
@@ -154,13 +162,13 @@ def _record(
 
 def _refuse_changes(path: Path, config: dict[str, dict[str, object]]) -> None:
     try:
-        before = json.loads(path.read_text())
+        before = _stored(path)
         # An older trainer's record lacks the sizes that its model had no choice of.
         model = dataclasses.asdict(ModelConfig()) | before["settings"]["model"]
         before["settings"]["model"] = model
         parts = [(part, before[part], config[part]) for part in ("settings", "loss")]
         old_data = before["data"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, TrainingError) as error:
         raise TrainingError(f"{path} is corrupt: {error!r}") from error
     changes = [
         f"{part}.{name} was {old.get(name)!r} and is now {new.get(name)!r}"

@@ -304,12 +304,12 @@ def _read_fields(path: Path | None) -> LossFields:
     if path is None:
         return {}
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8-sig")
         is_yaml = path.suffix in (".yaml", ".yml")
         fields = yaml.safe_load(text) if is_yaml else json.loads(text)
     except OSError as error:
         raise TrainingError(f"cannot read --loss-config {path}: {error}") from error
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise TrainingError(f"--loss-config {path} does not parse: {error}") from error
     if not isinstance(fields, dict):
         raise TrainingError(
