@@ -3,6 +3,9 @@
     make demo
     python examples/distill.py --checkpoint runs/demo
 
+A run on text of its own takes `--data` here, too: its record alone does not decide what
+is read.
+
 A student of half the width starts twice from the same parameters and sees the same
 batches: once under cross-entropy alone, once under cross-entropy and the divergence
 from the teacher's distribution at a temperature. That comes from the hidden states and
@@ -137,7 +140,9 @@ def perplexity(
 def train(teacher: Trained, options: argparse.Namespace) -> list[Record]:
     """Trains both students; writes their held-out perplexities and a plot."""
     settings = half_of(teacher.settings, options.steps)
-    text = load_text(options.checkpoint, settings)
+    text = load_text(
+        options.checkpoint, settings, data=options.data, cache=options.cache
+    )
     student = make_model(settings, plain_loss(teacher.model.loss))
     optimizer, _ = make_optimizer(settings)
     rows = settings.batch_size
@@ -181,4 +186,13 @@ def put(rows: Rows) -> Batch:
 
 
 if __name__ == "__main__":
-    sys.exit(run_recipe(train, sys.argv[1:], name="distill", doc=__doc__, steps=STEPS))
+    sys.exit(
+        run_recipe(
+            train,
+            sys.argv[1:],
+            name="distill",
+            doc=__doc__,
+            steps=STEPS,
+            reads_text=True,
+        )
+    )

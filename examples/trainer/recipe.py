@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from trainer.errors import TrainingError
 from trainer.files import write_whole, writing
 from trainer.report.metrics import Record
+from trainer.run.settings import Settings
 from trainer.run.trained import Trained, load
 
 
@@ -22,6 +23,7 @@ def run_recipe(
     name: str,
     doc: str | None,
     steps: int,
+    reads_text: bool = False,
 ) -> int:
     """Runs a recipe on the checkpoint that its command line names.
 
@@ -31,6 +33,7 @@ def run_recipe(
       name: of the recipe and of its folder.
       doc: its docstring.
       steps: how many steps it takes by default.
+      reads_text: whether it has the options `data` and `cache`, too.
 
     Returns:
       The exit code: 1 after an error, which is explained on stderr.
@@ -43,6 +46,14 @@ def run_recipe(
     parser.add_argument("--out", type=Path, default=out, help="folder for the results")
     parser.add_argument("--steps", type=int, default=steps, help="how many to take")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    if reads_text:
+        kept = Settings().cache
+        parser.add_argument(
+            "--data", type=Path, help="the run's text, if it had --data"
+        )
+        parser.add_argument(
+            "--cache", type=Path, default=kept, help="folder for tokens"
+        )
     options = parser.parse_args(arguments)
     try:
         if options.steps < 1:

@@ -1,5 +1,7 @@
 """The recipe of distillation: a student of half the width, with and without it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +10,25 @@ import pytest
 import distill
 from trainer.recipe import run_recipe
 from trainer.report.metrics import Record, read_records
-from trainer.run.trained import load
+from trainer.run.trained import load, load_text
 
 STEPS = 8
 
 
+OPTIONS = {
+    "name": "distill",
+    "doc": distill.__doc__,
+    "steps": STEPS,
+    "reads_text": True,
+}
+
+
 def distilled(run: Path, out: Path) -> list[Record]:
-    arguments = ["--checkpoint", str(run), "--out", str(out)]
-    options = {"name": "distill", "doc": distill.__doc__, "steps": STEPS}
-    assert run_recipe(distill.train, arguments, **options) == 0
+    settings = load(run).settings
+    paths = {"out": out, "data": settings.data, "cache": settings.cache}
+    flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    arguments = ["--checkpoint", str(run), *flags]
+    assert run_recipe(distill.train, arguments, **OPTIONS) == 0
     return read_records(out / "distill.jsonl")
 
 
@@ -67,8 +79,27 @@ def test_a_text_that_has_changed_is_refused(
     more.write_text("a new document")
     try:
         arguments = ["--checkpoint", str(demo_run), "--out", str(tmp_path / "out")]
-        options = {"name": "distill", "doc": distill.__doc__, "steps": STEPS}
-        assert run_recipe(distill.train, arguments, **options) == 1
+        arguments += ["--data", str(text_folder), "--cache", str(tmp_path / "cache")]
+        assert run_recipe(distill.train, arguments, **OPTIONS) == 1
     finally:
         more.unlink()
     assert "is not that of the run" in capsys.readouterr().err
+
+
+def test_the_record_of_a_run_decides_nothing_that_is_read_or_written(
+    demo_run: Path,
+    tmp_path: Path,
+    text_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, elsewhere, cache = (tmp_path / name for name in ("run", "else", "cache"))
+    shutil.copytree(demo_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["cache"] = str(elsewhere)
+    (run / "config.json").write_text(json.dumps(config))
+    arguments = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    assert run_recipe(distill.train, arguments, **OPTIONS) == 1
+    assert f"pass --data {text_folder}" in capsys.readouterr().err
+    load_text(run, load(run).settings, data=text_folder, cache=cache)
+    assert cache.exists()
+    assert not elsewhere.exists()

@@ -333,7 +333,7 @@ def test_a_folder_that_is_no_run_is_refused(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"nll": 1.0}\n', "a line without a step"),
+        ('{"nll": 1.0}\n', "line 1 has no step"),
         ('{"step": 1}\noops\n{"step": 2}\n', "metrics.jsonl, line 2"),
         ('{"step": "1"}\n', "step must be a number, got '1'"),
     ],

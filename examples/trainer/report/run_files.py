@@ -120,7 +120,7 @@ def _read_config(path: Path) -> Config:
             f"{path.parent} is no run of the trainer: it has no config.json. Pass the "
             "folder that --out named"
         ) from error
-    except OSError as error:
+    except (OSError, TrainingError) as error:
         raise TrainingError(f"cannot read {path}: {error}") from error
     match config:
         case {"settings": dict(), "loss": dict(), "data": dict(), "versions": dict()}:

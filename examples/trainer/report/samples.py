@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.errors import TrainingError
-from trainer.files import whole_characters, write_whole
+from trainer.files import write_whole
 from trainer.report.metrics import read_lines
 
 
@@ -38,7 +38,6 @@ def read_samples(path: Path) -> list[Sample]:
 def _sample(path: Path, line: Mapping[str, object]) -> Sample:
     match line:
         case {"step": int(step), "prompt": str(prompt), "text": str(text)}:
-            whole_characters(prompt + text, path)
             return Sample(step, prompt, text)
     raise TrainingError(
         f"{path}: a sample must have a step, a prompt and a text, got {line}"

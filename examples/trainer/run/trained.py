@@ -91,17 +91,33 @@ def load(folder: Path, step: int | None = None) -> Trained:
     return Trained(model, params, bias, tokenizer, chosen, settings, temperature)
 
 
-def load_text(folder: Path, settings: Settings) -> TextData:
+def load_text(
+    folder: Path, settings: Settings, *, data: Path | None, cache: Path
+) -> TextData:
     """Reads the text of a run, cut into the same rows for training and evaluation.
 
+    A run's record may come from anyone, so it does not decide what is read and where is
+    written: the user does.
+
+    Args:
+      folder: of the run.
+      settings: of the run, or of another one on its text.
+      data: the text; None for the standard library.
+      cache: folder for its tokens.
+
     Raises:
-      TrainingError: it cannot be read or has changed since.
+      TrainingError: it cannot be read, or is not that of the run.
     """
-    corpus = load_corpus(settings.data)
+    if data is None and settings.data is not None:
+        raise TrainingError(
+            f"{folder} says that it was trained on {settings.data}, which is not read "
+            f"unless you say so: pass --data {settings.data}"
+        )
+    corpus = load_corpus(data)
     refuse_other_data(folder, corpus)
     return prepare_data(
         corpus,
-        settings.cache,
+        cache,
         settings.vocab_size,
         settings.sequence_length,
         settings.heldout,
