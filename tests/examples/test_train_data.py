@@ -7,9 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
+from trainer.data import text
 from trainer.data.corpus import Corpus, load_corpus
-from trainer.data.text import Feed, PackedRows, TextData, load_tokenizer, prepare_data
+from trainer.data.text import (
+    Feed,
+    PackedRows,
+    TextData,
+    load_tokenizer,
+    prepare_data,
+    split,
+    tokenize,
+)
 from trainer.data.tokens import TokenFile
 from trainer.errors import TrainingError
 from trainer.files import find_corrupt, read_raw, read_text
@@ -179,6 +189,79 @@ def test_the_cache_gives_the_same_and_survives_a_flipped_bit(
     stored.write_bytes(content)
     np.testing.assert_array_equal(prepare(corpus, tmp_path).train[1].inputs, expected)
     assert stored.stat().st_mtime_ns != written
+
+
+LONG = {
+    "words": "ab  cd's 12,\n\n\t x\u3000y!'s é <|endoftext|> ",
+    "no space": "中文字、再一句。abc123!?é",
+    "newlines": "line\r\n\n\nanother\tone\n",
+    "white space": " \n\t x",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_parts_of_a_document_have_the_ids_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rng = np.random.default_rng(0)
+    document = "".join(rng.choice([*LONG[name]], 4000))
+    corpus = corpus_of(document, "a short one", document[::-1], "")
+    tokenize(corpus, tmp_path / "whole", 400)
+    monkeypatch.setattr(text, "PART", 60)
+    monkeypatch.setattr(text, "TAIL", 20)
+    splitter = ByteLevel(add_prefix_space=False)
+    parts = split(document, splitter)
+    assert "".join(parts) == document
+    assert max(map(len, parts)) <= 60
+    assert len(parts) > 60
+    # Each part is a number of whole pieces of the document.
+    starts = {first for _, (first, _) in splitter.pre_tokenize_str(document)}
+    assert set(np.cumsum([len(part) for part in parts])[:-1].tolist()) <= starts
+    tokenize(corpus, tmp_path / "parts", 400)
+    for file in ("tokenizer.json", "tokens.bin"):
+        whole, cut = (tmp_path / folder / file for folder in ("whole", "parts"))
+        assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_a_word_longer_than_a_part_is_cut_within(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text, "PART", 60)
+    monkeypatch.setattr(text, "TAIL", 20)
+    document = "a" * 100 + " b" + " " * 100
+    parts = split(document, ByteLevel(add_prefix_space=False))
+    assert "".join(parts) == document
+    assert parts[0] == "a" * 60
+    assert max(map(len, parts)) <= 60
+
+
+def test_the_memory_of_tokenizing_does_not_grow_with_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    tokenizer = text.Tokenizer
+
+    class Watched:
+        """A tokenizer that notes how many characters it is given at a time."""
+
+        def __init__(self, model: object) -> None:
+            object.__setattr__(self, "own", tokenizer(model))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.own, name)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            setattr(self.own, name, value)
+
+        def encode_batch(self, batch: list[str]) -> object:
+            sizes.append(sum(map(len, batch)))
+            return self.own.encode_batch(batch)
+
+    monkeypatch.setattr(text, "Tokenizer", Watched)
+    monkeypatch.setattr(text, "PART", 1000)
+    tokenize(corpus_of("some words " * 3000, *["short"] * 900), tmp_path / "c", 300)
+    assert sum(sizes) == 33_000 + 4500
+    assert max(sizes) <= 2000
 
 
 def test_too_little_text_says_so(tmp_path: Path) -> None:

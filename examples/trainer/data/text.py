@@ -1,7 +1,8 @@
 """Text to batches: a byte-level BPE, packed rows with segments, a grain pipeline."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from trainer.files import (
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
 TOKENS = "tokens.bin"
+# Characters tokenized at a time, and those at their end where a cut is looked for.
+PART, TAIL = 2**18, 2**12
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
 
@@ -250,18 +253,76 @@ def tokenize(corpus: Corpus, folder: Path, vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus.documents, trainer)
+    documents = [split(text, tokenizer.pre_tokenizer) for text in corpus.documents]
+    tokenizer.train_from_iterator(itertools.chain(*documents), trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
     # The end of text spelled out inside a document is ordinary text.
     tokenizer.encode_special_tokens = True
     eos = np.array([end_of_text(tokenizer)], np.int32)
     pieces = [eos]
-    for encoding in tokenizer.encode_batch(list(corpus.documents)):
-        pieces += [np.array(encoding.ids, np.int32), eos]
+    parts = ((part, i) for i, document in enumerate(documents) for part in document)
+    last = 0
+    for batch in _batches(parts):
+        encodings = tokenizer.encode_batch([part for part, _ in batch])
+        for encoding, (_, number) in zip(encodings, batch, strict=True):
+            if number != last:
+                pieces.append(eos)
+            pieces.append(np.array(encoding.ids, np.int32))
+            last = number
+    pieces.append(eos)
     make_empty(folder)
     write_whole(folder / TOKENIZER, tokenizer.to_str())
     write_whole(folder / TOKENS, tokens_to_bytes(pieces))
     write_manifest(folder)
+
+
+def split(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> list[str]:
+    """Cuts a long document where the pre-tokenizer splits it, too.
+
+    So the parts have the ids of the whole. Only where the pre-tokenizer finds no place
+    in `PART` characters (one word, one run of spaces or of signs as long as that) it is
+    cut within, and the ids at the cut can differ.
+
+    A pre-tokenizer matches from left to right and looks one character ahead; so the
+    places it finds before its last piece are those that it finds in the whole.
+    """
+    parts: list[str] = []
+    start = 0
+    while len(text) - start > PART:
+        end = _cut(text, start, start + PART, pre_tokenizer)
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]] if parts else [text]
+
+
+def _cut(
+    text: str, start: int, end: int, pre_tokenizer: pre_tokenizers.PreTokenizer
+) -> int:
+    """Returns the last place before `end` where the pre-tokenizer splits, or `end`."""
+    # A space begins a piece whatever comes before it; from there on, all is as in the
+    # whole. To look at a tail is faster, and is enough but for text without spaces.
+    for begin in (text.rfind(" ", start, max(start, end - TAIL)), start):
+        if begin >= start:
+            pieces = pre_tokenizer.pre_tokenize_str(text[begin:end])
+            for _, (place, _) in reversed(pieces[1:]):
+                # White space is split by what follows it, so no part ends in it.
+                if not text[begin + place - 1].isspace():
+                    return begin + place
+    return end
+
+
+def _batches(parts: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    """Gathers parts up to about `PART` characters."""
+    batch: list[tuple[str, int]] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if size >= PART:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
