@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -239,25 +240,14 @@ def test_the_memory_of_tokenizing_does_not_grow_with_a_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    tokenizer = text.Tokenizer
+    gather = text._batches
 
-    class Watched:
-        """A tokenizer that notes how many characters it is given at a time."""
+    def watched(parts: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+        for batch in gather(parts):
+            sizes.append(sum(len(part) for part, _ in batch))
+            yield batch
 
-        def __init__(self, model: object) -> None:
-            object.__setattr__(self, "own", tokenizer(model))
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.own, name)
-
-        def __setattr__(self, name: str, value: object) -> None:
-            setattr(self.own, name, value)
-
-        def encode_batch(self, batch: list[str]) -> object:
-            sizes.append(sum(map(len, batch)))
-            return self.own.encode_batch(batch)
-
-    monkeypatch.setattr(text, "Tokenizer", Watched)
+    monkeypatch.setattr(text, "_batches", watched)
     monkeypatch.setattr(text, "PART", 1000)
     tokenize(corpus_of("some words " * 3000, *["short"] * 900), tmp_path / "c", 300)
     assert sum(sizes) == 33_000 + 4500
