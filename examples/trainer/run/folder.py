@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -136,11 +137,13 @@ def refuse_other_data(out: Path, corpus: Corpus) -> None:
         )
 
 
-def _stored(path: Path) -> dict[str, dict[str, object]]:
+def _stored(path: Path) -> dict[str, dict[str, Any]]:
     """Reads a config.json."""
-    match parse_json(read_text(path), path):
-        case {"settings": dict(), "loss": dict(), "data": dict()} as record:
-            return record
+    record = parse_json(read_text(path), path)
+    if isinstance(record, dict) and all(
+        isinstance(record.get(part), dict) for part in ("settings", "loss", "data")
+    ):
+        return record
     raise TypeError("settings, loss or data is missing")
 
 
