@@ -1,11 +1,13 @@
 """Errors of a loss call: arguments that are missing, unused or do not fit."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import cast, get_type_hints
 
+import jax
 import jax.numpy as jnp
 
+from ava_jax.aliases import suggestion
+from ava_jax.annotations import check_arguments, check_array
 from ava_jax.arrays import check_weights
 from ava_jax.config import Settings
 from ava_jax.inputs import LossInputs, array, check_float
@@ -20,6 +22,7 @@ def check_inputs(settings: Settings, terms: Sequence[Term], inputs: LossInputs) 
     """Raises on arguments that are missing, that nothing reads or that do not fit."""
     given = [name for name, value in inputs.items() if value is not None]
     _check_names(inputs)
+    _check_arrays(inputs)
     _check_targets(inputs)
     if settings.mask_boundaries and inputs.get("segment_ids") is None:
         raise ValueError("mask_boundaries needs segment_ids, [B, S]")
@@ -41,10 +44,35 @@ def _check_names(inputs: LossInputs) -> None:
     known = list(LossInputs.__annotations__)
     for name in inputs:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise TypeError(f"unknown argument {name!r}; did you mean {near!r}?")
+            raise TypeError(f"unknown argument {name!r}; {suggestion(name, known)}")
     if inputs.get("targets") is None:
         raise ValueError("targets is required: pass the ids to predict, [B, S]")
+
+
+_ANNOTATIONS = get_type_hints(LossInputs)
+_LISTS = ("additional_logits", "expert_outputs")
+
+
+def _check_arrays(inputs: LossInputs) -> None:
+    """Raises on what is no array, or has another dtype or rank than annotated."""
+    check_arguments(_ANNOTATIONS, cast(dict, inputs))
+    extra = inputs.get("extra_inputs")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise TypeError(
+            f"extra_inputs must be a dict of arrays by name, got {type(extra).__name__}"
+        )
+    for name, value in (extra or {}).items():
+        if value is not None:
+            check_array(f"extra_inputs[{name!r}]", value)
+    for name in _LISTS:
+        value = inputs.get(name)
+        if isinstance(value, list | tuple):
+            for j, one in enumerate(value):
+                check_array(f"{name}[{j}]", one)
+        elif value is not None:
+            check_array(name, value)
+    for path, leaf in jax.tree.leaves_with_path(inputs.get("mtp_params")):
+        check_array("mtp_params" + jax.tree_util.keystr(path), leaf)
 
 
 def _check_targets(inputs: LossInputs) -> None:
@@ -202,7 +230,8 @@ def _check_unused(
     for name in (name for name, value in inputs.items() if value is not None):
         if name in read:
             continue
-        if name == "lm_head":
+        is_second = name in ("hidden_states", "lm_head_bias")
+        if name == "lm_head" or (is_second and inputs.get("lm_head") is not None):
             raise ValueError(
                 f"pass either {main[0]} or hidden_states with lm_head, not both: the "
                 "loss would not know which to train"

@@ -1,7 +1,6 @@
 """The frozen configuration of the unified loss, checked when it is built."""
 
 import dataclasses
-import difflib
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ from jax import lax
 from jax.lax import PrecisionLike
 from jaxtyping import Array, Float, Int
 
+from ava_jax.aliases import suggestion
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.ranges import WEIGHTS, check_fields
 from ava_jax.reduce import as_float
@@ -419,8 +419,8 @@ def config_from_mapping(
     values = {**mapping, **overrides}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown config key {key!r}; did you mean {near[0]!r}?")
+            hint = suggestion(key, known)
+            raise ValueError(f"unknown config key {key!r}; {hint}")
     if "vocab_size" not in values:
         raise ValueError("vocab_size is required: pass the number of classes")
     return UnifiedLossConfig(**values)

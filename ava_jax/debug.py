@@ -62,6 +62,12 @@ def checked(loss_fn: UnifiedLoss) -> LossCall:
       target 9 at [0, 2] is outside the vocabulary of 8 ids
     """
 
+    if not isinstance(loss_fn, UnifiedLoss):
+        raise TypeError(
+            f"loss_fn must be a UnifiedLoss, got {type(loss_fn).__name__}: pass what "
+            "create_unified_loss, unified_loss or compose returned"
+        )
+
     def call(
         state: LossState,
         *,

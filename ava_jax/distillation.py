@@ -1,5 +1,6 @@
 """Distillation from a teacher, without the logits of either model."""
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,6 +9,7 @@ from jax.lax import PrecisionLike, stop_gradient
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_ids
 from ava_jax.assemble import extra_arrays, plan_of
 from ava_jax.checks import check_inputs
@@ -16,13 +18,14 @@ from ava_jax.inputs import LossInputs, read_arrays, tokens_of
 from ava_jax.kernel.fused import token_sums
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, run_whole
-from ava_jax.log_probs import given, pass_settings, token_operands
+from ava_jax.log_probs import check_logits, given, pass_settings, token_operands
 from ava_jax.losses.arguments import check_known, check_range
 from ava_jax.reduce import as_float, safe_divide
 from ava_jax.terms.distillation import Distillation, TopKDistillation
 from ava_jax.terms.objective import Shared, TokenObjective, token_inputs
 
 
+@functools.partial(with_checked_arrays, sizes=False)
 def distillation_loss(
     *,
     logits: Float[Array, "B S V"] | None = None,
@@ -146,6 +149,9 @@ def distillation_loss(
         "extra_inputs": extra,
     }
     soft_cap = teacher_logit_soft_cap
+    # The teacher's product, if there is one, has a precision.
+    own = None if teacher_hidden_states is not None else precision
+    check_logits(inputs, {"chunk_size": chunk_size, "precision": own})
     term = _term(extra, settings.vocab_size, beta, temperature, tail, soft_cap)
     check_inputs(settings, (term,), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, from logits or from hidden states, differentiable."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Integer, Num, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.assemble import plan_of
 from ava_jax.checks import check_inputs
 from ava_jax.config import Settings, UnifiedLossConfig
@@ -46,6 +48,7 @@ class TokenLogProbs:
     num_invalid_targets: Int[Array, ""]
 
 
+@functools.partial(with_checked_arrays, sizes=False)
 def token_log_probs(
     *,
     targets: Integer[Array, "B S"],
@@ -122,7 +125,7 @@ def token_log_probs(
         "lm_head_bias": lm_head_bias,
         "attention_mask": attention_mask,
     }
-    _check_logits(inputs, {"chunk_size": chunk_size, "precision": precision})
+    check_logits(inputs, {"chunk_size": chunk_size, "precision": precision})
     settings = pass_settings(
         lm_head if logits is None else logits,
         vocab_size,
@@ -184,7 +187,7 @@ def _compute(
     return kept, jnp.sum(tokens.invalid, dtype=jnp.int32)
 
 
-def _check_logits(inputs: LossInputs, of_product: Mapping[str, Any]) -> None:
+def check_logits(inputs: LossInputs, of_product: Mapping[str, Any]) -> None:
     """Raises on arguments that make no sense beside logits.
 
     Args:

@@ -8,8 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_labels, as_weights
 from ava_jax.kernel.sharding import in_one_program
 from ava_jax.losses.moe import max_violation as max_violation
@@ -20,6 +21,7 @@ from ava_jax.tokens import Tokens, count_ngrams, plain_tokens, stretch_lengths
 # Generated text ------------------------------------------------------------------
 
 
+@with_checked_arrays
 def repeated_ngrams(
     ids: Integer[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
@@ -56,6 +58,7 @@ def repeated_ngrams(
     return safe_divide(total - distinct, total)
 
 
+@with_checked_arrays
 def distinct_ngrams(
     ids: Integer[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
@@ -95,6 +98,7 @@ def distinct_ngrams(
     return safe_divide(distinct[0], total[0])
 
 
+@with_checked_arrays
 def longest_loop(
     ids: Integer[Array, "B S"],
     mask: Shaped[Array, "B S"] | None = None,
@@ -191,6 +195,7 @@ class CalibrationBins:
     invalid: Float[Array, ""]
 
 
+@with_checked_arrays
 def calibration_bins(
     confidence: Float[Array, "*n"],
     correct: Shaped[Array, "*n"],
@@ -246,7 +251,7 @@ def calibration_bins(
 def _bins(
     num_bins: int,
     confidence: Float[Array, "*n"],
-    correct: Bool[Array, "*n"],
+    correct: Shaped[Array, "*n"],
     given: Float[Array, "*n"],
 ) -> CalibrationBins:
     level = as_float(confidence)
@@ -266,6 +271,7 @@ def _bins(
     return CalibrationBins(*per_bin, invalid=jnp.sum(as_float(unmasked & ~known)))
 
 
+@with_checked_arrays
 def expected_calibration_error(bins: CalibrationBins) -> Float[Array, ""]:
     """Computes the expected calibration error (ECE).
 
@@ -317,6 +323,7 @@ def _read_weights(
 # Speculative decoding ------------------------------------------------------------
 
 
+@with_checked_arrays
 def accepted_lengths(
     drafts: Integer[Array, "*n K"], verified: Integer[Array, "*n K"]
 ) -> Int[Array, "*n"]:
@@ -359,6 +366,7 @@ def accepted_lengths(
     return jnp.sum(jnp.cumprod(equal, axis=-1), axis=-1, dtype=jnp.int32)
 
 
+@with_checked_arrays
 def acceptance_length(
     drafts: Integer[Array, "*n K"],
     verified: Integer[Array, "*n K"],
@@ -395,6 +403,7 @@ def acceptance_length(
     return weighted_mean(as_float(accepted + 1), given)
 
 
+@with_checked_arrays
 def acceptance_rates(
     drafts: Integer[Array, "*n K"],
     verified: Integer[Array, "*n K"],

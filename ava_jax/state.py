@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ava_jax.annotations import check_array
 from ava_jax.losses.moe import BiasBalanceState, GradientBalanceState
 from ava_jax.reduce import as_float
 from ava_jax.terms.adaptive import AdaptiveMTPState
@@ -40,6 +41,32 @@ class LossState:
     adaptive_mtp: AdaptiveMTPState | None = None
     moe_balancing: GradientBalanceState | BiasBalanceState | None = None
     extra: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+def check_state(state: Any, like: Any = None) -> None:
+    """Raises unless it is the state of a loss.
+
+    Args:
+      state: what was given for it.
+      like: the shapes of the state of the loss that it is for, if it is for one.
+    """
+    if not isinstance(state, LossState):
+        hint = "call it" if callable(state) else "pass loss_fn.init()"
+        raise TypeError(
+            f"state must be a LossState, got {type(state).__name__}: {hint}, or what "
+            "the loss returned last"
+        )
+    if like is None or jax.tree.structure(state) == jax.tree.structure(like):
+        return
+    raise ValueError(
+        f"state is that of another loss: it has {_parts_of(state)}, and this loss has "
+        f"{_parts_of(like)}; begin with loss_fn.init()"
+    )
+
+
+def _parts_of(state: LossState) -> str:
+    named = {k: v for k, v in vars(state).items() if k != "extra" and v is not None}
+    return ", ".join([*named, *state.extra])
 
 
 def states_of(state: LossState, terms: Sequence[Term]) -> dict[str, Any]:
@@ -85,6 +112,7 @@ def statistics(state: LossState) -> dict[str, Any]:
       >>> {k: float(v) for k, v in ava_jax.statistics(loss_fn.init()).items()}
       {'temperature': 1.0}
     """
+    check_state(state)
     out: dict[str, Any] = {}
     if state.temperature is not None:
         out["temperature"] = state.temperature
@@ -112,6 +140,7 @@ def reset_statistics(state: LossState) -> LossState:
       >>> int(ava_jax.statistics(state)["adaptive_mtp"]["total_computations"])
       0
     """
+    check_state(state)
     zeros = jax.tree.map(jnp.zeros_like, state.adaptive_mtp)
     return dataclasses.replace(state, adaptive_mtp=zeros)
 
@@ -149,14 +178,14 @@ def fold_temperature(lm_head: Any, state: LossState) -> Any:
       >>> float(ava_jax.fold_temperature(jnp.ones((4, 8)), state)[0, 0])
       2.0
     """
-    if not isinstance(state, LossState):
-        raise TypeError(
-            f"state must be a LossState, got {type(state).__name__}: pass what the "
-            "loss returned last"
-        )
+    check_state(state)
     temperature = state.temperature
     if temperature is None:
         return lm_head
+
+    for path, leaf in jax.tree.leaves_with_path(lm_head):
+        if not isinstance(leaf, int | float):
+            check_array("lm_head" + jax.tree_util.keystr(path), leaf)
 
     def fold(x: Any) -> Array:
         dtype = jnp.result_type(x)

@@ -5,6 +5,7 @@ stats add up in between.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from jax.lax import PrecisionLike
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import check_weights
 from ava_jax.assemble import StepStats, assemble, count_normalizers, plan_of
 from ava_jax.checks import check_inputs, only_read
@@ -22,7 +24,7 @@ from ava_jax.config import Settings, UnifiedLossConfig, config_from_mapping
 from ava_jax.inputs import LossInputs, Normalizers, array, read_arrays, tokens_of
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.sharding import Layout, make_layout, run_whole
-from ava_jax.state import LossState, states_of, with_states
+from ava_jax.state import LossState, check_state, states_of, with_states
 from ava_jax.terms.base import Aux, Call, Step, Term, aux_of, first_state, new_state
 from ava_jax.terms.listing import built_in, distinct, not_reserved, terms_of
 from ava_jax.terms.user import TermLike, as_term
@@ -45,6 +47,15 @@ class UnifiedLoss:
     terms: tuple[Term, ...]
     layout: Layout | None = None
     flat_config: UnifiedLossConfig | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> "UnifiedLoss":
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise TypeError(
+                f"UnifiedLoss has no field {min(unknown)!r}: make one with "
+                f"ava_jax.create_unified_loss({min(unknown)}=…) or ava_jax.compose"
+            )
+        return super().__new__(cls)
 
     @property
     def config(self) -> UnifiedLossConfig:
@@ -135,6 +146,7 @@ class UnifiedLoss:
         """
         return only_read(self.terms, inputs)
 
+    @with_checked_arrays
     def normalizers(
         self,
         *,
@@ -218,6 +230,12 @@ class UnifiedLoss:
           >>> round(float(loss), 4), int(loss_fn.commit(state, stats).step)
           (2.0794, 1)
         """
+        check_state(state, _form_of_state(self))
+        if not isinstance(normalizers, Normalizers | None):
+            raise TypeError(
+                "normalizers must be what loss_fn.normalizers returns, or None, got "
+                f"{type(normalizers).__name__}"
+            )
         check_inputs(self.settings, self.terms, inputs)
         arrays = state, normalizers, read_arrays(inputs)
         loss, stats = run_whole(UnifiedLoss._share, (self, train), *arrays)
@@ -256,6 +274,7 @@ class UnifiedLoss:
         Returns:
           The new state; the old one if the weights are 0 or the loss is not finite.
         """
+        check_state(state, _form_of_state(self))
         stats = lax.stop_gradient(stats)
         step = Step(state.step, stats.aux["main_loss"])
         states = states_of(state, self.terms)
@@ -280,6 +299,7 @@ class UnifiedLoss:
           The additive entries, and what is derived from them or from the state:
           `perplexity`, `temperature` and the expert balance.
         """
+        check_state(state, _form_of_state(self))
         aux = dict(stats.aux)
         aux["perplexity"] = jnp.exp(aux["nll"])
         states = states_of(state, self.terms)
@@ -287,6 +307,11 @@ class UnifiedLoss:
             report = term.report(states[term.name], stats.terms.get(term.name))
             aux |= aux_of(term, "report", report)
         return aux
+
+
+@functools.lru_cache(256)
+def _form_of_state(loss_fn: UnifiedLoss) -> LossState:
+    return jax.eval_shape(loss_fn.init)
 
 
 def _count_window(loss_fn: UnifiedLoss, window: LossInputs) -> Normalizers:

@@ -45,7 +45,7 @@ TOP = {
         ),
         (LOGITS | {"teacher_logits": z(B, S, V - 1)}, "teacher_logits is 18, smaller"),
         (LOGITS | {"teacher_logits": z(B, S + 1, V)}, "teacher_logits.* shape"),
-        (LOGITS | {"teacher_logits": z(B, S)}, "teacher_logits must have 3 axes"),
+        (LOGITS | {"teacher_logits": z(B, S)}, r"teacher_logits must be \[B, S, W\]"),
         (LOGITS | {"teacher_ids": TOP["teacher_ids"]}, "needs .*teacher_log_probs"),
         (
             LOGITS | {"teacher_log_probs": TOP["teacher_log_probs"]},
@@ -67,7 +67,7 @@ TOP = {
         (LOGITS | TOP | {"temperature": float("inf")}, "^temperature must be"),
         (LOGITS | TEACHER | {"teacher_logit_soft_cap": 0.0}, "teacher_logit_soft_cap"),
         (LOGITS | TEACHER | {"attention_mask": z(B, S + 1)}, "attention_mask must"),
-        (LOGITS | TEACHER | {"hidden_states": z(B, S, D)}, "hidden_states is given"),
+        (LOGITS | TEACHER | {"hidden_states": z(B, S, D)}, "got logits and hidden_s"),
         (LOGITS | TEACHER | {"lm_head": z(D, V)}, "either logits or hidden_states"),
         (LOGITS | TEACHER | {"vocab_size": V + 1}, "smaller than vocab_size=20"),
     ],

@@ -35,7 +35,7 @@ HEAD = jnp.zeros((D, V))
         ({}, {"logits": LOGITS[:, :4]}, ValueError, ["logits", "(4, 9)"]),
         ({}, {"logits": TARGETS}, TypeError, ["logits", "int32"]),
         ({}, {"logits": LOGITS, "logit": LOGITS}, TypeError, ["'logit'", "'logits'"]),
-        ({}, {"logits": LOGITS, "targets": LOGITS}, ValueError, ["targets", "integer"]),
+        ({}, {"logits": LOGITS, "targets": LOGITS}, TypeError, ["targets", "integer"]),
         ({}, {"logits": LOGITS, "targets": None}, ValueError, ["targets is required"]),
         (
             {},

@@ -123,13 +123,29 @@ IDS, LEVELS, ONE = jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4)), jnp.ones(1)
 @pytest.mark.parametrize(
     ("message", "call", "arrays"),
     [
-        ("int32 (2, 4) and int32 (2, 3)", accepted_lengths, (IDS, IDS[:, :3])),
-        ("int32 (2, 4) and float32 (2, 4)", accepted_lengths, (IDS, LEVELS)),
+        (
+            "verified must have the shape (2, 4) of drafts, got (2, 3)",
+            accepted_lengths,
+            (IDS, IDS[:, :3]),
+        ),
+        (
+            "verified must be integers, got float32 (2, 4)",
+            accepted_lengths,
+            (IDS, LEVELS),
+        ),
         ("int32 () and int32 ()", accepted_lengths, (IDS[0, 0], IDS[0, 0])),
-        ("must have shape (2,), got (1,)", acceptance_length, (IDS, IDS, ONE)),
-        ("must have shape (2,), got (1,)", acceptance_rates, (IDS, IDS, ONE)),
+        (
+            "must have the shape (2,), to fit drafts, got (1,)",
+            acceptance_length,
+            (IDS, IDS, ONE),
+        ),
+        (
+            "must have the shape (2,), to fit drafts, got (1,)",
+            acceptance_rates,
+            (IDS, IDS, ONE),
+        ),
     ],
 )
 def test_bad_arguments(message, call, arrays):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         call(*arrays)

@@ -200,8 +200,12 @@ def error_of(weight: jax.Array) -> jax.Array:
     ("message", "call", "arrays"),
     [
         ("num_bins must be in [1, inf)", partial(bins_of, num_bins=0), (ONE, ONE)),
-        ("of confidence, (2, 4), got (1, 4)", bins_of, (LEVELS, LEVELS[:1])),
-        ("must have shape (2, 4), got (4,)", bins_of, (LEVELS, LEVELS, LEVELS[0])),
+        ("the shape (2, 4) of confidence, got (1, 4)", bins_of, (LEVELS, LEVELS[:1])),
+        (
+            "must have the shape (2, 4) of confidence, got (4,)",
+            bins_of,
+            (LEVELS, LEVELS, LEVELS[0]),
+        ),
         ("one length, got shapes (2, 4), (1,) and (1,)", error_of, (LEVELS,)),
         ("one length, got shapes (4,), (1,) and (1,)", error_of, (LEVELS[0],)),
     ],

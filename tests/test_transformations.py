@@ -29,7 +29,7 @@ def log_probs(**inputs: Any) -> jax.Array:
 
 def distilled(**inputs: Any) -> jax.Array:
     del inputs["targets"]
-    source = inputs.get("logits", inputs.get("hidden_states"))
+    source: Any = inputs.get("logits", inputs.get("hidden_states"))
     if "logits" in inputs:
         return ava_jax.distillation_loss(teacher_logits=source[..., ::-1], **inputs)[0]
     head = inputs["lm_head"][:, ::-1]
@@ -63,7 +63,8 @@ def compilations() -> Iterator[list[str]]:
     """Records every program that is compiled."""
     events: list[str] = []
 
-    def record(event: str, duration: float, **_: Any) -> None:
+    def record(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(event)
 

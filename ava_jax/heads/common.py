@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from ava_jax.annotations import check_arguments, check_array
 from ava_jax.arrays import as_weights
 from ava_jax.losses.mtp import layer_norm
 from ava_jax.reduce import as_float, float_dtype
@@ -33,9 +34,8 @@ def require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 def require_hidden_states(array: Array) -> None:
-    """Raises a ValueError unless the array has three axes."""
-    if array.ndim != 3:
-        raise ValueError(f"hidden_states must have shape [B, S, D], got {array.shape}")
+    """Raises unless it is an array of three axes and of floating point."""
+    check_arguments({"hidden_states": Float[Array, "B S D"]}, {"hidden_states": array})
 
 
 def compute_dtype(
@@ -84,6 +84,7 @@ def token_weights(
     """Returns the mask as arithmetic floats, or ones if there is none."""
     if attention_mask is None:
         return jnp.ones(hidden_states.shape[:2], float_dtype())
+    check_array("attention_mask", attention_mask)
     require_shape("attention_mask", attention_mask, hidden_states.shape[:2])
     return as_weights("attention_mask", attention_mask)
 

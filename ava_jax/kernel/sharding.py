@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import jit, lax
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -201,6 +201,11 @@ def make_layout(
                 f"{used} and no mesh: pass mesh= as well"
             )
         return None
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}: make one "
+            "with jax.make_mesh"
+        )
     for name in used:
         if name not in mesh.axis_names:
             raise ValueError(

@@ -1,6 +1,5 @@
 """Checks that the losses of log-probabilities share."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped
 
+from ava_jax.aliases import suggestion
 from ava_jax.ranges import Number as Number
 from ava_jax.ranges import check_range as check_range
 
@@ -17,10 +17,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     known = list(choices)
     if value in known:
         return
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"unknown {name} {value!r}; did you mean {near!r}? There are {', '.join(known)}"
-    )
+    hint = suggestion(value, known)
+    raise ValueError(f"unknown {name} {value!r}; {hint} There are {', '.join(known)}")
 
 
 def check_floating(name: str, value: Float[Array, "..."]) -> None:

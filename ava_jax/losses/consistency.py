@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_weights
 from ava_jax.ranges import check_range
 from ava_jax.reduce import as_float
@@ -57,6 +58,7 @@ def _check(
         )
 
 
+@with_checked_arrays
 def consistency_loss(
     outputs_original: Float[Array, "*B C"],
     outputs_augmented: Float[Array, "*B C"],

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_ids, as_labels, as_weights
 from ava_jax.kernel.sharding import in_one_program
 from ava_jax.ranges import check_range
@@ -122,6 +123,7 @@ def _named_distances(
     return optax.safe_norm(ends[:, 0] - ends[:, 1], 0.0, axis=-1), valid
 
 
+@with_checked_arrays
 def contrastive_margin_loss(
     embeddings: Float[Array, "N D"],
     *,
@@ -190,6 +192,7 @@ def contrastive_margin_loss(
     return (pull + weighted_mean(gap**2, as_float(pushed))) / 2
 
 
+@with_checked_arrays
 def contrastive_triplet_loss(
     embeddings: Float[Array, "N D"],
     *,
@@ -286,6 +289,7 @@ def _candidates(
     return pairs & _halves(unmasked), pairs
 
 
+@with_checked_arrays
 def contrastive_infonce_loss(
     embeddings: Float[Array, "N D"],
     *,
@@ -349,6 +353,7 @@ def contrastive_infonce_loss(
     return weighted_mean(log_total - picked, as_float(anchors))
 
 
+@with_checked_arrays
 def simctg_loss(
     hidden_states: Float[Array, "B S D"],
     *,

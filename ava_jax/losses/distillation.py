@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.losses.arguments import check_floating, check_same_shape
 from ava_jax.reduce import as_float
 
 
+@with_checked_arrays
 def top_k_divergence(
     log_probs: Float[Array, "*n K"],
     teacher_log_probs: Float[Array, "*n K"],

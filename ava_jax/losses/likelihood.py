@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_ids, as_weights
 from ava_jax.kernel.platforms import Implementation
 from ava_jax.kernel.statistics import token_statistics
@@ -14,6 +15,7 @@ from ava_jax.ranges import check_all, check_range
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
 
+@with_checked_arrays
 def smoothed_cross_entropy(
     stats: TokenStats, smoothing: float = 0.0
 ) -> Float[Array, "*n"]:
@@ -49,6 +51,7 @@ def smoothed_cross_entropy(
     return (1 - smoothing) * nll + smoothing * spread
 
 
+@with_checked_arrays
 def focal_cross_entropy(
     stats: TokenStats,
     targets: Integer[Array, "*n"],
@@ -91,6 +94,7 @@ def focal_cross_entropy(
     return weight * jnp.exp(gamma * stats.log_one_minus_p) * stats.nll
 
 
+@with_checked_arrays
 def log_z_squared(stats: TokenStats) -> Float[Array, "*n"]:
     """Computes the z-loss, the squared log-normalizer, which keeps it close to 0.
 
@@ -116,6 +120,7 @@ def log_z_squared(stats: TokenStats) -> Float[Array, "*n"]:
     return stats.log_z**2
 
 
+@with_checked_arrays
 def token_diversity(stats: TokenStats, vocab_size: int) -> Float[Array, "*n"]:
     """Computes how peaked a prediction is, from 0 (uniform) to 1 (certain).
 
@@ -171,6 +176,7 @@ def read_logits(
     return token_statistics(logits, query, vocabulary), kept, ids
 
 
+@with_checked_arrays
 def focal_loss(
     inputs: Float[Array, "*n V"],
     targets: Integer[Array, "*n"],
@@ -219,6 +225,7 @@ def focal_loss(
     return weights * focal_cross_entropy(stats, ids, alpha, gamma)
 
 
+@with_checked_arrays
 def label_smoothing_loss(
     inputs: Float[Array, "*n V"],
     targets: Integer[Array, "*n"],
@@ -257,6 +264,7 @@ def label_smoothing_loss(
     return weights * smoothed_cross_entropy(stats, smoothing)
 
 
+@with_checked_arrays
 def perplexity(
     logits: Float[Array, "*n V"],
     targets: Integer[Array, "*n"],

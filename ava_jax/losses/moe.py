@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.kernel.sharding import in_one_program
 from ava_jax.losses.contrastive import unit_vectors
 from ava_jax.losses.router import RouterLoad, unmasked_tokens, zero_masked
@@ -52,6 +53,7 @@ class BiasBalanceState:
         return {"bias": self.bias}
 
 
+@with_checked_arrays
 def update_gradient_balance(
     state: GradientBalanceState, load: RouterLoad, *, momentum: float | int = 0.9
 ) -> GradientBalanceState:
@@ -95,6 +97,7 @@ def update_gradient_balance(
     return jax.tree.map(move, state, step)
 
 
+@with_checked_arrays
 def gradient_balance_loss(
     gate_logits: Float[Array, "N E"],
     balance: GradientBalanceState,
@@ -148,6 +151,7 @@ def gradient_balance_loss(
     return as_float(weight) * weighted_mean(per_token, as_float(unmasked))
 
 
+@with_checked_arrays
 def expert_balance_ratio(balance: GradientBalanceState) -> Float[Array, "E"]:
     """Computes each expert's load relative to an even share.
 
@@ -171,6 +175,7 @@ def expert_balance_ratio(balance: GradientBalanceState) -> Float[Array, "E"]:
     return as_float(balance.counts) / (share + 1e-6)
 
 
+@with_checked_arrays
 def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
     """Computes the coefficient of variation of the experts' load.
 
@@ -195,6 +200,7 @@ def coefficient_of_variation(ratio: Float[Array, "E"]) -> Float[Array, ""]:
     return deviation / (mean + 1e-6)
 
 
+@with_checked_arrays
 def max_violation(counts: Float[Array, "E"]) -> Float[Array, ""]:
     """Computes by how much the largest load exceeds an even share (MaxVio).
 
@@ -221,6 +227,7 @@ def max_violation(counts: Float[Array, "E"]) -> Float[Array, ""]:
     return safe_divide(counts.shape[-1] * jnp.max(counts) - total, total)
 
 
+@with_checked_arrays
 def update_bias(
     state: BiasBalanceState,
     counts: Float[Array, "E"],
@@ -252,6 +259,11 @@ def update_bias(
       Wang et al., Auxiliary-Loss-Free Load Balancing, 2024.
       DeepSeek-V3 Technical Report, 2024.
     """
+    if counts.shape != state.bias.shape:
+        raise ValueError(
+            f"counts must have the shape {state.bias.shape} of the state's bias, got "
+            f"{counts.shape}"
+        )
     check_range("rate", rate, 0)
     load = jax.lax.stop_gradient(as_float(counts))
     # Whole numbers, so that a load at the mean is equal to it: a compiled mean rounds.
@@ -262,6 +274,7 @@ def update_bias(
     return BiasBalanceState(bias=bias)
 
 
+@with_checked_arrays
 def route(
     scores: Float[Array, "*N E"],
     bias: Float[Array, "E"],
@@ -335,6 +348,7 @@ def _l2_of_each(
     return jnp.where(empty, 0, 1 / (1 + jax.lax.map(distances, x)))
 
 
+@with_checked_arrays
 def expert_diversity_loss(
     expert_outputs: Float[Array, "E *N D"],
     *,

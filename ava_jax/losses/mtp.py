@@ -4,12 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.ranges import check_all, check_range
 from ava_jax.reduce import along_axis, as_float
 
 _MARGIN_FLOOR = 1e-7
 
 
+@with_checked_arrays
 def layer_norm(
     x: Float[Array, "*n D"], scale: Float[Array, "D"], bias: Float[Array, "D"]
 ) -> Float[Array, "*n D"]:
@@ -43,6 +45,7 @@ def layer_norm(
     return (normed * scale + bias).astype(x.dtype)
 
 
+@with_checked_arrays
 def confidence_regularizer(confidence: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Computes a regularizer that moves confidences away from 1/2, unreduced.
 
@@ -65,6 +68,7 @@ def confidence_regularizer(confidence: Float[Array, "*n"]) -> Float[Array, "*n"]
     return -jnp.log(jnp.maximum(margin, _MARGIN_FLOOR))
 
 
+@with_checked_arrays
 def effective_mtp_weight(
     weight: Float[Array, ""],
     mean_confidence: Float[Array, ""] | None = None,

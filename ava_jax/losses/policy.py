@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Num, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
@@ -34,6 +35,7 @@ _MEANS_OF_ROWS = ("grpo", "dr_grpo", "luspo", "sapo")
 _READERS = {"max_length": ("dr_grpo",), "num_rows": _MEANS_OF_ROWS}
 
 
+@with_checked_arrays
 def policy_loss(
     log_probs: Float[Array, "B S"],
     advantages: Num[Array, "B"] | Num[Array, "B S"],
@@ -265,6 +267,7 @@ def _mean(
     return safe_divide(jnp.sum(sums), rows)
 
 
+@with_checked_arrays
 def group_advantages(
     rewards: Num[Array, "B"],
     group_size: int,
@@ -315,6 +318,7 @@ def group_advantages(
     return apart.reshape(-1)
 
 
+@with_checked_arrays
 def sampler_weights(
     log_probs: Float[Array, "B S"],
     sampler_log_probs: Float[Array, "B S"],

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
@@ -261,6 +262,7 @@ def values_of(
     return PolicyValues(loss, policy, kl, ratio, is_clipped)
 
 
+@with_checked_arrays
 def policy_values(
     log_probs: Float[Array, "*n"],
     advantages: Num[Array, "*n"],

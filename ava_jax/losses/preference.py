@@ -10,6 +10,7 @@ from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Bool, Float, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
@@ -55,6 +56,7 @@ def _check_vectors(**arrays: Float[Array, "..."]) -> None:
     check_same_shape(first, like.shape, **arrays)
 
 
+@with_checked_arrays
 def sequence_log_probs(
     log_probs: Float[Array, "B S"],
     mask: Shaped[Array, "B S"],
@@ -93,6 +95,7 @@ def sequence_log_probs(
     return safe_divide(sums, jnp.sum(weights, axis=-1)) if average else sums
 
 
+@with_checked_arrays
 def dpo_loss(
     chosen: Float[Array, "P"],
     rejected: Float[Array, "P"],
@@ -221,6 +224,7 @@ def _log_odds(s: Float[Array, "P"]) -> Float[Array, "P"]:
     return s - _log_one_minus_exp(s)
 
 
+@with_checked_arrays
 def orpo_loss(
     chosen: Float[Array, "P"], rejected: Float[Array, "P"], *, beta: Number = 0.1
 ) -> tuple[Float[Array, "P"], dict[str, Float[Array, "P"]]]:
@@ -273,6 +277,7 @@ def _smoothed_logistic(
     return -(1 - eps) * log_sigmoid(h) - eps * log_sigmoid(-h)
 
 
+@with_checked_arrays
 def cpo_loss(
     chosen: Float[Array, "P"],
     rejected: Float[Array, "P"],
@@ -316,6 +321,7 @@ def cpo_loss(
     return _smoothed_logistic(a - b, label_smoothing), _report(a, b)
 
 
+@with_checked_arrays
 def simpo_loss(
     chosen: Float[Array, "P"],
     rejected: Float[Array, "P"],
@@ -363,6 +369,7 @@ def simpo_loss(
     return _smoothed_logistic(a - b - as_float(gamma), label_smoothing), _report(a, b)
 
 
+@with_checked_arrays
 def kto_loss(
     log_probs: Float[Array, "B"],
     ref_log_probs: Float[Array, "B"],

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.kernel.sharding import run_whole
 from ava_jax.losses.router import unmasked_tokens, zero_masked
 from ava_jax.ranges import check_range
 from ava_jax.reduce import along_axis, as_float, safe_divide
 
 
+@with_checked_arrays
 def cutoff_histogram(
     scores: Float[Array, "N E"],
     bias: Float[Array, "E"],
@@ -80,6 +82,7 @@ def _count(
     return jax.vmap(count, in_axes=(1, None))(places, weights)
 
 
+@with_checked_arrays
 def quantile_bias(
     bias: Float[Array, "E"],
     histogram: Float[Array, "E bins"],

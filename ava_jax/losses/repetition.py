@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_ids, as_labels, as_weights, check_weights
 from ava_jax.config import Weight, weight_at
 from ava_jax.kernel.platforms import Implementation
@@ -23,6 +24,7 @@ from ava_jax.tokens import (
 from ava_jax.windows import read_recent, recent_ids
 
 
+@with_checked_arrays
 def sequence_unlikelihood(
     logits: Float[Array, "B S V"],
     token_ids: Integer[Array, "B S"],
@@ -81,6 +83,7 @@ def _check_logits(logits: Float[Array, "B S V"], ids: Integer[Array, "B S"]) -> 
         )
 
 
+@with_checked_arrays
 def contrastive_token_loss(
     logits: Float[Array, "B S V"],
     targets: Integer[Array, "B S"],
@@ -164,6 +167,7 @@ def contrast(
     return shift + jnp.log1p(jnp.sum(terms, -1) + jnp.expm1(-shift))
 
 
+@with_checked_arrays
 def repetition_decay_loss(
     logits: Float[Array, "B S V"],
     targets: Integer[Array, "B S"],
@@ -256,6 +260,7 @@ def _decay(stats, log_earlier, decay):
     return jnp.where(rising, above, below)
 
 
+@with_checked_arrays
 def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]:
     """Repeats each span to `length` tokens, for `repetition_decay_loss`.
 
@@ -284,6 +289,7 @@ def repeat_spans(spans: Integer[Array, "B L"], length: int) -> Int[Array, "B S"]
     return as_ids(spans)[:, jnp.arange(length) % spans.shape[1]]
 
 
+@with_checked_arrays
 def anti_repetition_loss(
     logits: Float[Array, "B S V"],
     labels: Integer[Array, "B S"],

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.arrays import as_ids, as_weights
 from ava_jax.reduce import as_float, safe_divide, weighted_mean
 
@@ -71,6 +72,7 @@ def _assignments(
     return jnp.sum(as_float(chosen & unmasked[..., None, None]), axis=-2)
 
 
+@with_checked_arrays
 def router_load(
     gate_logits: Float[Array, "N E"],
     expert_indices: Integer[Array, "N k"],
@@ -111,6 +113,7 @@ def router_load(
     )
 
 
+@with_checked_arrays
 def load_balancing_loss(
     gate_logits: Float[Array, "N E"],
     expert_indices: Integer[Array, "N k"],
@@ -151,6 +154,7 @@ def load_balancing_loss(
     return experts * jnp.sum(share * probability)
 
 
+@with_checked_arrays
 def auxiliary_load_balancing_loss(
     gate_logits: Float[Array, "N E"],
     expert_indices: Integer[Array, "N k"],
@@ -187,6 +191,7 @@ def auxiliary_load_balancing_loss(
     return jnp.minimum(balance / expert_indices.shape[-1], 10)
 
 
+@with_checked_arrays
 def sequence_balance_loss(
     scores: Float[Array, "B S E"],
     expert_indices: Integer[Array, "B S k"],
@@ -233,6 +238,7 @@ def sequence_balance_loss(
     return weighted_mean(row, as_float(length > 0))
 
 
+@with_checked_arrays
 def router_z_loss(
     gate_logits: Float[Array, "N E"],
     *,
@@ -264,6 +270,7 @@ def router_z_loss(
     return weighted_mean(jnp.square(log_z), as_float(unmasked))
 
 
+@with_checked_arrays
 def auxiliary_router_z_loss(
     gate_logits: Float[Array, "N E"],
     *,

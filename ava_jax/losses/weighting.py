@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ava_jax.annotations import with_checked_arrays
 from ava_jax.reduce import as_float
 
 
@@ -18,6 +19,7 @@ def _check_pair(
         )
 
 
+@with_checked_arrays
 def weigh_losses(
     losses: Float[Array, "L"], log_weights: Float[Array, "L"]
 ) -> tuple[Float[Array, ""], Float[Array, "L"]]:
@@ -50,6 +52,7 @@ def weigh_losses(
     return jnp.sum(weights * as_float(losses)), weights
 
 
+@with_checked_arrays
 def homoscedastic_weighting(
     losses: Float[Array, "L"], log_variances: Float[Array, "L"]
 ) -> Float[Array, ""]:

@@ -192,9 +192,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"temperature must be in \(0, inf\), got 0"):
         consistency_loss(a, a, temperature=0.0)
     with untyped():
-        with pytest.raises(ValueError, match="outputs_augmented must have one shape"):
+        with pytest.raises(ValueError, match="outputs_augmented must have the shape"):
             consistency_loss(a, jax.device_put(A[:, :4]))
-        with pytest.raises(ValueError, match="weights must have one entry per row"):
+        with pytest.raises(ValueError, match="weights must have the shape"):
             consistency_loss(a, a, weights=a)
 
 

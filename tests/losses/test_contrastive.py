@@ -341,9 +341,9 @@ def test_shapes_that_do_not_fit() -> None:
     x, labels = jnp.array(ONES), jnp.array([0, 1, 2])
     with untyped():
         for loss in LABEL_LOSSES:
-            with pytest.raises(ValueError, match=r"labels .*\(3,\), got \(2,\)"):
+            with pytest.raises(ValueError, match=r"labels .*\(3,\).* got \(2,\)"):
                 loss(x, labels=labels[:2])
-            with pytest.raises(ValueError, match=r"mask .*\(3,\), got \(4,\)"):
+            with pytest.raises(ValueError, match=r"mask .*\(3,\).* got \(4,\)"):
                 loss(x, labels=labels, mask=jnp.array([1, 1, 1, 1]))
             with pytest.raises(ValueError, match=r"embeddings must be \[N, D\]"):
                 loss(x[None], labels=labels)

@@ -162,7 +162,7 @@ def test_diversity_arguments() -> None:
         expert_diversity_loss(x, similarity="l1")
     with (
         untyped(),
-        pytest.raises(ValueError, match=r"token_weights .*\(3,\), got \(2,\)"),
+        pytest.raises(ValueError, match=r"token_weights .*\(3,\).* got \(2,\)"),
     ):
         expert_diversity_loss(x, token_weights=jnp.ones(2))
     low = x.astype(jnp.bfloat16)

@@ -407,7 +407,7 @@ def test_shapes_are_named() -> None:
     for loss in (losses.orpo_loss, losses.cpo_loss, losses.simpo_loss):
         with pytest.raises(ValueError, match=r"rejected must .* \(5,\).* got \(6,\)"):
             loss(X, other)
-        with pytest.raises(ValueError, match=r"chosen must be a vector.* got \(5, 1\)"):
+        with pytest.raises(ValueError, match=r"chosen must be \[P\], got .* \(5, 1\)"):
             loss(X[:, None], X[:, None])
         with pytest.raises(TypeError, match="chosen must be floating point, got bool"):
             loss(flags, X)

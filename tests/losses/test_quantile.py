@@ -237,9 +237,9 @@ def test_momentum_out_of_range(momentum: float) -> None:
 def test_other_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"bins must be in \[1, inf\), got 0"):
         cutoff_histogram(jnp.ones((2, 3)), jnp.zeros(3), 1, bins=0)
-    with untyped(), pytest.raises(ValueError, match=r"bias .*\(3,\), got \(2,\)"):
+    with untyped(), pytest.raises(ValueError, match=r"bias .*\(3,\).* got \(2,\)"):
         cutoff_histogram(jnp.ones((2, 3)), jnp.zeros(2), 1)
-    with untyped(), pytest.raises(ValueError, match=r"bias .*\(3,\), got \(2,\)"):
+    with untyped(), pytest.raises(ValueError, match=r"histogram must be \[E, bins\]"):
         quantile_bias(jnp.zeros(2), jnp.ones((3, 4)), 1)
     with untyped(), pytest.raises(ValueError, match="token_weights"):
         losses.cutoff_histogram(

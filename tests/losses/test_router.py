@@ -347,17 +347,17 @@ def test_shapes_and_types_that_do_not_fit() -> None:
     with untyped():
         for loss in (*BALANCE_LOSSES, router_load):
             with pytest.raises(
-                ValueError, match=r"\(6, 'k'\), got int32 of .*\(5, 2\)"
+                ValueError, match=r"expert_indices must be .* got \(5, 2\)"
             ):
                 loss(gates, choices[:5])
-            with pytest.raises(ValueError, match=r"integers .* got float32"):
+            with pytest.raises(TypeError, match=r"integers, got float32"):
                 loss(gates, choices.astype(jnp.float32))
-            with pytest.raises(ValueError, match=r"token_weights .*\(6,\), got \(5,\)"):
+            with pytest.raises(ValueError, match=r"token_weights .*\(6,\).*\(5,\)"):
                 loss(gates, choices, token_weights=jnp.ones(5))
         for loss in Z_LOSSES:
-            with pytest.raises(ValueError, match=r"token_weights .*\(6,\), got \(2,\)"):
+            with pytest.raises(ValueError, match=r"token_weights .*\(6,\).*\(2,\)"):
                 loss(gates, token_weights=jnp.ones(2))
-        with pytest.raises(ValueError, match=r"\(1, 6, 'k'\)"):
+        with pytest.raises(ValueError, match=r"expert_indices must be"):
             sequence_balance_loss(gates[None], choices)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def _read_config(path: Path) -> Config:
         raise TrainingError(f"cannot read {path}: {error}") from error
     match config:
         case {"settings": dict(), "loss": dict(), "data": dict(), "versions": dict()}:
-            return config
+            return cast(Config, config)
     raise TrainingError(
         f"{path} was not written by the trainer: settings, loss, data "
         "or versions is missing"
