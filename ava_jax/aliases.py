@@ -3,13 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
-_TERMS = "give it as a term: ava_jax.unified_loss(config, [your_term])"
-_MESH = "pass it to create_unified_loss, unified_loss or compose"
-
-# What to use in place of a name; None of these is a name of this package's own.
+# What to use in place of a name; a sentence where nothing takes its place.
 ALIASES = {
     # The PyTorch losses of the Ava pipeline.
-    "return_detailed": "the second result, aux, holds all parts; leave it out",
+    "return_detailed": "The second result, aux, holds all parts; leave it out",
     "mtp_loss_weight": "mtp_weight",
     "repetition_penalty_weight": "immediate_repetition_weight",
     "use_repetition_penalty": "use_immediate_repetition_penalty",
@@ -20,15 +17,15 @@ ALIASES = {
     "mask": "attention_mask",
     "attention": "attention_mask",
     "labels": "targets, shifted by one position: targets[:, t] follows inputs[:, t]",
-    "extra_terms": _TERMS,
+    "extra_terms": "Give it as a term: ava_jax.unified_loss(config, [your_term])",
     # PyTorch and optax.
     "input": "logits",
     "target": "targets",
     "outputs": "logits",
     "predictions": "logits",
     "ignore_idx": "ignore_index",
-    "reduction": "losses of tokens are weighted means; token_log_probs gives each one",
-    "size_average": "losses of tokens are weighted means; leave it out",
+    "reduction": "Losses of tokens are weighted means; token_log_probs gives each one",
+    "size_average": "Losses of tokens are weighted means; leave it out",
     "weight": "attention_mask for tokens, focal_alpha for classes",
     "smoothing": "label_smoothing",
     "epsilon_smoothing": "label_smoothing",
@@ -57,7 +54,7 @@ ALIASES = {
     "per_token_logps": "log_probs",
     "vllm_importance_sampling_cap": "cap of losses.sampler_weights",
     "jsd_beta": "beta",
-    "lmbda": "it is a choice of data, not of the loss; leave it out",
+    "lmbda": "It is a choice of data, not of the loss; leave it out",
     # Kinds.
     "ppo": "'grpo', with advantages per token",
     "gspo": "'grpo' with ratio_level='sequence'",
@@ -71,6 +68,7 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     """Returns what to use in place of an unknown name: an alias, or the nearest one."""
     names = list(known)
     if isinstance(name, str) and name not in names and name in ALIASES:
-        return f"here that is {ALIASES[name]}"
+        advice = ALIASES[name]
+        return f"{advice}." if advice[0].isupper() else f"here that is {advice}."
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
     return f"did you mean {near[0]!r}?" if near else "there are none"

@@ -140,6 +140,8 @@ def _check(name: str, form: _Form, value: Any) -> None:
     is_number = type(value) in (int, float)
     if (value is None and form.optional) or (is_number and form.numbers):
         return
+    if value is None:
+        raise ValueError(f"{name} is required, {_dims(form)}, got None")
     check_array(name, value)
     array: Any = value
     dtype, shape = array.dtype, array.shape
@@ -149,8 +151,11 @@ def _check(name: str, form: _Form, value: Any) -> None:
     if not (is_real if wanted is None else jnp.issubdtype(dtype, wanted)):
         raise TypeError(f"{name} must be {what}, got {dtype} {shape}")
     if form.rank is not None and len(shape) != form.rank:
-        dims = ", ".join(form.dims.split())
-        raise ValueError(f"{name} must be [{dims}], got {dtype} {shape}")
+        raise ValueError(f"{name} must be {_dims(form)}, got {dtype} {shape}")
+
+
+def _dims(form: _Form) -> str:
+    return f"[{', '.join(form.dims.split())}]" if form.dims else "a scalar"
 
 
 def _check_sizes(arguments: list[tuple[str, _Form, Any]]) -> None:

@@ -149,9 +149,7 @@ def distillation_loss(
         "extra_inputs": extra,
     }
     soft_cap = teacher_logit_soft_cap
-    # The teacher's product, if there is one, has a precision.
-    own = None if teacher_hidden_states is not None else precision
-    check_logits(inputs, {"chunk_size": chunk_size, "precision": own})
+    check_logits(inputs, {})
     term = _term(extra, settings.vocab_size, beta, temperature, tail, soft_cap)
     check_inputs(settings, (term,), inputs)
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)

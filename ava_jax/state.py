@@ -56,17 +56,21 @@ def check_state(state: Any, like: Any = None) -> None:
             f"state must be a LossState, got {type(state).__name__}: {hint}, or what "
             "the loss returned last"
         )
-    if like is None or jax.tree.structure(state) == jax.tree.structure(like):
+    if like is None:
         return
-    raise ValueError(
-        f"state is that of another loss: it has {_parts_of(state)}, and this loss has "
-        f"{_parts_of(like)}; begin with loss_fn.init()"
-    )
+    # A loss of fewer terms may evaluate with the state of another one.
+    has, needs = _parts_of(state), _parts_of(like)
+    for name, shape in needs.items():
+        if has.get(name) != shape:
+            raise ValueError(
+                f"state is that of another loss: this one needs {name} {shape}, got "
+                f"{has.get(name, 'none')}; begin with loss_fn.init()"
+            )
 
 
-def _parts_of(state: LossState) -> str:
-    named = {k: v for k, v in vars(state).items() if k != "extra" and v is not None}
-    return ", ".join([*named, *state.extra])
+def _parts_of(state: LossState) -> dict[str, list[int]]:
+    named = jax.tree.leaves_with_path(state)
+    return {jax.tree_util.keystr(k)[1:]: [*jnp.shape(x)] for k, x in named}
 
 
 def states_of(state: LossState, terms: Sequence[Term]) -> dict[str, Any]:

@@ -275,6 +275,7 @@ class UnifiedLoss:
           The new state; the old one if the weights are 0 or the loss is not finite.
         """
         check_state(state, _form_of_state(self))
+        _check_stats(stats)
         stats = lax.stop_gradient(stats)
         step = Step(state.step, stats.aux["main_loss"])
         states = states_of(state, self.terms)
@@ -300,6 +301,7 @@ class UnifiedLoss:
           `perplexity`, `temperature` and the expert balance.
         """
         check_state(state, _form_of_state(self))
+        _check_stats(stats)
         aux = dict(stats.aux)
         aux["perplexity"] = jnp.exp(aux["nll"])
         states = states_of(state, self.terms)
@@ -307,6 +309,13 @@ class UnifiedLoss:
             report = term.report(states[term.name], stats.terms.get(term.name))
             aux |= aux_of(term, "report", report)
         return aux
+
+
+def _check_stats(stats: Any) -> None:
+    if not isinstance(stats, StepStats):
+        raise TypeError(
+            f"stats must be what accumulate returned, got {type(stats).__name__}"
+        )
 
 
 @functools.lru_cache(256)
@@ -360,6 +369,11 @@ def unified_loss(
       >>> loss_fn == ava_jax.unified_loss(config)
       True
     """
+    if not isinstance(config, UnifiedLossConfig):
+        raise TypeError(
+            f"config must be a UnifiedLossConfig, got {type(config).__name__}: pass a "
+            "dict to create_unified_loss"
+        )
     extra = not_reserved(tuple(map(as_term, extra_terms)))
     layout = make_layout(mesh, batch_axes, sequence_axis, vocab_axis)
     terms = distinct((*terms_of(config), *extra))
@@ -478,6 +492,10 @@ def create_unified_loss(
       >>> loss_fn.config.label_smoothing
       0.0
     """
+    if not isinstance(config, Mapping | None):
+        raise TypeError(
+            f"config must be a dict of the guide's keys, got {type(config).__name__}"
+        )
     return unified_loss(
         config_from_mapping(config or {}, overrides),
         mesh=mesh,

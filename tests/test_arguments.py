@@ -11,7 +11,7 @@ import pytest
 from support.public_calls import CALLS, CE, IDS, MASK, WITHOUT_ARRAYS, Z
 
 import ava_jax
-from ava_jax import losses, metrics
+from ava_jax import losses, metrics, terms
 
 pytestmark = pytest.mark.usefixtures("unannotated")
 
@@ -87,15 +87,20 @@ def test_numpy_and_jax_arrays_are_the_same(name):
 # States, records, options -----------------------------------------------------------
 
 ADAPTIVE = ava_jax.create_unified_loss(vocab_size=11, primary_loss_type="adaptive_mtp")
+# Of the same parts, but for another number of losses.
+FEWER = ava_jax.create_unified_loss(vocab_size=11, temperature_history=12).init()
 GIVEN: dict[str, Any] = {"logits": Z, "targets": IDS}
 SQUARE: Any = np.eye(11, dtype=np.float32)
 ANY: Any = CE  # what it is given has other types than annotated
 TEXT: Any = "x"
+NONE: Any = None
 POLICY: Any = losses.policy_loss
 LOG_PROBS: Any = ava_jax.token_log_probs
 
 
-@pytest.mark.parametrize("state", [None, CE.init, ADAPTIVE.init(), {"step": 0}, 3.0])
+@pytest.mark.parametrize(
+    "state", [None, CE.init, ADAPTIVE.init(), {"step": 0}, 3.0, FEWER]
+)
 def test_another_state_is_refused(state):
     wanted = "state (must be a LossState, got|is that of another loss)"
     for call in (
@@ -131,10 +136,6 @@ def test_another_state_is_refused(state):
             "pass either logits or hidden_states with lm_head, not both",
         ),
         (
-            lambda: ava_jax.distillation_loss(logits=Z, teacher_logits=Z, chunk_size=2),
-            "chunk_size is for hidden_states with lm_head, got 2 with logits",
-        ),
-        (
             lambda: ava_jax.distillation_loss(
                 logits=Z, hidden_states=Z, lm_head=SQUARE, teacher_logits=Z
             ),
@@ -143,6 +144,20 @@ def test_another_state_is_refused(state):
         (
             lambda: ava_jax.create_unified_loss(vocab_size=11, mesh=TEXT),
             "mesh must be a jax.sharding.Mesh, got str",
+        ),
+        (
+            lambda: CE.commit(CE.init(), cast(Any, None)),
+            "stats must be what accumulate",
+        ),
+        (lambda: CE.summary(CE.init(), cast(Any, 3)), "stats must be what accumulate"),
+        (
+            lambda: ava_jax.unified_loss(cast(Any, {})),
+            "config must be a UnifiedLossConf",
+        ),
+        (lambda: ava_jax.create_unified_loss(cast(Any, 5)), "config must be a dict"),
+        (
+            lambda: ava_jax.compose([cast(Any, terms.CrossEntropy)], vocab_size=11),
+            "CrossEntropy is a class",
         ),
         (
             lambda: ava_jax.checked(cast(Any, None)),
@@ -171,7 +186,7 @@ def test_other_arguments_are_named(call: Any, message: str):
         ),
         (
             lambda: ava_jax.create_unified_loss(vocab_size=11, extra_terms=()),
-            "give it as a term",
+            "Give it as a term",
         ),
         (
             lambda: POLICY(Z[..., 0], Z[:, 0, 0], MASK, epsilon=0.2),

@@ -4,7 +4,8 @@ JAX cannot derive the forward mode from a hand-written reverse mode, and its own
 does not say what can be done.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -33,10 +34,16 @@ def reverse_only(function: Callable[..., Result], *operands: Any) -> Result:
       TypeError: `jax.jvp`, `jax.linearize`, `jax.jacfwd` or `jax.hessian` asks for the
         derivative; while it is evaluated or, inside `jax.jit`, lowered.
     """
-    try:
+    with named_errors():
         return function(*jax.tree.map(_mark, operands))
+
+
+@contextlib.contextmanager
+def named_errors() -> Iterator[None]:
+    """Replaces JAX's error, which it raises first where the tangents are mapped."""
+    try:
+        yield
     except TypeError as error:
-        # Where the tangents are mapped, JAX raises its own error first.
         if "to a custom_vjp function" in str(error):
             raise TypeError(_MESSAGE) from error
         raise

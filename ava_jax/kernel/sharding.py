@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from ava_jax.kernel.forward_mode import named_errors
 from ava_jax.reduce import as_arrays
 
 Result = TypeVar("Result")
@@ -272,7 +273,10 @@ def in_one_program(
     call = _Call(function, static, tree, tuple(numbers))
     # An operation is staged wherever a trace, of jit or of a loop, is under way.
     is_staged = isinstance(jnp.zeros(()), Tracer)
-    return call.run(arrays) if is_staged else _run_compiled(call, arrays)
+    if is_staged:
+        return call.run(arrays)
+    with named_errors():
+        return _run_compiled(call, arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,7 +215,7 @@ def repetition_decay_loss(
     _check_logits(logits, targets)
     _check_spans(span_length, targets.shape[:1])
     length = targets.shape[1]
-    index = jnp.arange(length)[None, :]
+    index = jnp.arange(length, dtype=jnp.int32)[None, :]
     span = jnp.broadcast_to(as_ids(span_length), targets.shape[:1])[:, None]
     check_weights(mask=mask)
     tokens = read_tokens(targets, mask, vocab_size=logits.shape[-1])

@@ -101,6 +101,8 @@ def as_term(term: TermLike) -> Term:
       TypeError: it has neither form, has no name, or cannot be hashed.
       ValueError: its `logits_temperature` is out of range.
     """
+    if isinstance(term, type):
+        raise TypeError(f"{term.__name__} is a class: pass a term, {term.__name__}(…)")
     if not isinstance(term, Term):
         if not isinstance(term, ExtraTerm) and not callable(term):
             raise TypeError(

@@ -157,12 +157,12 @@ def test_it_asks_for_no_more_than_a_rows_ids():
 
 @pytest.mark.parametrize("window", [0, -3])
 def test_a_window_below_one_is_an_error(window):
-    with pytest.raises(ValueError, match=f"window must be at least 1, got {window}"):
+    with pytest.raises(ValueError, match=f"window must be in .1, inf., got {window}"):
         of_row(np.zeros((3, V), np.float32), [1, 2, 3], window)
 
 
 def test_shapes_that_do_not_match_are_an_error():
-    with untyped(), pytest.raises(ValueError, match=r"must be \[B, S\]"):
+    with untyped(), pytest.raises(ValueError, match=r"must (be|have)"):
         of_rows(np.zeros((3, V), np.float32), np.array([1, 2, 3]), window=60)
 
 
