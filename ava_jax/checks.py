@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast, get_type_hints
 
 import jax
-import jax.numpy as jnp
 
 from ava_jax.aliases import suggestion
 from ava_jax.annotations import check_arguments, check_array
@@ -77,10 +76,6 @@ def _check_arrays(inputs: LossInputs) -> None:
 
 def _check_targets(inputs: LossInputs) -> None:
     targets = array(inputs, "targets")
-    if targets.ndim != 2 or not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(
-            f"targets must be integers [B, S], got {targets.dtype} {targets.shape}"
-        )
     for name in _OF_TOKENS:
         value = inputs.get(name)
         if value is not None and value.shape != targets.shape:
@@ -88,9 +83,6 @@ def _check_targets(inputs: LossInputs) -> None:
                 f"{name} must have the shape {targets.shape} of targets, "
                 f"got {value.shape}"
             )
-    segments = inputs.get("segment_ids")
-    if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be integers, got {segments.dtype}")
     masks = ("attention_mask", "router_mask")
     check_weights(**{name: inputs.get(name) for name in masks})
     for name, value in (inputs.get("extra_inputs") or {}).items():

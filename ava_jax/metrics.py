@@ -133,7 +133,7 @@ def longest_loop(
     References:
       Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (the loops).
     """
-    _check_at_least_one("max_period", max_period)
+    check_range("max_period", max_period, 1, whole=True)
     tokens = _read_ids(ids, mask)
     # A longer period does not fit into a row twice.
     last = min(max_period, ids.shape[1] // 2)
@@ -156,21 +156,9 @@ def _longest_loop(last: int, tokens: Tokens) -> Int[Array, "B"]:
     return lax.fori_loop(jnp.int32(1), jnp.int32(last + 1), lengthen, nothing)
 
 
-def _check_at_least_one(name: str, value: int) -> None:
-    check_range(name, value, 1, whole=True)
-
-
 def _read_ids(ids: Integer[Array, "B S"], mask: Shaped[Array, "B S"] | None) -> Tokens:
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"ids must be integers [B, S], got {ids.dtype} of shape {ids.shape}"
-        )
     if mask is None:
         return plain_tokens(ids, jnp.ones_like(ids, dtype=bool))
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"mask must have the shape of ids, {ids.shape}, got {mask.shape}"
-        )
     return plain_tokens(ids, as_weights("mask", mask) != 0)
 
 
@@ -238,12 +226,7 @@ def calibration_bins(
     References:
       Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
-    _check_at_least_one("num_bins", num_bins)
-    if correct.shape != confidence.shape:
-        raise ValueError(
-            f"correct must have the shape of confidence, {confidence.shape}, got "
-            f"{correct.shape}"
-        )
+    check_range("num_bins", num_bins, 1, whole=True)
     given = _read_weights(weights, confidence.shape)
     return in_one_program(_bins, (num_bins,), confidence, correct, given)
 
@@ -315,8 +298,6 @@ def _read_weights(
 ) -> Float[Array, "*n"]:
     if weights is None:
         return as_float(jnp.ones(shape))
-    if weights.shape != shape:
-        raise ValueError(f"weights must have shape {shape}, got {weights.shape}")
     return as_weights("weights", weights)
 
 

@@ -36,28 +36,6 @@ def _pseudo_label(
     return -jnp.sum(jnp.where(classes == label[..., None], log_q, 0), axis=-1)
 
 
-def _check(
-    original: Float[Array, "*B C"],
-    augmented: Float[Array, "*B C"],
-    kind: str,
-    temperature: Float[Array, ""] | float | int,
-    weights: Shaped[Array, "*B"] | None,
-) -> None:
-    if kind not in ("mse", "kl", "ce"):
-        raise ValueError(f'kind must be "mse", "kl" or "ce", got {kind!r}')
-    check_range("temperature", temperature, 0, inclusive=False)
-    if original.shape != augmented.shape:
-        raise ValueError(
-            "outputs_original and outputs_augmented must have one shape, got "
-            f"{original.shape} and {augmented.shape}"
-        )
-    if weights is not None and weights.shape != original.shape[:-1]:
-        raise ValueError(
-            f"weights must have one entry per row, {original.shape[:-1]}, "
-            f"got {weights.shape}"
-        )
-
-
 @with_checked_arrays
 def consistency_loss(
     outputs_original: Float[Array, "*B C"],
@@ -106,7 +84,9 @@ def consistency_loss(
       Xie et al., Unsupervised Data Augmentation, 2020 (`"kl"`).
       Sohn et al., FixMatch, 2020 (`"ce"`).
     """
-    _check(outputs_original, outputs_augmented, kind, temperature, weights)
+    if kind not in ("mse", "kl", "ce"):
+        raise ValueError(f'kind must be "mse", "kl" or "ce", got {kind!r}')
+    check_range("temperature", temperature, 0, inclusive=False)
     original, augmented = as_float(outputs_original), as_float(outputs_augmented)
     scale = jnp.ones(original.shape[:-1], original.dtype)
     if weights is not None:

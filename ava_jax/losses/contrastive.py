@@ -392,9 +392,6 @@ def simctg_loss(
     """
     check_range("margin", margin, 0)
     unmasked = jnp.ones_like(hidden_states[..., 0], dtype=bool)
-    for name, array in (("mask", mask), ("segment_ids", segment_ids)):
-        if array is not None and array.shape != unmasked.shape:
-            raise ValueError(f"{name} must be {unmasked.shape}, got {array.shape}")
     if mask is not None:
         unmasked &= as_weights("mask", mask) != 0
     if segment_ids is not None:

@@ -9,7 +9,6 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from ava_jax.annotations import with_checked_arrays
-from ava_jax.losses.arguments import check_floating, check_same_shape
 from ava_jax.reduce import as_float
 
 
@@ -51,10 +50,6 @@ def top_k_divergence(
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
-    check_floating("log_probs", log_probs)
-    check_floating("teacher_log_probs", teacher_log_probs)
-    shape = log_probs.shape
-    check_same_shape("log_probs", shape, teacher_log_probs=teacher_log_probs)
     log_p, log_q = as_float(log_probs), stop_gradient(as_float(teacher_log_probs))
     of_known = jnp.where(log_q != -jnp.inf, log_p, -jnp.inf)
     if tail:

@@ -159,11 +159,6 @@ def read_logits(
       The statistics, the weights with 0 for ids outside [0, V), and the ids with 0 in
       place of those.
     """
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets must have the shape {logits.shape[:-1]} of the logits without "
-            f"their last axis, got {targets.shape}"
-        )
     targets = as_ids(targets)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     given = as_float(inside) if weights is None else as_weights("weights", weights)

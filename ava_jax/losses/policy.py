@@ -16,10 +16,8 @@ from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
     check_choice,
-    check_floating,
     check_range,
     check_read,
-    check_same_shape,
 )
 from ava_jax.losses.policy_tokens import (
     PolicyOptions,
@@ -361,10 +359,6 @@ def sampler_weights(
     """
     check_choice("level", level, ("token", "sequence"))
     check_range("cap", cap, 0, inclusive=False)
-    check_floating("log_probs", log_probs)
-    check_same_shape(
-        "log_probs", log_probs.shape, sampler_log_probs=sampler_log_probs, mask=mask
-    )
     unmasked = as_weights("mask", mask) != 0
     difference = jnp.where(unmasked, as_float(log_probs), 0)
     difference -= jnp.where(unmasked, as_float(sampler_log_probs), 0)

@@ -15,10 +15,8 @@ from ava_jax.arrays import as_weights
 from ava_jax.losses.arguments import (
     Number,
     check_choice,
-    check_floating,
     check_range,
     check_read,
-    check_same_shape,
     is_on,
 )
 from ava_jax.losses.preference_kinds import PAIR_LOSSES, Pairs
@@ -42,18 +40,6 @@ def _report(
         "accuracy": as_float(chosen > rejected),
     }
     return stop_gradient(aux)
-
-
-def _check_vectors(**arrays: Float[Array, "..."]) -> None:
-    """Raises unless all are floating-point vectors of one length."""
-    (first, like), *_ = arrays.items()
-    for name, value in arrays.items():
-        check_floating(name, value)
-    if like.ndim != 1:
-        raise ValueError(
-            f"{first} must be a vector, one entry per row, got {like.shape}"
-        )
-    check_same_shape(first, like.shape, **arrays)
 
 
 @with_checked_arrays
@@ -87,8 +73,6 @@ def sequence_log_probs(
       ...     jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[0, 1, 1]])).tolist()
       [-6.0]
     """
-    check_floating("log_probs", log_probs)
-    check_same_shape("log_probs", log_probs.shape, mask=mask)
     weights = as_weights("mask", mask)
     kept = jnp.where(weights != 0, as_float(log_probs), 0)
     sums = jnp.sum(weights * kept, axis=-1)
@@ -164,12 +148,6 @@ def dpo_loss(
       D'Oosterlinck et al., Anchored Preference Optimization (`"apo_*"`), 2024.
       Lu et al., Discovering Preference Optimization Algorithms (`"discopop"`), 2024.
     """
-    _check_vectors(
-        chosen=chosen,
-        rejected=rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-    )
     _check_dpo(kind, beta, label_smoothing, discopop_temperature)
     chosen = as_float(chosen) - stop_gradient(as_float(ref_chosen))
     rejected = as_float(rejected) - stop_gradient(as_float(ref_rejected))
@@ -262,7 +240,6 @@ def orpo_loss(
       Hong et al., ORPO: Monolithic Preference Optimization without Reference Model,
       2024.
     """
-    _check_vectors(chosen=chosen, rejected=rejected)
     check_range("beta", beta, 0, inclusive=False)
     chosen, rejected, scale = as_float(chosen), as_float(rejected), as_float(beta)
     losses = -scale * log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
@@ -314,7 +291,6 @@ def cpo_loss(
     References:
       Xu et al., Contrastive Preference Optimization, 2024.
     """
-    _check_vectors(chosen=chosen, rejected=rejected)
     check_range("beta", beta, 0, inclusive=False)
     check_range("label_smoothing", label_smoothing, 0, 1)
     a, b = as_float(beta) * as_float(chosen), as_float(beta) * as_float(rejected)
@@ -361,7 +337,6 @@ def simpo_loss(
     References:
       Meng et al., SimPO: Simple Preference Optimization, 2024.
     """
-    _check_vectors(chosen=chosen, rejected=rejected)
     check_range("beta", beta, 0, inclusive=False)
     check_range("gamma", gamma, 0)
     check_range("label_smoothing", label_smoothing, 0, 1)
@@ -416,10 +391,6 @@ def kto_loss(
     References:
       Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, 2024.
     """
-    _check_vectors(log_probs=log_probs, ref_log_probs=ref_log_probs)
-    check_same_shape("log_probs", log_probs.shape, desirable=desirable)
-    if desirable.dtype != jnp.bool_:
-        raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     center = stop_gradient(as_float(0 if kl is None else kl))
     if center.shape not in ((), log_probs.shape):
         raise ValueError(

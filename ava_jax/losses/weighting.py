@@ -8,17 +8,6 @@ from ava_jax.annotations import with_checked_arrays
 from ava_jax.reduce import as_float
 
 
-def _check_pair(
-    losses: Float[Array, "L"], name: str, parameters: Float[Array, "L"]
-) -> None:
-    if losses.ndim != 1 or losses.shape != parameters.shape:
-        raise ValueError(
-            f"losses and {name} must be vectors of one length, got shapes "
-            f"{losses.shape} and {parameters.shape}; stack the losses with "
-            f"jnp.stack and keep one entry of {name} for each"
-        )
-
-
 @with_checked_arrays
 def weigh_losses(
     losses: Float[Array, "L"], log_weights: Float[Array, "L"]
@@ -47,7 +36,6 @@ def weigh_losses(
       >>> round(float(loss), 4), [round(float(w), 4) for w in weights]
       (1.5, [0.75, 0.25])
     """
-    _check_pair(losses, "log_weights", log_weights)
     weights = jax.nn.softmax(as_float(log_weights))
     return jnp.sum(weights * as_float(losses)), weights
 
@@ -82,6 +70,5 @@ def homoscedastic_weighting(
     References:
       Kendall et al., Multi-Task Learning Using Uncertainty, 2018.
     """
-    _check_pair(losses, "log_variances", log_variances)
     s = as_float(log_variances)
     return jnp.sum(jnp.exp(-s) * as_float(losses) + s / 2)
